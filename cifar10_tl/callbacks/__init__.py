@@ -1,0 +1,21 @@
+"""What a run shows of itself. Each callback is thin: it collects, a pure function draws, the result is published."""
+
+from cifar10_tl.callbacks.confusion_matrix import ConfusionMatrix
+from cifar10_tl.callbacks.correct_predictions import CorrectPredictions
+from cifar10_tl.callbacks.curves import Curves
+from cifar10_tl.callbacks.history import History
+from cifar10_tl.callbacks.incorrect_predictions import IncorrectPredictions
+from cifar10_tl.callbacks.progress import RunProgress
+from cifar10_tl.callbacks.sample_inputs import SampleInputs
+from cifar10_tl.callbacks.throughput import Throughput
+
+__all__ = [
+    "ConfusionMatrix",
+    "CorrectPredictions",
+    "Curves",
+    "History",
+    "IncorrectPredictions",
+    "RunProgress",
+    "SampleInputs",
+    "Throughput",
+]

@@ -1,0 +1,98 @@
+"""The run's numbers, a row an epoch: in TensorBoard, in metrics.csv, in the log, and in the checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from cifar10_tl.files import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
+COLUMNS = ("epoch", "step", "lr", *METRICS, "seconds", "images_per_second")
+
+
+class History(Callback):
+    """Keeps the rows, and writes each to every place when its epoch ends.
+
+    The rows travel in the checkpoint, and metrics.csv is written whole each time: a resumed run goes on with the rows
+    of its checkpoint, none missing, none twice.
+
+    Attributes:
+        rows: a dict for each epoch with the keys ``COLUMNS``; None where something was not measured.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float | int | None]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put train and val of a quantity on one chart."""
+        charts = {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in ("loss", "acc")}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_custom_scalars({"train and val": charts})
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Complete the epoch's row: this runs behind validation, and before the checkpoints are written."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        row = self._row(trainer, pl_module)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics({k: v for k in METRICS if (v := row[k]) is not None}, step=trainer.current_epoch)
+            atomic_write_text(Path(trainer.default_root_dir) / "metrics.csv", self._csv())
+            log.info("%s", self._line(trainer, row))
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the test at the epoch whose checkpoint was tested."""
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        epoch: Any = pl_module.restored_epoch
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.current_epoch if epoch is None else epoch)
+
+    def _row(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float | int | None]:
+        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        val = trainer.callback_metrics if validated else {}
+        throughput: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Throughput"), None)  # type: ignore[attr-defined]
+        return {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "lr": trainer.optimizers[0].param_groups[-1]["lr"],
+            **pl_module.training_metrics(),
+            **{key: float(val[key]) if key in val else None for key in ("val/loss", "val/acc")},
+            "seconds": round(throughput.epoch_seconds, 3) if throughput else None,
+            "images_per_second": round(throughput.epoch_images_per_second, 1) if throughput else None,
+        }
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def _line(self, trainer: pl.Trainer, row: dict[str, Any]) -> str:
+        parts = [f"epoch {row['epoch']} ({row['epoch'] + 1} of {trainer.max_epochs})"]
+        parts += [f"{s} loss {row[f'{s}/loss']:.4f} acc {row[f'{s}/acc']:.2%}" for s in ("train", "val") if row[f"{s}/acc"] is not None]
+        if row["images_per_second"]:
+            parts.append(f"{row['images_per_second']:.0f} images/s")
+        return "  ".join(parts)

@@ -1,0 +1,95 @@
+"""How fast the run is, and how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from cifar10_tl.data.augment import Batch
+
+log = logging.getLogger(__name__)
+
+LONG_RUN_SECONDS = 3600
+
+
+class Throughput(Callback):
+    """Times training, validation and figures left out, without waiting for the device more than once an epoch.
+
+    Attributes:
+        epoch_seconds: of the latest epoch's training steps.
+        epoch_images_per_second: of all processes.
+        first_step_seconds: from the start of the fit to the end of its first step.
+    """
+
+    def __init__(self) -> None:
+        self.first_step_seconds: float | None = None
+        self._seconds, self._images = 0.0, 0
+        self._epoch_images, self._epoch_start, self._epoch_end = 0, 0.0, 0.0
+        self._fit_start = 0.0
+        self._steps, self._second_step_end = 0, 0.0
+        self._told = False
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Seconds of the latest epoch's training steps."""
+        return self._epoch_end - self._epoch_start
+
+    @property
+    def epoch_images_per_second(self) -> float:
+        """Images a second over the latest epoch, of all processes."""
+        return self._epoch_images / max(self.epoch_seconds, 1e-9)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images a second over all epochs of this process's life, of all processes; None before the first."""
+        return self._images / self._seconds if self._seconds else None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._fit_start = self._epoch_start = time.perf_counter()  # the latter for an epoch resumed in its middle
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._epoch_start, self._epoch_images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the step; the epoch's last one waits until the device has done them all."""
+        if trainer.is_last_batch and pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._epoch_end = time.perf_counter()
+        self._epoch_images += len(batch.images) * trainer.world_size
+        self._steps += 1
+        if self._steps == 1:
+            self.first_step_seconds = self._epoch_end - self._fit_start
+        elif self._steps == 2:
+            self._second_step_end = self._epoch_end
+        elif not self._told and pl_module.device.type == "cpu":
+            self._tell_of_a_long_run(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the epoch to the run."""
+        self._seconds += self.epoch_seconds
+        self._images += self._epoch_images
+
+    def _tell_of_a_long_run(self, trainer: pl.Trainer) -> None:
+        """Once, when the steps so far allow to tell: after ten of them, or half a minute."""
+        measured = self._epoch_end - self._second_step_end
+        if self._steps < 12 and measured < 30:
+            return
+        self._told = True
+        left = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches - trainer.global_step
+        seconds = measured / (self._steps - 2) * left
+        if seconds > LONG_RUN_SECONDS and trainer.is_global_zero:
+            log.info(
+                "At this rate the run will take about %s on this CPU. What suits a CPU: experiment=quickstart "
+                "(minutes), experiment=probe (trains the head alone), or a smaller model.image_size.",
+                timedelta(seconds=round(seconds)),
+            )

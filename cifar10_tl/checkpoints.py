@@ -1,0 +1,59 @@
+"""Reading checkpoint files, without running code that they name."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar10_tl.config import UserError
+
+log = logging.getLogger(__name__)
+
+
+def load_safely(path: Path) -> Any:
+    """The tensors and plain values in a file of ``torch.save``, on the CPU; code that the file names is not run.
+
+    Raises:
+        UserError: the file is missing, cut off, of another kind, or names code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read safely: it is broken, of another kind, or names code to be run"
+        ) from error
+    except Exception as error:  # a file cut off fails in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is broken or of another kind: {reason}") from error
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """The content of a checkpoint.
+
+    Raises:
+        UserError: the file is missing, broken, or no checkpoint of this project.
+    """
+    content = load_safely(path)
+    if not isinstance(content, Mapping) or not {"state_dict", "hyper_parameters"} <= content.keys():
+        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict and hyper_parameters")
+    return content
+
+
+def find_resumable(run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: the last one, or if that is broken the best one; None if there is none yet."""
+    for path in (run_dir / "checkpoints" / "last.ckpt", run_dir / "checkpoints" / "best.ckpt"):
+        if path.is_file():
+            try:
+                read_checkpoint(path)
+            except UserError as error:
+                log.warning("%s; trying an older one", error)
+            else:
+                return path
+    return None

@@ -1,0 +1,220 @@
+"""From the command line to a checked configuration, and from a user's mistake to one clear line.
+
+Every command is started by :func:`run_command`. It imports no torch, so that ``--help``, ``--cfg job`` and a mistake
+in a setting answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+#: In a wheel the configs lie inside the package, in a checkout beside it.
+CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
+STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
+RUN_CONFIG = "config.yaml"
+#: What a resumed run may be given anew; everything else comes from its own config.
+RESUMABLE = ("resume", "test", "trainer.", "paths.", "hydra")
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one ``error:`` line, exit status 2, no traceback."""
+
+
+# --------------------------------------------------------------------------------------------------- the run folder
+
+
+def process_rank() -> int:
+    """The rank of this process among those of its job, 0 where it is alone."""
+    return next((int(os.environ[k]) for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if k in os.environ), 0)
+
+
+def run_stamp() -> str:
+    """A name for this run's folder, the same in every process of the job.
+
+    The process that a person starts writes it into the environment, from where its children have it. Processes
+    started side by side (``torchrun``, SLURM) take it from what they share: the job's id or the parent's start.
+    """
+    if STAMP_VARIABLE not in os.environ:
+        os.environ[STAMP_VARIABLE] = _new_stamp(os.environ)
+    return os.environ[STAMP_VARIABLE]
+
+
+def _new_stamp(environment: os._Environ[str]) -> str:
+    if "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
+        return f"slurm-{environment['SLURM_JOB_ID']}"
+    if "TORCHELASTIC_RUN_ID" in environment:  # a worker of torchrun
+        job = environment["TORCHELASTIC_RUN_ID"]
+        if job != "none":
+            return f"torchrun-{job}"
+        parent = os.getppid()
+        started = Path(f"/proc/{parent}").stat().st_mtime
+        return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{parent}"
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
+
+
+def _run_dir(resume: str | None) -> str:
+    return resume or f"outputs/runs/{run_stamp()}"
+
+
+def _sweep_dir(output_dir: str) -> str:
+    """A sweep's folder: the ``paths.output_dir`` that the user gave, else one among the sweeps."""
+    given = output_dir != _run_dir(None)
+    return output_dir if given else f"outputs/sweeps/{run_stamp()}"
+
+
+def _hydra_dir(resume: str | None) -> str:
+    """Hydra's own records: a resumed start must not overwrite those of the start before it."""
+    return f".hydra/resumed-{run_stamp()}" if resume else ".hydra"
+
+
+def register_resolvers() -> None:
+    """Make ``${run_dir:…}``, ``${sweep_dir:…}`` and ``${hydra_dir:…}`` known to OmegaConf; safe to call again."""
+    for name, resolver in {"run_dir": _run_dir, "sweep_dir": _sweep_dir, "hydra_dir": _hydra_dir}.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+# ------------------------------------------------------------------------------------------------- starting a command
+
+
+def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Compose ``conf/<name>.yaml`` with the command line, check it, and call ``task`` with it.
+
+    A :class:`UserError`, or a mistake that Hydra found, ends the process with one ``error:`` line on stderr and
+    status 2. ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise to us, rather than print and exit with status 1
+    register_resolvers()
+    if process_rank() > 0:  # one process writes the run's records; the others would write over them
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+    def report(error: Exception) -> NoReturn:
+        line = None if show_traceback else explain(error, name)
+        if line is None:
+            raise error
+        if process_rank() == 0:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+    start = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(_job(task, report))
+    try:
+        start()
+    except Exception as error:
+        report(error)
+
+
+def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoReturn]) -> Callable[[DictConfig], Any]:
+    """What Hydra is to call. It reports by itself: Hydra would print lines of its own about an error in a job."""
+    from cifar10_tl.checks import check_config
+
+    def job(cfg: DictConfig) -> Any:
+        try:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _settle_sweep_job(cfg)
+            if cfg.get("resume"):
+                cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
+            check_config(cfg)
+            return task(cfg)
+        except Exception as error:
+            report(error)
+
+    return job
+
+
+def _settle_sweep_job(cfg: DictConfig) -> None:
+    """Make a job of a sweep look like a run of its own, to itself and to the processes that it starts."""
+    hydra_config = HydraConfig.get()
+    job_dir = hydra_config.runtime.output_dir
+    cfg.paths.output_dir = job_dir
+    with read_write(hydra_config), open_dict(hydra_config):
+        hydra_config.run.dir = job_dir
+    sys.argv[1:] = [*hydra_config.overrides.task, f"paths.output_dir='{job_dir}'"]
+
+
+def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config that the run in ``cfg.resume`` was started with, and on it the overrides given now.
+
+    Raises:
+        UserError: the folder holds no run, or an override would change what the run is (only ``trainer.*``,
+            ``test`` and ``paths.*`` may be given).
+    """
+    run_dir = Path(cfg.resume)
+    if not (run_dir / RUN_CONFIG).is_file():
+        raise UserError(f"resume={run_dir}: no run lies there ({RUN_CONFIG} is missing); give the folder of a run")
+    own = OmegaConf.load(run_dir / RUN_CONFIG)
+    assert isinstance(own, DictConfig)
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if not key.startswith(RESUMABLE) or key in ("trainer", "paths"):
+            raise UserError(
+                f"{override}: a resumed run keeps its own settings; only trainer.* and test can be given anew. "
+                "To start a new run from its weights use init_from="
+            )
+        OmegaConf.update(own, key, OmegaConf.select(cfg, key), force_add=True)
+    own.resume, own.paths.output_dir = str(run_dir), str(run_dir)
+    return own
+
+
+# ------------------------------------------------------------------------------------------ a mistake as one clear line
+
+
+def explain(error: BaseException, config_name: str) -> str | None:
+    """The line that tells a user of ``error``, or None where it is no mistake of theirs but a fault of ours."""
+    if unknown := re.search(r"Could not override '([^']+)'\.\s+To append", str(error)):
+        return _explain_unknown_key(unknown[1], config_name)
+    cause = error.__cause__
+    if isinstance(error, HydraException) and isinstance(cause, (UserError, OSError)):
+        return explain(cause, config_name)  # raised while Hydra built an object
+    if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
+        return one_line(f"{error} {cause}")
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError)):
+        return one_line(str(error))
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, for its 5 seconds
+        return one_line(str(error))
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of device memory; lower data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
+    return None
+
+
+def one_line(text: str) -> str:
+    """``text`` with every run of white space made one blank, and without Hydra's list of its search path."""
+    return " ".join(text.split("Config search path:")[0].split())
+
+
+def _explain_unknown_key(key: str, config_name: str) -> str:
+    known = config_keys(config_name)
+    section = [k for k in known if k.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    advice = f"did you mean {close[0]}?" if close else ""
+    if not close and section and "." in key:
+        advice = f"there are {', '.join(section)}."
+    return f"{key}: there is no such setting; {advice} `--cfg job` lists them all".replace("; `", ";")
+
+
+def config_keys(config_name: str) -> list[str]:
+    """Every key of a command's default config, dotted, such as ``trainer.max_epochs``."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose(config_name)
+    return list(_leaves(OmegaConf.to_container(cfg)))
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [prefix] if prefix else []
+    return [leaf for key, child in node.items() for leaf in _leaves(child, f"{prefix}.{key}" if prefix else str(key))]

@@ -1,0 +1,188 @@
+"""The data of a run: splits, loaders, and the augmentation that a batch gets on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cifar10_tl.config import UserError
+from cifar10_tl.data.augment import Augment, Batch, augment, hash32
+from cifar10_tl.data.sampler import BatchLoader, BatchOrder
+from cifar10_tl.data.sources import SOURCES
+
+
+class Split(Dataset[Batch]):
+    """Images of one split in memory, fetched a whole batch at once.
+
+    Attributes:
+        images: uint8 [N, 3, H, W].
+        labels: int64 [N].
+        indices: int64 [N], the place of each image in its source: its name in augmentation, figures and tables.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        self.images, self.labels = images, labels
+        self.indices = torch.arange(len(labels)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, places: Tensor) -> Batch:
+        return Batch(self.images[places], self.labels[places], self.indices[places])
+
+    def subset(self, places: Tensor) -> Split:
+        """The images at ``places`` (int64 [n]), their indices kept."""
+        return Split(self.images[places], self.labels[places], self.indices[places])
+
+    def by_index(self, indices: Tensor) -> Tensor:
+        """The images with these ``indices`` (int64 [n], sorted or not): uint8 [n, 3, H, W]."""
+        return self.images[torch.searchsorted(self.indices, indices)]
+
+
+class CIFAR10DataModule(pl.LightningDataModule):
+    """CIFAR-10, or a data set in its place, as Lightning wants it.
+
+    The test images are never used to choose anything: validation images are split off the training images, as many
+    of each class, by ``split_seed``.
+
+    Args:
+        source: "cifar10", "folder" or "shapes".
+        batch_size: images a step over all processes together.
+        val_size: training images held out for validation; unused where the source has a "val" of its own.
+        split_seed: which ones.
+        image_limit: at most so many images in each of train, val and test (after the split), classes in proportion.
+        augment: arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
+        seed: of the order and the augmentation.
+        **source_options: arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
+
+    Raises:
+        UserError: the source finds a fault with its options, or (later) the batch or val_size does not fit the data.
+    """
+
+    def __init__(
+        self,
+        source: str = "cifar10",
+        batch_size: int = 128,
+        val_size: int = 5000,
+        split_seed: int = 0,
+        image_limit: int | None = None,
+        augment: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        **source_options: Any,
+    ) -> None:
+        super().__init__()
+        self.augment = Augment(**(augment or {}))
+        self.save_hyperparameters({**self._plain(locals()), "augment": asdict(self.augment)}, logger=False)
+        if source not in SOURCES:
+            raise UserError(f"data.source={source}: there are {', '.join(SOURCES)}")
+        self.source = SOURCES[source](**source_options)
+        self.class_names = self.source.class_names
+        self.splits: dict[str, Split] = {}
+
+    @staticmethod
+    def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+        names = ("source", "batch_size", "val_size", "split_seed", "image_limit", "seed")
+        return {**{n: arguments[n] for n in names}, **arguments["source_options"]}
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def prepare_data(self) -> None:
+        """Download or decode; Lightning calls this in one process a machine."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load all splits; the second call finds them there."""
+        if self.splits:
+            return
+        splits = {name: Split(*image_set) for name, image_set in self.source.load().items()}
+        if "val" not in splits:
+            splits["train"], splits["val"] = self._split(splits["train"])
+        self.splits = {name: self._limited(split) for name, split in splits.items()}
+
+    def _split(self, train: Split) -> tuple[Split, Split]:
+        size, classes = self.hparams["val_size"], len(self.class_names)
+        if not classes <= size <= len(train) - classes:
+            raise UserError(
+                f"data.val_size={size} of {len(train)} training images: choose {classes} to {len(train) - classes}"
+            )
+        held_out = stratified(train.labels, size, self.hparams["split_seed"])
+        rest = torch.ones(len(train), dtype=torch.bool)
+        rest[held_out] = False
+        return train.subset(rest.nonzero().flatten()), train.subset(held_out)
+
+    def _limited(self, split: Split) -> Split:
+        limit = self.hparams["image_limit"]
+        if limit is None or limit >= len(split):
+            return split
+        return split.subset(stratified(split.labels, limit, self.hparams["split_seed"]))
+
+    # ------------------------------------------------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> BatchLoader:
+        """Shuffled full batches; one smaller batch where there are fewer training images than ``batch_size``."""
+        split, world_size = self.splits["train"], self._world_size
+        if len(split) < world_size:
+            raise UserError(f"{len(split)} training images cannot be shared by {world_size} processes")
+        batch_size = min(self.hparams["batch_size"], len(split) - len(split) % world_size)
+        return self._loader("train", batch_size, shuffle=True)
+
+    def val_dataloader(self) -> BatchLoader:
+        """Every validation image once, in order."""
+        return self._loader("val", self.hparams["batch_size"], shuffle=False)
+
+    def test_dataloader(self) -> BatchLoader:
+        """Every test image once, in order."""
+        return self._loader("test", self.hparams["batch_size"], shuffle=False)
+
+    def _loader(self, name: str, batch_size: int, *, shuffle: bool) -> BatchLoader:
+        split = self.splits[name]
+        rank = self.trainer.global_rank if self.trainer else 0
+        order = BatchOrder(
+            len(split),
+            batch_size,
+            shuffle=shuffle,
+            seed=self.hparams["seed"],
+            rank=rank,
+            world_size=self._world_size,
+        )
+        return BatchLoader(split, order)
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    # ------------------------------------------------------------------------------------------------- augmentation
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment a training batch, on the device where it now lies."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        return self.augmented(batch, self.trainer.current_epoch)
+
+    def augmented(self, batch: Batch, epoch: int) -> Batch:
+        """``batch`` as the network sees it in this epoch."""
+        return augment(
+            batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names)
+        )
+
+
+def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Places of ``size`` of the ``labels`` (int64 [N]), each class in proportion, chosen by ``seed``; sorted.
+
+    What does not divide evenly goes to the classes with the largest remainders, the first classes first.
+    """
+    counts = torch.bincount(labels)
+    quota = counts * size / len(labels)
+    take = quota.floor().long()
+    for label in (take - quota).argsort(stable=True)[: size - int(take.sum())].tolist():
+        take[label] += 1
+    generator = torch.Generator().manual_seed(int(hash32(seed, 0x5711)))
+    shuffled = torch.randperm(len(labels), generator=generator)
+    chosen = [shuffled[labels[shuffled] == label][:n] for label, n in enumerate(take.tolist())]
+    return torch.cat(chosen).sort().values

@@ -1,0 +1,266 @@
+"""Where images come from: torchvision's CIFAR-10, a folder of pictures, or shapes drawn by code.
+
+A source knows its class names at once, makes its images ready once a machine (:meth:`Source.prepare`), and hands them
+over as tensors in memory (:meth:`Source.load`). To add one, write a class with these three and name it in ``SOURCES``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+from cifar10_tl.config import UserError
+from cifar10_tl.data.download import exclusive, extract_tar, fetch
+from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
+from cifar10_tl.data.shapes import draw_shapes
+from cifar10_tl.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class ImageSet(NamedTuple):
+    """Images in memory: uint8 [N, 3, H, W], and their classes: int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Source(Protocol):
+    """What the DataModule asks of a source of images."""
+
+    class_names: tuple[str, ...]
+
+    def prepare(self) -> None:
+        """Download or decode, where that is not done yet. Called in one process a machine."""
+
+    def load(self) -> dict[str, ImageSet]:
+        """The splits "train" and "test", and "val" if the source has one of its own."""
+
+
+# ----------------------------------------------------------------------------------------------------------- CIFAR-10
+
+
+class Cifar10:
+    """The official archive, as torchvision reads it, its checksums checked, fetched from the first good mirror."""
+
+    class_names = CIFAR10_NAMES
+
+    def __init__(self, root: str, mirrors: Sequence[str] = (), md5: str = "", stall_seconds: float = 20.0) -> None:
+        self.root, self.mirrors, self.md5, self.stall_seconds = root, mirrors, md5, stall_seconds
+
+    def prepare(self) -> None:
+        """Fetch and unpack the archive.
+
+        Raises:
+            UserError: no mirror delivered it.
+        """
+        prepare_cifar10(self.root, self.mirrors, self.md5, self.stall_seconds)
+
+    def load(self) -> dict[str, ImageSet]:
+        """50,000 training and 10,000 test images of 32x32 pixels, in the official order."""
+        splits = {}
+        for name in ("train", "test"):
+            # torchvision unpickles the files only after it checked the md5 of each
+            dataset = CIFAR10(self.root, train=name == "train", download=False)
+            images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+            splits[name] = ImageSet(images, torch.tensor(dataset.targets))
+        return splits
+
+
+def prepare_cifar10(root: str, mirrors: Sequence[str], md5: str, stall_seconds: float) -> Path:
+    """Make ``root/cifar-10-batches-py`` a whole copy of CIFAR-10, downloading only what is missing.
+
+    Raises:
+        UserError: no mirror delivered the archive.
+    """
+    folder = Path(root) / CIFAR10.base_folder
+    if _is_whole(root):
+        return folder
+    with exclusive(Path(root) / ".cifar-10.lock"):
+        if _is_whole(root):  # another job fetched it in the meantime
+            return folder
+        archive = fetch(
+            mirrors,
+            Path(root) / CIFAR10.filename,
+            md5=md5,
+            stall_seconds=stall_seconds,
+            hint="Or go on without it: data=shapes needs no download, data=folder data.root=DIR takes your own pictures",
+        )
+        extract_tar(archive, Path(root))
+        if not _is_whole(root):
+            raise UserError(f"{archive} holds no CIFAR-10: delete it and start again")
+    return folder
+
+
+def _is_whole(root: str) -> bool:
+    try:
+        CIFAR10(root, train=False, download=False)
+    except RuntimeError:  # torchvision's word for a missing or changed file
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- folder
+
+
+class Folder:
+    """``root/train/<class>/*`` and ``root/test/<class>/*``, and ``root/val/<class>/*`` if there.
+
+    Pictures (PNG, JPEG, WebP) are decoded once and kept as a cache file whose name is a checksum of the folder's
+    listing (paths, sizes, times), so that a changed folder is decoded anew.
+    """
+
+    def __init__(
+        self, root: str, native_size: int = 32, skip_bad: bool = False, cache_dir: str = "data/cache"
+    ) -> None:
+        self.root, self.native_size, self.skip_bad = Path(root), native_size, skip_bad
+        self.cache_dir = Path(cache_dir)
+        self.class_names = self._find_classes()
+
+    def _find_classes(self) -> tuple[str, ...]:
+        for split in ("train", "test"):
+            if not (self.root / split).is_dir():
+                raise UserError(
+                    f"data.root={self.root}: there is no folder {split}; "
+                    "data=folder wants train/<class>/* and test/<class>/* in it"
+                )
+        names = {s: _subfolders(self.root / s) for s in ("train", "test", "val") if (self.root / s).is_dir()}
+        if len(names["train"]) < 2:
+            raise UserError(f"data.root={self.root}: train holds {len(names['train'])} class folders, 2 are needed")
+        for split, found in names.items():
+            if found != names["train"]:
+                odd = ", ".join(sorted(set(found) ^ set(names["train"])))
+                raise UserError(f"data.root={self.root}: train and {split} differ in their classes: {odd}")
+        return names["train"]
+
+    def prepare(self) -> None:
+        """Decode each split that has no whole cache file.
+
+        Raises:
+            UserError: a file is no image (unless ``skip_bad``), or a split holds no image.
+        """
+        for split in self._splits():
+            self._cached(split)
+
+    def load(self) -> dict[str, ImageSet]:
+        """The splits that the folder has, each sorted by class and then by file name."""
+        return {split: self._cached(split) for split in self._splits()}
+
+    def _splits(self) -> list[str]:
+        return [s for s in ("train", "val", "test") if (self.root / s).is_dir()]
+
+    def _cached(self, split: str) -> ImageSet:
+        files = self._files(split)
+        cache = self.cache_dir / f"{self.root.name}-{split}-{self._checksum(files)}.npz"
+        image_set = _read_cache(cache)
+        if image_set is None:
+            image_set = self._decode(split, files)
+            with atomic_write(cache) as file:
+                np.savez(file, images=image_set.images.numpy(), labels=image_set.labels.numpy())
+        return image_set
+
+    def _files(self, split: str) -> list[tuple[Path, int]]:
+        found = []
+        for label, name in enumerate(self.class_names):
+            files = sorted(p for p in (self.root / split / name).rglob("*") if p.is_file())
+            found += [(p, label) for p in files if not p.name.startswith(".")]
+        return found
+
+    def _checksum(self, files: Sequence[tuple[Path, int]]) -> str:
+        listing = [[str(p.relative_to(self.root)), (s := p.stat()).st_size, s.st_mtime_ns] for p, _ in files]
+        key = json.dumps([1, self.native_size, self.skip_bad, listing])  # 1: the version of the decoding below
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def _decode(self, split: str, files: Sequence[tuple[Path, int]]) -> ImageSet:
+        images, labels, bad = [], [], []
+        for path, label in tqdm(files, desc=f"decoding {split}", unit=" images", disable=None, leave=False):
+            try:
+                images.append(decode_image(path, self.native_size))
+                labels.append(label)
+            except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+                bad.append(str(path))
+        self._report_bad(bad, split)
+        if len(set(labels)) < len(self.class_names):
+            empty = [n for i, n in enumerate(self.class_names) if i not in set(labels)]
+            raise UserError(f"{self.root / split}: no image of {', '.join(empty)}")
+        return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+
+    def _report_bad(self, bad: Sequence[str], split: str) -> None:
+        if not bad:
+            return
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        if not self.skip_bad:
+            raise UserError(f"{len(bad)} files of {split} are no image: {shown}. data.skip_bad=true leaves them out")
+        log.warning("%d files of %s are no image and left out: %s", len(bad), split, shown)
+
+
+def decode_image(path: Path | str, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """A picture as uint8 [3, size, size]: RGB, resized with antialiasing (Pillow's bicubic) if of another size.
+
+    Raises:
+        UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError: the file is no image, is cut off,
+            or is larger than Pillow's limit.
+    """
+    with Image.open(path) as picture:
+        rgb = picture.convert("RGB")
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _subfolders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+def _read_cache(path: Path) -> ImageSet | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:  # a zip file: each array's checksum is checked
+            return ImageSet(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        log.warning("%s is broken; decoding the pictures again", path)
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+class Shapes:
+    """The built-in data set of :mod:`cifar10_tl.data.shapes`; train and test are drawn from seeds of their own."""
+
+    class_names = SHAPE_NAMES
+
+    def __init__(
+        self, train_size: int = 8000, test_size: int = 2000, native_size: int = 32, drawing_seed: int = 0
+    ) -> None:
+        self.sizes = {"train": train_size, "test": test_size}
+        self.native_size, self.drawing_seed = native_size, drawing_seed
+
+    def prepare(self) -> None:
+        """Nothing to make ready: drawing takes seconds."""
+
+    def load(self) -> dict[str, ImageSet]:
+        """``train_size`` and ``test_size`` images, all classes equally often."""
+        return {
+            split: ImageSet(*draw_shapes(size, seed=2 * self.drawing_seed + offset, image_size=self.native_size))
+            for offset, (split, size) in enumerate(self.sizes.items())
+        }
+
+
+SOURCES: dict[str, type[Source]] = {"cifar10": Cifar10, "folder": Folder, "shapes": Shapes}

@@ -1,0 +1,94 @@
+"""From a feature map to logits. To add a head: write a module like these, and name it in ``HEADS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cifar10_tl.config import UserError
+
+
+class LinearHead(nn.Module):
+    """Global average pooling and one linear layer: float [N, C, h, w] -> logits [N, K]."""
+
+    def __init__(self, num_features: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(num_features, num_classes)
+        )
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """float [N, C, h, w] -> [N, K]."""
+        return self.layers(feature_map)
+
+
+class DenseHead(nn.Module):
+    """Global average pooling, dense relu layers with dropout, a final layer: float [N, C, h, w] -> logits [N, K]."""
+
+    def __init__(
+        self, num_features: int, num_classes: int, hidden: Sequence[int] = (512,), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), *dense_layers(num_features, hidden, dropout, num_classes)
+        )
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """float [N, C, h, w] -> [N, K]."""
+        return self.layers(feature_map)
+
+
+class LSTMHead(nn.Module):
+    """An LSTM over the cells of the feature map, row by row, then dense relu layers.
+
+    The sequence of h * w cells, each a vector of C features, is read by a (bidirectional) LSTM; the last hidden states
+    of each direction go through the dense layers: float [N, C, h, w] -> logits [N, K].
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        lstm_size: int = 256,
+        bidirectional: bool = True,
+        hidden: Sequence[int] = (256,),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(num_features, lstm_size, batch_first=True, bidirectional=bidirectional)
+        self.layers = nn.Sequential(*dense_layers(lstm_size * (1 + bidirectional), hidden, dropout, num_classes))
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """float [N, C, h, w] -> [N, K]."""
+        _, (last_hidden, _) = self.lstm(feature_map.flatten(2).transpose(1, 2))
+        return self.layers(last_hidden.transpose(0, 1).flatten(1))
+
+
+def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_outputs: int) -> list[nn.Module]:
+    """Linear, relu and dropout for each width in ``hidden``, then a linear layer to ``num_outputs``."""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(num_inputs, width), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        num_inputs = width
+    return [*layers, nn.Linear(num_inputs, num_outputs)]
+
+
+HEADS: dict[str, Callable[..., nn.Module]] = {"linear": LinearHead, "dense": DenseHead, "lstm": LSTMHead}
+
+
+def build_head(settings: Mapping[str, Any], num_features: int, num_classes: int) -> nn.Module:
+    """The head called ``settings["name"]``, built with the other settings.
+
+    Raises:
+        UserError: there is no such head, or it has no such setting.
+    """
+    options = dict(settings)
+    name = options.pop("name", None)
+    if name not in HEADS:
+        raise UserError(f"model.head.name={name}: there are {', '.join(HEADS)}")
+    try:
+        return HEADS[name](num_features, num_classes, **options)
+    except TypeError as error:
+        raise UserError(f"model.head={name}: {error}") from error

@@ -1,0 +1,79 @@
+"""The whole network in plain PyTorch: raw images in, logits out, so that it can be exported as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar10_tl.config import UserError
+from cifar10_tl.models.backbone import Backbone
+from cifar10_tl.models.heads import LSTMHead
+
+
+class TransferResNet(nn.Module):
+    """uint8 images -> normalise -> resize -> backbone -> head -> logits.
+
+    Args:
+        backbone: to the feature map.
+        head: from the feature map to logits.
+        image_size: side in pixels that images are brought to for the backbone.
+        interpolation: "bicubic" or "bilinear".
+        mean: of each channel in [0, 1], of the data that the backbone was trained on.
+        std: its standard deviation.
+
+    Raises:
+        UserError: an LSTM head would have a single cell to read.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        *,
+        image_size: int,
+        interpolation: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        if isinstance(head, LSTMHead) and image_size <= backbone.stride:
+            raise UserError(
+                f"model.image_size={image_size}: the feature map has one cell, no sequence for model/head=lstm; "
+                f"choose {backbone.stride + 1} or more ({2 * backbone.stride} gives 2x2 cells, 224 gives "
+                f"{224 // backbone.stride}x{224 // backbone.stride})"
+            )
+        self.backbone, self.head = backbone, head
+        self.image_size, self.interpolation = image_size, interpolation
+        # (x / 255 - mean) / std as one multiplication and one addition
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, 3, 1, 1))
+        self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
+        self.scale: Tensor
+        self.shift: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits float [N, K] of uint8 images [N, 3, H, W]."""
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Feature map float [N, C, h, w] of uint8 images [N, 3, H, W]."""
+        return self.backbone(self.preprocess(images))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float [N, 3, image_size, image_size], normalised.
+
+        Normalising comes first, on the small image: resizing is linear with weights that sum to one, so that the
+        order makes no difference but to the time.
+        """
+        x = images.to(self.scale.dtype) * self.scale + self.shift
+        x = x.contiguous(memory_format=torch.channels_last)
+        if images.shape[-2:] == (self.image_size, self.image_size):
+            return x
+        return F.interpolate(
+            x,
+            size=(self.image_size, self.image_size),
+            mode=self.interpolation,
+            antialias=self.image_size < min(images.shape[-2:]),  # only where pixels are lost
+        )

@@ -1,0 +1,61 @@
+"""The machine and the libraries under a run: precision, how files are written, which messages are kept back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from cifar10_tl.files import atomic_write
+
+#: Of no use to someone who runs our commands: each is about a choice made here on purpose.
+_WARNINGS = (
+    r".*does not have many workers.*",  # batches are one index operation; see BatchLoader
+    r".*module\(s\) in eval mode at the start of training.*",  # a frozen backbone is
+    r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+    r".*is smaller than the logging interval.*",  # nothing is logged by the step
+    r".*`_get_pg_default_device`.*",
+    r".*Grad strides do not match bucket view strides.*",  # channels_last
+    r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*You passed `deterministic=True` and `benchmark=True`.*",
+    r".*The epoch parameter in `scheduler\.step\(\)`.*",
+)
+
+
+def quiet_libraries() -> None:
+    """Keep back Lightning's tips and a few warnings, by name; other warnings are shown as ever."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def choose_precision(accelerator: str) -> tuple[str, str]:
+    """What ``trainer.precision=auto`` stands for on this machine, and why.
+
+    Args:
+        accelerator: as Lightning's Trainer takes it.
+    """
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    if on_gpu and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", f"{name} computes in bfloat16"
+        return "32-true", f"{name} has no native bfloat16"
+    if accelerator in ("cpu", "auto") and not torch.backends.mps.is_available():
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return "bf16-mixed", "this CPU computes in bfloat16"
+        return "32-true", "this CPU has no native bfloat16"
+    return "32-true", f"not tried on accelerator {accelerator}"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to write checkpoints, but no reader and no power cut ever meets half a file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``, see :func:`cifar10_tl.files.atomic_write`."""
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)

@@ -1,0 +1,275 @@
+"""Fine-tune, test the best checkpoint, and leave everything to look at in the run folder.
+
+python -m cifar10_tl.train                                the default recipe on CIFAR-10
+python -m cifar10_tl.train experiment=quickstart          a few minutes on two CPU cores, nothing to download
+python -m cifar10_tl.train resume=outputs/runs/<stamp>    go on where that run stopped
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cifar10_tl.config import RUN_CONFIG, UserError, run_command
+from cifar10_tl.files import atomic_write_text
+
+if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings are known to be good
+    import lightning.pytorch as pl
+
+    from cifar10_tl.data.datamodule import CIFAR10DataModule
+    from cifar10_tl.models.module import LitClassifier
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict[str, Any] | None:
+    """Run what ``cfg`` says, in the folder ``cfg.paths.output_dir``.
+
+    Returns:
+        What results.json holds; None under ``fast_dev_run``, which writes nothing.
+
+    Raises:
+        UserError: a setting does not fit the data, the machine or another setting.
+    """
+    import lightning.pytorch as pl
+
+    from cifar10_tl.checkpoints import find_resumable
+    from cifar10_tl.runtime import quiet_libraries
+
+    quiet_libraries()
+    pl.seed_everything(cfg.seed, verbose=False)
+    run_dir = Path(cfg.paths.output_dir)
+    start = find_resumable(run_dir) if cfg.resume else None
+    datamodule = build_datamodule(cfg)
+    module = build_module(cfg, datamodule)
+    trainer = build_trainer(cfg, start)
+    check_batch_size(cfg.data.batch_size, trainer.world_size)
+    if trainer.is_global_zero:
+        if not cfg.resume:
+            atomic_write_text(run_dir / RUN_CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+        log.info("%s", describe(cfg, module, trainer, start))
+
+    clock = time.perf_counter()
+    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    seconds = {"fit": time.perf_counter() - clock}
+    if cfg.test:
+        clock = time.perf_counter()
+        best = None if trainer.fast_dev_run else run_dir / "checkpoints" / "best.ckpt"  # type: ignore[attr-defined]
+        trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        seconds["test"] = time.perf_counter() - clock
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        log.info("fast_dev_run: every stage ran; nothing was written")
+        return None
+    return finish(cfg, module, trainer, seconds)
+
+
+# ------------------------------------------------------------------------------------------------- from config to parts
+
+
+def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
+    """The DataModule of ``cfg.data``."""
+    from cifar10_tl.data.datamodule import CIFAR10DataModule
+
+    return CIFAR10DataModule(**plain(cfg.data), seed=cfg.seed)
+
+
+def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifier:
+    """The LightningModule of ``cfg.model``, for the classes of the data."""
+    from cifar10_tl.models.module import LitClassifier
+
+    module = LitClassifier(
+        class_names=datamodule.class_names,
+        native_size=cfg.data.get("native_size", 32),
+        optimizer=plain(cfg.optimizer),
+        scheduler=plain(cfg.scheduler),
+        seed=cfg.seed,
+        **plain(cfg.model),
+    )
+    if cfg.init_from:
+        module.load_weights_from(Path(cfg.init_from))
+    return module
+
+
+def build_trainer(cfg: DictConfig, start: Path | None) -> pl.Trainer:
+    """Lightning's Trainer with the callbacks and loggers of ``cfg``; ``start`` is the checkpoint of a resumed run."""
+    import lightning.pytorch as pl
+    from hydra.utils import instantiate
+
+    from cifar10_tl.callbacks import RunProgress
+    from cifar10_tl.runtime import AtomicCheckpointIO, choose_precision
+
+    flags = instantiate(cfg.trainer, _convert_="all")
+    callbacks = instantiate_all(cfg.callbacks)
+    if not flags["enable_progress_bar"]:
+        callbacks = [c for c in callbacks if not isinstance(c, RunProgress)]
+    loggers = instantiate_all(cfg.logger, **resume_point(start)) if not flags["fast_dev_run"] else []
+    if flags["precision"] == "auto":
+        flags["precision"], reason = choose_precision(flags["accelerator"])
+        log.info("precision %s: %s", flags["precision"], reason)
+    try:
+        return pl.Trainer(
+            **flags,
+            callbacks=callbacks,
+            logger=loggers or False,
+            default_root_dir=cfg.paths.output_dir,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,  # ours knows its rank, and never pads
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def instantiate_all(group: DictConfig | None, **extra: Any) -> list[Any]:
+    """The objects of a config group, one an entry; an entry that is null is left out."""
+    from hydra.utils import instantiate
+
+    entries = (group or {}).values()
+    return [instantiate(entry, **extra, _convert_="all") for entry in entries if entry is not None]
+
+
+def resume_point(start: Path | None) -> dict[str, int]:
+    """What makes TensorBoard forget the epochs that were logged but not yet in the checkpoint, which come again."""
+    from cifar10_tl.checkpoints import read_checkpoint
+
+    if start is None:
+        return {}
+    rows = read_checkpoint(start).get("callbacks", {}).get("History", {}).get("rows", [])
+    return {"purge_step": rows[-1]["epoch"] + 1 if rows else 0}
+
+
+def check_batch_size(batch_size: int, world_size: int) -> None:
+    """Complain of a global batch that cannot be shared evenly.
+
+    Raises:
+        UserError: with the nearest sizes that can.
+    """
+    below = batch_size // world_size * world_size
+    if below != batch_size:
+        near = " or ".join(str(n) for n in (below, below + world_size) if n)
+        raise UserError(
+            f"data.batch_size={batch_size} is for all devices together and cannot be divided over {world_size}: "
+            f"choose {near}"
+        )
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A group of settings as plain dicts, lists and values: what may travel in a checkpoint."""
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
+    return container
+
+
+def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, start: Path | None) -> str:
+    """What is about to run, in a line."""
+    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    parts = [
+        f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {cfg.model.image_size} px)",
+        f"{cfg.model.head.name} head",
+        f"{learning / 1e6:.1f} M parameters to learn",
+        f"data {cfg.data.source}",
+        f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+        f"going on from {start}" if start else f"run folder {cfg.paths.output_dir}",
+    ]
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def finish(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, seconds: dict[str, float]) -> dict[str, Any]:
+    """Write results.json and the HPARAMS, and say where everything is; only rank zero writes."""
+    from cifar10_tl.results import write_json
+
+    results = collect_results(cfg, module, trainer, seconds)
+    if trainer.is_global_zero:
+        run_dir = Path(cfg.paths.output_dir)
+        log_hparams(trainer, results)
+        write_json(run_dir / "results.json", results)
+        log.info("%s", summary(results, run_dir))
+    return results
+
+
+def collect_results(
+    cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """What results.json holds."""
+    from cifar10_tl.callbacks import History, Throughput
+    from cifar10_tl.checkpoints import read_checkpoint
+    from cifar10_tl.results import environment
+
+    history = next((c for c in trainer.callbacks if isinstance(c, History)), History())  # type: ignore[attr-defined]
+    throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())  # type: ignore[attr-defined]
+    best_epoch = read_checkpoint(Path(cfg.paths.output_dir) / "checkpoints" / "best.ckpt")["epoch"]
+    best_row = next((row for row in history.rows if row["epoch"] == best_epoch), {})
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    results: dict[str, Any] = {
+        "val": {
+            "acc": best_row.get("val/acc"),
+            "loss": best_row.get("val/loss"),
+            "count": len(datamodule.splits["val"]),
+        },
+        "best_epoch": best_epoch,
+        "epochs": trainer.current_epoch,
+        "seconds": {**seconds, "first_step": throughput.first_step_seconds},
+        "images_per_second": throughput.images_per_second,
+        "class_names": list(module.class_names),
+        "config": plain(cfg),
+        "environment": environment(
+            trainer.strategy.root_device, trainer.world_size, str(trainer.precision_plugin.precision)
+        ),
+    }
+    if cfg.test:
+        assert module.evaluation is not None
+        check_count(len(module.evaluation), len(datamodule.splits["test"]), cfg.trainer.limit_test_batches)
+        results["test"] = module.evaluation.metrics()
+        results["confusion_matrix"] = module.evaluation.confusion_matrix.tolist()
+    return results
+
+
+def check_count(count: int, expected: int, limit: Any) -> None:
+    """A test that left out images, or counted some twice, must not pass for a result."""
+    if limit is None and count != expected:
+        raise RuntimeError(f"the test saw {count} of {expected} images")
+
+
+def log_hparams(trainer: pl.Trainer, results: dict[str, Any]) -> None:
+    """Write TensorBoard's HPARAMS: the settings of the run and its test metrics."""
+    from torch.utils.tensorboard.summary import hparams
+
+    from cifar10_tl.callbacks.publish import tensorboard_writers
+    from cifar10_tl.results import flat
+
+    metrics = {f"test/{k}": v for k, v in results.get("test", {}).items() if k in ("acc", "loss")}
+    groups = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "init_from")
+    settings = flat({k: v for k, v in results["config"].items() if k in groups})
+    for writer in tensorboard_writers(trainer):
+        for part in hparams(settings, metrics):
+            writer.add_summary(part)
+
+
+def summary(results: dict[str, Any], run_dir: Path) -> str:
+    """The closing words of a run."""
+    val, test = results["val"], results.get("test")
+    best = f"best epoch {results['best_epoch']}" + (f", val acc {val['acc']:.2%}" if val["acc"] is not None else "")
+    lines = ["", f"  {best}"]
+    if test:
+        lines.append(f"  test acc {test['acc']:.2%}, loss {test['loss']:.4f}, on {test['count']} images")
+    lines += [
+        f"  figures      {run_dir / 'figures'}",
+        f"  numbers      {run_dir / 'results.json'}, {run_dir / 'metrics.csv'}",
+        f"  checkpoint   {run_dir / 'checkpoints' / 'best.ckpt'}",
+        f"  TensorBoard  tensorboard --host localhost --logdir {run_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry of ``python -m cifar10_tl.train``."""
+    run_command("train", train)
+
+
+if __name__ == "__main__":
+    main()
