@@ -11,13 +11,14 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -176,11 +177,15 @@ def explain(error: BaseException, config_name: str) -> str | None:
     """The line that tells a user of ``error``, or None where it is no mistake of theirs but a fault of ours."""
     if unknown := re.search(r"Could not override '([^']+)'\.\s+To append", str(error)):
         return _explain_unknown_key(unknown[1], config_name)
+    if isinstance(error, OverrideParseException):
+        return one_line(f"{error.override}: {error} (a value with signs of its own wants quotes: 'key=\"a=b\"')")
     cause = error.__cause__
     if isinstance(error, HydraException) and isinstance(cause, (UserError, OSError)):
         return explain(cause, config_name)  # raised while Hydra built an object
     if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
         return one_line(f"{error} {cause}")
+    if isinstance(error, ValueError) and _raised_by_hydra(error):
+        return one_line(str(error))
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError)):
         return one_line(str(error))
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, for its 5 seconds
@@ -190,6 +195,12 @@ def explain(error: BaseException, config_name: str) -> str | None:
     return None
 
 
+def _raised_by_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself found the fault: some of its complaints about overrides are plain ValueErrors."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("hydra.")
+
+
 def one_line(text: str) -> str:
     """``text`` with every run of white space made one blank, and without Hydra's list of its search path."""
     return " ".join(text.split("Config search path:")[0].split())
@@ -197,12 +208,17 @@ def one_line(text: str) -> str:
 
 def _explain_unknown_key(key: str, config_name: str) -> str:
     known = config_keys(config_name)
-    section = [k for k in known if k.rsplit(".", 1)[0] == key.rsplit(".", 1)[0]]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    advice = f"did you mean {close[0]}?" if close else ""
-    if not close and section and "." in key:
-        advice = f"there are {', '.join(section)}."
-    return f"{key}: there is no such setting; {advice} `--cfg job` lists them all".replace("; `", ";")
+    section, _, name = key.rpartition(".")
+    beside = {k[len(section) + 1 if section else 0 :].split(".")[0]: None for k in known if k.startswith(section)}
+    close = difflib.get_close_matches(name, beside, n=1)
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    if close:
+        advice = f"did you mean {section}.{close[0]}?".replace(" .", " ")
+    elif elsewhere:
+        advice = f"did you mean {' or '.join(elsewhere)}?"
+    else:
+        advice = f"there are {', '.join(beside)};" if section and beside else ""
+    return one_line(f"{key}: there is no such setting; {advice} --cfg job shows them all")
 
 
 def config_keys(config_name: str) -> list[str]:

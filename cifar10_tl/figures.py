@@ -509,6 +509,7 @@ def _style_panel(panel: Axes, epochs: NDArray[np.float64], metric: str) -> None:
     panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g}%" if metric == "acc" else f"{y:g}")
     panel.set_xlabel("epoch", family=_FONT, fontsize=_BODY, color=_INK)
     panel.tick_params(labelsize=_SMALL, labelfontfamily=_FONT, color=_LINE, labelcolor=_INK)
+    panel.set_facecolor("white")
     panel.grid(color=_LINE, linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

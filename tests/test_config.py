@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, compose_train
+from omegaconf import OmegaConf
+
+from cifar10_tl import config
+from cifar10_tl.config import UserError, explain, resumed_config
+
+
+def explained(*overrides: str) -> str:
+    """The line that these overrides end in; the check that there is one."""
+    try:
+        compose_train(*overrides)
+    except Exception as error:
+        line = explain(error, "train")
+        assert line is not None
+        assert "\n" not in line
+        return line
+    pytest.fail(f"{overrides} were accepted")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.batchsize=64", ["data.batchsize", "did you mean data.batch_size?", "--cfg job"]),
+        ("optimizer.learning_rate=1", ["optimizer.learning_rate", "lr", "weight_decay"]),
+        ("modle=resnet", ["modle", "did you mean", "model"]),
+        ("data=imagenet", ["data/imagenet", "cifar10", "folder", "shapes"]),
+        ("model/head=conv", ["model/head/conv", "dense", "linear", "lstm"]),
+        ("experiment=quick", ["experiment/quick", "quickstart"]),
+        ("data.batch_size=abc", ["data.batch_size=abc", "whole number from 1 on"]),
+        ("data.batch_size=0", ["data.batch_size=0", "whole number from 1 on"]),
+        ("data.batch_size=12.5", ["data.batch_size=12.5"]),
+        ("data.batch_size=true", ["data.batch_size=True"]),
+        ("data.val_size=-1", ["data.val_size=-1"]),
+        ("data.image_limit=0", ["data.image_limit=0", "null or a whole number"]),
+        ("data.root=[1]", ["data.root=[1]", "a folder"]),
+        ("data.root=pyproject.toml/x", ["data.root=pyproject.toml/x", "pyproject.toml is a file"]),
+        ("data.augment.erase=1.5", ["data.augment.erase=1.5", "at most 1"]),
+        ("data.augment.mix=blend", ["data.augment.mix=blend", "none, mixup, cutmix"]),
+        ("data.augment.crop_padding=32", ["data.augment.crop_padding=32", "below the images' 32 pixels"]),
+        ("model.image_size=0", ["model.image_size=0", "8 to 4096"]),
+        ("model.freeze=all", ["model.freeze=all", "none, backbone"]),
+        ("model.interpolation=nearest", ["model.interpolation=nearest", "bicubic, bilinear"]),
+        ("model.label_smoothing=1", ["model.label_smoothing=1", "below 1"]),
+        ("model.head.hidden=512", ["model.head.hidden=512", "[512]"]),
+        ("model.head.hidden=[0]", ["model.head.hidden=[0]"]),
+        ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),
+        ("optimizer.lr=fast", ["optimizer.lr=fast", "a number above 0"]),
+        ("optimizer.lr=-0.1", ["optimizer.lr=-0.1", "a number above 0"]),
+        ("optimizer.lr=nan", ["optimizer.lr=nan"]),
+        ("optimizer.lr=inf", ["optimizer.lr=inf"]),
+        ("scheduler.warmup=2", ["scheduler.warmup=2", "at most 1"]),
+        ("trainer.max_epochs=0", ["trainer.max_epochs=0"]),
+        ("trainer.max_epochs=-1", ["trainer.max_epochs=-1"]),
+        ("trainer.devices=none", ["trainer.devices=none", "auto"]),
+        ("trainer.devices=0", ["trainer.devices=0"]),
+        ("trainer.precision=8", ["trainer.precision=8", "bf16-mixed"]),
+        ("trainer.max_time=soon", ["trainer.max_time=soon", "days:hours:minutes:seconds"]),
+        ("trainer.limit_val_batches=0", ["trainer.limit_val_batches=0"]),
+        ("+trainer.overfit_batches=4", ["trainer.overfit_batches", "debug=overfit"]),
+        ("trainer=4", ["Config group override must be a string"]),
+        ("seed=-1", ["seed=-1", "0 to 4294967295"]),
+        ("test=maybe", ["test=maybe", "True, False"]),
+        ("init_from=nowhere.ckpt", ["init_from=nowhere.ckpt", "no such file"]),
+        ("data.root=${nowhere}", ["nowhere", "not found"]),
+        ("data.root=a=b", ["mismatched input", "data.root=a=b"]),
+    ],
+)
+def test_a_mistake_becomes_one_line_that_names_the_key_and_what_would_be_right(override: str, parts: list) -> None:
+    line = explained(override)
+    for part in parts:
+        assert part in line
+    assert "search path" not in line
+
+
+def test_two_settings_that_contradict_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").touch()
+    assert "give one of them" in explained(f"init_from={tmp_path}/a.ckpt", "resume=outputs/runs/x")
+
+
+def test_a_fault_of_ours_is_no_mistake_of_the_user() -> None:
+    assert explain(ZeroDivisionError(), "train") is None
+    assert explain(RuntimeError("shapes differ"), "train") is None
+    assert explain(OSError(28, "No space left on device"), "train") == "[Errno 28] No space left on device"
+
+
+def test_every_rule_is_about_a_setting_that_exists() -> None:
+    from cifar10_tl.checks import RULES
+
+    known: set[str] = set()
+    for choice in (["data=folder"], ["data=shapes", "model/head=lstm"], ["data=cifar10", "optimizer=sgd"]):
+        cfg = OmegaConf.to_container(compose_train(*choice))
+        known |= set(config._leaves(cfg))
+    assert set(RULES) <= known
+
+
+def test_every_experiment_and_debug_choice_composes() -> None:
+    for group in ("experiment", "debug"):
+        for file in sorted((REPOSITORY / "conf" / group).glob("*.yaml")):
+            compose_train(f"{group}={file.stem}")
+
+
+def test_the_seed_experiment_is_the_original_recipe() -> None:
+    cfg = compose_train("experiment=seed")
+    assert (cfg.model.backbone, cfg.model.weights, cfg.model.image_size) == ("resnet50", "IMAGENET1K_V1", 32)
+    assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.optimizer.backbone_lr_scale) == ("Adam", 0.001, 1.0)
+    assert (cfg.data.batch_size, cfg.trainer.max_epochs, cfg.model.head.name) == (128, 40, "dense")
+    assert (cfg.scheduler.name, cfg.model.label_smoothing, cfg.data.augment.mix) == ("constant", 0.0, "none")
+    assert (cfg.data.augment.flip, cfg.data.augment.crop_padding, cfg.data.augment.erase) == (False, 0, 0.0)
+
+
+def test_the_default_is_what_the_readme_says() -> None:
+    cfg = compose_train()
+    assert (cfg.model.weights, cfg.model.image_size, cfg.optimizer.backbone_lr_scale) == ("IMAGENET1K_V2", 224, 0.1)
+    assert (cfg.data.batch_size, cfg.data.val_size, cfg.trainer.max_epochs) == (128, 5000, 40)
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def test_the_stamp_is_made_once_and_handed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(config.STAMP_VARIABLE, raising=False)
+    stamp = config.run_stamp()
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_{os.getpid()}", stamp)
+    assert config.run_stamp() == os.environ[config.STAMP_VARIABLE] == stamp
+
+
+@pytest.mark.parametrize(
+    ("variables", "stamp"),
+    [
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "3"}, "slurm-77"),
+        ({"TORCHELASTIC_RUN_ID": "night", "RANK": "1"}, "torchrun-night"),
+    ],
+)
+def test_processes_started_side_by_side_share_a_stamp(variables: dict, stamp: str, monkeypatch) -> None:
+    monkeypatch.delenv(config.STAMP_VARIABLE, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    assert config.run_stamp() == stamp
+
+
+def test_a_resumed_run_keeps_its_config_but_for_its_length(tmp_path: Path) -> None:
+    own = compose_train("optimizer.lr=0.5", "data.batch_size=32", f"paths.output_dir={tmp_path}")
+    (tmp_path / config.RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
+    given = [f"resume={tmp_path}", "trainer.max_epochs=99", "test=false"]
+    cfg = resumed_config(compose_train(*given), given)
+    assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.trainer.max_epochs, cfg.test) == (0.5, 32, 99, False)
+    assert cfg.paths.output_dir == str(tmp_path)
+    assert cfg.resume == str(tmp_path)
+    with pytest.raises(UserError, match=r"optimizer\.lr=1: a resumed run keeps its own settings"):
+        resumed_config(compose_train(*given), [*given, "optimizer.lr=1"])
+    with pytest.raises(UserError, match="no run lies there"):
+        resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in (config.STAMP_VARIABLE, "HYDRA_FULL_ERROR")}
+    env |= {"PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "cifar10_tl.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path: Path) -> None:
+    for arguments in (["data.batch_size=abc"], ["data.batchsize=3"], ["-m", "seed=1,2", "optimizer.lr=0"]):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert re.fullmatch(r"error: .*\n", done.stderr), done.stderr
+    full = command("data.batch_size=abc", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert full.returncode == 1
+    assert "Traceback" in full.stderr
+
+
+@pytest.mark.slow
+def test_help_and_cfg_do_not_import_torch(tmp_path: Path) -> None:
+    for flags in (["--help"], ["--cfg", "job"], ["data.batch_size=abc"]):
+        done = command(*flags, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+        imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, flags=re.M))
+        assert "hydra" in imported
+        assert not imported & {"torch", "lightning", "matplotlib", "torchvision"}
+    assert "python -m cifar10_tl.train experiment=quickstart" in command("--help", cwd=tmp_path).stdout
