@@ -145,7 +145,20 @@ RULES: dict[str, Rule] = {
     "trainer.devices": devices,
     "trainer.num_nodes": whole(1),
     "trainer.precision": one_of(
-        "auto", 32, 16, 64, "32", "16", "64", "32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "bf16"
+        "auto",
+        32,
+        16,
+        64,
+        "32",
+        "16",
+        "64",
+        "32-true",
+        "64-true",
+        "bf16-mixed",
+        "16-mixed",
+        "bf16-true",
+        "16-true",
+        "bf16",
     ),
     "trainer.max_epochs": whole(1),
     "trainer.max_steps": either(one_of(-1), whole(1)),
@@ -174,8 +187,7 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         UserError: the first fault found.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for section in SECTIONS:
         if section in plain and not isinstance(plain[section], dict):
             raise UserError(f"{section}={plain[section]}: this is a group of settings; {section}.KEY=VALUE sets one")
@@ -207,7 +219,9 @@ def _check_together(config: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={config[key]}: there is no such file")
     data, model, trainer = config.get("data", {}), config.get("model", {}), config.get("trainer", {})
     if model.get("stem") == "cifar" and model.get("weights") is not None:
-        raise UserError("model.stem=cifar has no pretrained weights: add model.weights=null, or use model.stem=imagenet")
+        raise UserError(
+            "model.stem=cifar has no pretrained weights: add model.weights=null, or use model.stem=imagenet"
+        )
     padding, size = data.get("augment", {}).get("crop_padding", 0), data.get("native_size", 32)
     if padding >= size:
         raise UserError(f"data.augment.crop_padding={padding}: should be below the images' {size} pixels")

@@ -103,6 +103,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     register_resolvers()
     if process_rank() > 0:  # one process writes the run's records; the others would write over them
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+
     def report(error: Exception) -> NoReturn:
         line = None if show_traceback else explain(error, name)
         if line is None:
@@ -138,7 +139,7 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
 
 def _settle_sweep_job(cfg: DictConfig) -> None:
     """Make a job of a sweep look like a run of its own, to itself and to the processes that it starts."""
-    hydra_config = HydraConfig.get()
+    hydra_config: Any = HydraConfig.get()
     job_dir = hydra_config.runtime.output_dir
     cfg.paths.output_dir = job_dir
     with read_write(hydra_config), open_dict(hydra_config):

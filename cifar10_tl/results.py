@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cifar10_tl import __version__
 from cifar10_tl.config import PACKAGE_DIR
 from cifar10_tl.files import atomic_write_text
 
@@ -32,9 +33,14 @@ def _finite(value: Any) -> Any:
 
 def environment(device: torch.device, num_devices: int, precision: str) -> dict[str, Any]:
     """Versions, hardware and commit that a result came from."""
-    packages = ("cifar10_tl", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
+    packages = ("torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
     return {
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "versions": {
+            "cifar10_tl": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{p: version(p) for p in packages},
+        },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(device),
         "devices": num_devices,
         "precision": precision,
@@ -42,13 +48,6 @@ def environment(device: torch.device, num_devices: int, precision: str) -> dict[
         "platform": platform.platform(),
         "git": _git_commit(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except ModuleNotFoundError:  # run from a checkout that is not installed
-        return None
 
 
 def _processor(device: torch.device) -> str:

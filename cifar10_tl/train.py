@@ -246,7 +246,7 @@ def log_hparams(trainer: pl.Trainer, results: dict[str, Any]) -> None:
     groups = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "init_from")
     settings = flat({k: v for k, v in results["config"].items() if k in groups})
     for writer in tensorboard_writers(trainer):
-        for part in hparams(settings, metrics):
+        for part in hparams(settings, metrics):  # type: ignore[no-untyped-call]
             writer.add_summary(part)
 
 

@@ -119,7 +119,11 @@ def test_the_seed_experiment_is_the_original_recipe() -> None:
 
 def test_the_default_is_what_the_readme_says() -> None:
     cfg = compose_train()
-    assert (cfg.model.weights, cfg.model.image_size, cfg.optimizer.backbone_lr_scale) == ("IMAGENET1K_V2", 224, 0.1)
+    assert (cfg.model.weights, cfg.model.image_size, cfg.optimizer.backbone_lr_scale) == (
+        "IMAGENET1K_V2",
+        224,
+        0.1,
+    )
     assert (cfg.data.batch_size, cfg.data.val_size, cfg.trainer.max_epochs) == (128, 5000, 40)
 
 
@@ -168,7 +172,11 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     env = {k: v for k, v in os.environ.items() if k not in (config.STAMP_VARIABLE, "HYDRA_FULL_ERROR")}
     env |= {"PYTHONPATH": str(REPOSITORY), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "cifar10_tl.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "cifar10_tl.train", *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -14,7 +14,13 @@ AUGMENT = {"flip": True, "crop_padding": 4, "erase": 0.3}
 
 
 def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options) -> CIFAR10DataModule:
-    options = {"train_size": 200, "test_size": 60, "val_size": 40, "batch_size": 32, "augment": AUGMENT} | options
+    options = {
+        "train_size": 200,
+        "test_size": 60,
+        "val_size": 40,
+        "batch_size": 32,
+        "augment": AUGMENT,
+    } | options
     data = CIFAR10DataModule(source="shapes", **options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=world_size, training=True, current_epoch=epoch
@@ -110,7 +116,11 @@ def test_images_are_found_by_their_index() -> None:
 def test_stratified_takes_each_class_in_proportion() -> None:
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     places = stratified(labels, 15, seed=0)
-    assert torch.bincount(labels[places]).tolist() == [9, 5, 1]  # 9, 4.5 and 1.5: the first remainder of .5 wins
+    assert torch.bincount(labels[places]).tolist() == [
+        9,
+        5,
+        1,
+    ]  # 9, 4.5 and 1.5: the first remainder of .5 wins
     assert places.tolist() == sorted(set(places.tolist()))
     assert len(stratified(labels, 100, seed=0)) == 100
 

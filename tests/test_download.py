@@ -106,9 +106,7 @@ def truncated(handler):
 
 def truncated_chunk(handler):
     handler.protocol_version = "HTTP/1.1"
-    send(
-        handler, b"%x\r\n" % len(GOOD) + GOOD[:-7], **{"Transfer-Encoding": "chunked", "Connection": "close"}
-    )
+    send(handler, b"%x\r\n" % len(GOOD) + GOOD[:-7], **{"Transfer-Encoding": "chunked", "Connection": "close"})
 
 
 def silent(handler):
@@ -553,9 +551,7 @@ def test_the_script_passes_on_the_config_and_prints_the_folder(monkeypatch, caps
         return Path(root, "cifar-10-batches-py")
 
     assert run_script(monkeypatch, prepare) == 0
-    assert (
-        run_script(monkeypatch, prepare, "--root", "d", "--mirror", "http://a", "--mirror", "http://b") == 0
-    )
+    assert run_script(monkeypatch, prepare, "--root", "d", "--mirror", "http://a", "--mirror", "http://b") == 0
     (root, mirrors, md5, stall_seconds), given = calls
     assert (root, md5, stall_seconds) == ("data", "c58f30108f718f92721af3b95e74349a", 20)
     assert mirrors[-1] == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

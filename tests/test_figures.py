@@ -58,9 +58,7 @@ def history(n: int) -> list[dict[str, float | None]]:
     rows: list[dict[str, float | None]] = []
     for epoch in range(n):
         up = 1 - 1 / (epoch + 2)
-        rows.append(
-            {"epoch": epoch, "train/acc": up, "val/acc": 0.9 * up, "train/loss": 1 - up, "val/loss": 1}
-        )
+        rows.append({"epoch": epoch, "train/acc": up, "val/acc": 0.9 * up, "train/loss": 1 - up, "val/loss": 1})
     return rows
 
 
@@ -226,9 +224,7 @@ def test_confusion_matrix_is_coloured_by_row_share() -> None:
 def test_confusion_matrix_cells_stand_in_row_of_truth_and_column_of_prediction() -> None:
     fig = confusion_matrix(np.array([[50, 7], [0, 50]]), ["cat", "dog"], heading="h")
     place = {text.get_text(): text.get_position() for text in shown(fig)}
-    names = [
-        (text.get_text(), *text.get_position()) for text in shown(fig) if text.get_text() in ("cat", "dog")
-    ]
+    names = [(text.get_text(), *text.get_position()) for text in shown(fig) if text.get_text() in ("cat", "dog")]
     row_of_cat = min((n for n in names if n[0] == "cat"), key=lambda n: n[1])
     column_of_dog = max((n for n in names if n[0] == "dog"), key=lambda n: n[1])
     assert place["7"][0] == pytest.approx(column_of_dog[1])

@@ -178,7 +178,10 @@ def test_a_validation_folder_is_used(pictures: Path) -> None:
     ("spoil", "message"),
     [
         (lambda root: (root / "test").rename(root / "tests"), "there is no folder test"),
-        (lambda root: (root / "test" / "ant").rename(root / "test" / "fly"), "differ in their classes: ant, fly"),
+        (
+            lambda root: (root / "test" / "ant").rename(root / "test" / "fly"),
+            "differ in their classes: ant, fly",
+        ),
         (lambda root: [f.unlink() for f in (root / "test" / "ant").iterdir()], "no image of ant"),
     ],
 )

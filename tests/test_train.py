@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL_IMAGES, compose_train
+from conftest import REAL_IMAGES, SMALL, compose_train
 from omegaconf import DictConfig
 
 from cifar10_tl.config import RUN_CONFIG, UserError, resumed_config
@@ -118,7 +118,9 @@ def test_losses_of_five_steps_repeat(small_cfg: Small) -> None:
     """The golden losses: whoever changes them must mean to."""
     runs = []
     for run in ("a", "b"):
-        cfg = small_cfg("trainer.max_epochs=1", "test=false", "callbacks=minimal", "trainer.deterministic=true", run=run)
+        cfg = small_cfg(
+            "trainer.max_epochs=1", "test=false", "callbacks=minimal", "trainer.deterministic=true", run=run
+        )
         train(cfg)
         runs.append(rows(Path(cfg.paths.output_dir))[0])
     assert runs[0]["train/loss"] == runs[1]["train/loss"]
@@ -210,13 +212,13 @@ def test_init_from_starts_with_the_weights_of_another_run(small_cfg: Small, fini
 
 
 @pytest.mark.parametrize("head", ["linear", "lstm"])
-def test_other_heads_train(small_cfg: Small, head: str) -> None:
-    overrides = [o for o in ("model.image_size=33", f"model/head={head}")]
+def test_other_heads_train(tmp_path: Path, head: str) -> None:
     cfg = compose_train(
-        *(o for o in __import__("conftest").SMALL if "head" not in o),
-        f"paths.output_dir={small_cfg().paths.output_dir}",
+        *(override for override in SMALL if "head" not in override),
+        f"paths.output_dir={tmp_path}",
         "trainer.max_epochs=1",
-        *overrides,
+        "model.image_size=33",
+        f"model/head={head}",
     )
     results = train(cfg)
     assert results is not None

@@ -18,6 +18,4 @@ class ConfusionMatrix(EvaluationFigure):
 
     def draw(self, evaluation: Evaluation, split: Any, heading: str) -> Figure:
         """See :func:`cifar10_tl.figures.confusion_matrix`."""
-        return figures.confusion_matrix(
-            evaluation.confusion_matrix.numpy(), evaluation.class_names, heading=heading
-        )
+        return figures.confusion_matrix(evaluation.confusion_matrix.numpy(), evaluation.class_names, heading=heading)

@@ -92,7 +92,11 @@ class History(Callback):
 
     def _line(self, trainer: pl.Trainer, row: dict[str, Any]) -> str:
         parts = [f"epoch {row['epoch']} ({row['epoch'] + 1} of {trainer.max_epochs})"]
-        parts += [f"{s} loss {row[f'{s}/loss']:.4f} acc {row[f'{s}/acc']:.2%}" for s in ("train", "val") if row[f"{s}/acc"] is not None]
+        parts += [
+            f"{s} loss {row[f'{s}/loss']:.4f} acc {row[f'{s}/acc']:.2%}"
+            for s in ("train", "val")
+            if row[f"{s}/acc"] is not None
+        ]
         if row["images_per_second"]:
             parts.append(f"{row['images_per_second']:.0f} images/s")
         return "  ".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,7 +32,7 @@ def publish(trainer: pl.Trainer, tag: str, figure: Figure, step: int) -> None:
         writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def tensorboard_writers(trainer: pl.Trainer) -> list[object]:
+def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
     """The event file writers of the trainer's TensorBoard loggers; none under ``fast_dev_run``."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [logger.experiment._get_file_writer() for logger in loggers]

@@ -88,7 +88,20 @@ def hash32(*keys: int | Tensor) -> Tensor | int:
 class _Draw:
     """Numbers for each image of a batch, named by what they are for."""
 
-    _NAMES = ("flip", "top", "left", "brightness", "contrast", "saturation", "erase", "area", "aspect", "y", "x", "mix")
+    _NAMES = (
+        "flip",
+        "top",
+        "left",
+        "brightness",
+        "contrast",
+        "saturation",
+        "erase",
+        "area",
+        "aspect",
+        "y",
+        "x",
+        "mix",
+    )
 
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
         self._key = hash32(hash32(seed, epoch), indices)
@@ -151,7 +164,7 @@ def _erase(images: Tensor, draw: _Draw, probability: float) -> Tensor:
 
 
 def _boxes(images: Tensor, draw: _Draw, height_share: Tensor, width_share: Tensor) -> Tensor:
-    """bool [N, 1, H, W]: a rectangle in each image, wholly inside it, sides given as shares of the image's."""
+    """Bool [N, 1, H, W]: a rectangle in each image, wholly inside it, sides given as shares of the image's."""
     inside = []
     for size, share, name in ((images.shape[2], height_share, "y"), (images.shape[3], width_share, "x")):
         length = (share * size).round().clamp(0, size)

@@ -167,9 +167,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """``batch`` as the network sees it in this epoch."""
-        return augment(
-            batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names)
-        )
+        return augment(batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
 
 
 def stratified(labels: Tensor, size: int, seed: int) -> Tensor:

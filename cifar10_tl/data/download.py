@@ -166,9 +166,7 @@ def _fetch_any(urls: Sequence[str], wanted: _Wanted, hint: str) -> None:
             log.warning("%s failed: %s; trying %s", _host(url), failed[url], _host(pending[0]))
     reasons = "; ".join(f"{_host(url)}: {reason}" for url, reason in failed.items()) or "no mirror given"
     name, place = wanted.destination.name, wanted.destination.absolute()
-    message = (
-        f"could not download {name} ({reasons}); bring {name} with md5 {wanted.md5} and put it at {place}"
-    )
+    message = f"could not download {name} ({reasons}); bring {name} with md5 {wanted.md5} and put it at {place}"
     raise DownloadError(f"{message}. {hint}" if hint else message)
 
 
@@ -227,9 +225,7 @@ def _pieces(url: str, stall_seconds: float, floor: int) -> Generator[_Piece, Non
         abandoned.set()
 
 
-def _read(
-    url: str, timeout: float, items: "queue.Queue[_Piece | Exception]", abandoned: threading.Event
-) -> None:
+def _read(url: str, timeout: float, items: "queue.Queue[_Piece | Exception]", abandoned: threading.Event) -> None:
     """Put the pieces of url, then an empty one or the exception that ended them."""
 
     def put(item: _Piece | Exception) -> None:

@@ -26,7 +26,14 @@ class BatchOrder(Sampler[Tensor]):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} cannot be divided over {world_size} processes")

@@ -176,9 +176,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(SHAPES)
 
 
 def _draw_background(rng: np.random.Generator, image_size: int) -> FloatArray:
-    pattern = _by_group(
-        TEXTURES, rng.integers(len(TEXTURES), size=BLOCK_SIZE), *_pattern_plane(rng, image_size)
-    )
+    pattern = _by_group(TEXTURES, rng.integers(len(TEXTURES), size=BLOCK_SIZE), *_pattern_plane(rng, image_size))
     return _uniform(rng, 0, 0.55, 3) + pattern[:, None] * _uniform(rng, -0.2, 0.2, 3)
 
 
@@ -189,7 +187,9 @@ def _paint_shapes(canvas: FloatArray, labels: NDArray[np.int64], rng: np.random.
     scale, turn = _uniform(rng, 0.55, 0.9), _uniform(rng, -0.35, 0.35)
     stretch = np.exp(_uniform(rng, -0.2, 0.2))
     x, y = _rotate(x - _uniform(rng, -0.25, 0.25), y - _uniform(rng, -0.25, 0.25), turn)
-    distance = scale * _by_group([s.outline for s in SHAPES.values()], labels, x / (scale * stretch), y * stretch / scale)
+    distance = scale * _by_group(
+        [s.outline for s in SHAPES.values()], labels, x / (scale * stretch), y * stretch / scale
+    )
     wears = np.where(rng.random(BLOCK_SIZE) < 0.75, labels, rng.integers(len(SHAPES), size=BLOCK_SIZE))
     pattern = _by_group([s.pattern for s in SHAPES.values()], wears, *_pattern_plane(rng, image_size))
     tint = np.array([s.tint for s in SHAPES.values()], np.float32)[wears, :, None, None]
@@ -241,7 +241,7 @@ def _blur(canvas: FloatArray) -> FloatArray:
 
 
 def _grid(image_size: int) -> tuple[FloatArray, FloatArray]:
-    """x [1, 1, S] and y [1, S, 1] of the pixel centres."""
+    """X [1, 1, S] and y [1, S, 1] of the pixel centres."""
     centres = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
     return centres[None, None, :], -centres[None, :, None]
 
@@ -262,9 +262,7 @@ def _by_group(
     return values
 
 
-def _uniform(
-    rng: np.random.Generator, low: float, high: float, channels: int | None = None
-) -> FloatArray:
+def _uniform(rng: np.random.Generator, low: float, high: float, channels: int | None = None) -> FloatArray:
     """One random number per image [B, 1, 1], or per image and channel [B, channels, 1, 1]."""
     shape = (BLOCK_SIZE, 1, 1) if channels is None else (BLOCK_SIZE, channels, 1, 1)
     return rng.uniform(low, high, shape).astype(np.float32)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,7 +29,18 @@ from cifar10_tl.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_NAMES: tuple[str, ...] = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -43,7 +54,9 @@ class ImageSet(NamedTuple):
 class Source(Protocol):
     """What the DataModule asks of a source of images."""
 
-    class_names: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
 
     def prepare(self) -> None:
         """Download or decode, where that is not done yet. Called in one process a machine."""
@@ -99,7 +112,7 @@ def prepare_cifar10(root: str, mirrors: Sequence[str], md5: str, stall_seconds: 
             Path(root) / CIFAR10.filename,
             md5=md5,
             stall_seconds=stall_seconds,
-            hint="Or go on without it: data=shapes needs no download, data=folder data.root=DIR takes your own pictures",
+            hint="Or go on without it: data=shapes needs no download, data=folder takes your own pictures",
         )
         extract_tar(archive, Path(root))
         if not _is_whole(root):
@@ -125,9 +138,7 @@ class Folder:
     listing (paths, sizes, times), so that a changed folder is decoded anew.
     """
 
-    def __init__(
-        self, root: str, native_size: int = 32, skip_bad: bool = False, cache_dir: str = "data/cache"
-    ) -> None:
+    def __init__(self, root: str, native_size: int = 32, skip_bad: bool = False, cache_dir: str = "data/cache") -> None:
         self.root, self.native_size, self.skip_bad = Path(root), native_size, skip_bad
         self.cache_dir = Path(cache_dir)
         self.class_names = self._find_classes()
@@ -263,4 +274,4 @@ class Shapes:
         }
 
 
-SOURCES: dict[str, type[Source]] = {"cifar10": Cifar10, "folder": Folder, "shapes": Shapes}
+SOURCES: dict[str, Callable[..., Source]] = {"cifar10": Cifar10, "folder": Folder, "shapes": Shapes}

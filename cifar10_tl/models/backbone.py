@@ -54,11 +54,11 @@ class Backbone(nn.Sequential):
             self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [N, 3, H, W] -> [N, num_features, ceil(H / stride), ceil(W / stride)]."""
+        """Float [N, 3, H, W] -> [N, num_features, ceil(H / stride), ceil(W / stride)]."""
         if not self.frozen:
-            return super().forward(images)
+            return super().forward(images)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            return super().forward(images)
+            return super().forward(images)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode, unless frozen: in training mode BatchNorm's statistics would drift."""

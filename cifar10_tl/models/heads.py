@@ -20,7 +20,7 @@ class LinearHead(nn.Module):
         )
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """float [N, C, h, w] -> [N, K]."""
+        """Float [N, C, h, w] -> [N, K]."""
         return self.layers(feature_map)
 
 
@@ -36,7 +36,7 @@ class DenseHead(nn.Module):
         )
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """float [N, C, h, w] -> [N, K]."""
+        """Float [N, C, h, w] -> [N, K]."""
         return self.layers(feature_map)
 
 
@@ -61,7 +61,7 @@ class LSTMHead(nn.Module):
         self.layers = nn.Sequential(*dense_layers(lstm_size * (1 + bidirectional), hidden, dropout, num_classes))
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """float [N, C, h, w] -> [N, K]."""
+        """Float [N, C, h, w] -> [N, K]."""
         _, (last_hidden, _) = self.lstm(feature_map.flatten(2).transpose(1, 2))
         return self.layers(last_hidden.transpose(0, 1).flatten(1))
 

@@ -93,7 +93,7 @@ class LitClassifier(pl.LightningModule):
             interpolation=interpolation,
             mean=mean,
             std=std,
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ).to(memory_format=torch.channels_last)
         self.evaluation: Evaluation | None = None  # of the latest pass over val or test
         self.restored_epoch: int | None = None  # whose weights these are, if they came from a checkpoint
         self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -199,7 +199,8 @@ class LitClassifier(pl.LightningModule):
     def _summed(self, totals: Tensor) -> Tensor:
         if self._trainer is None or self.trainer.world_size == 1:
             return totals
-        return self.all_gather(totals).sum(0)
+        gathered: Any = self.all_gather(totals)
+        return gathered.sum(0)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -242,7 +243,7 @@ class LitClassifier(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------------- optimization
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer over up to four groups (backbone and head, with and without decay) and its schedule."""
         settings = dict(self.hparams["optimizer"])
         name, backbone_lr_scale = settings.pop("name"), settings.pop("backbone_lr_scale", 1.0)

@@ -1,0 +1,13 @@
+"""Figures for TensorBoard and the output folder: arrays in, `matplotlib.figure.Figure` out.
+
+Nothing here opens a pyplot figure, writes a file or changes rcParams, so it is safe inside a training loop.
+The pages are laid out by hand: one axes whose unit is the inch, texts measured before they are placed,
+pictures composed into one image. No text is cut off, and it draws several times faster than subplots with
+a layout engine.
+"""
+
+from cifar10_tl.figures.confusion import confusion_matrix
+from cifar10_tl.figures.grids import prediction_grid, sample_grid
+from cifar10_tl.figures.lines import curves
+
+__all__ = ["confusion_matrix", "curves", "prediction_grid", "sample_grid"]

@@ -1,0 +1,130 @@
+"""Two processes on the CPU, started the way a user starts them, against one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL
+
+from cifar10_tl.config import STAMP_VARIABLE
+
+pytestmark = pytest.mark.slow
+
+
+def start(*arguments: str, cwd: Path, launcher: tuple[str, ...] = ("-m", "cifar10_tl.train")) -> str:
+    """Run the train command to its end; what it printed."""
+    env = {k: v for k, v in os.environ.items() if k not in (STAMP_VARIABLE, "PL_GLOBAL_SEED")}
+    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run / "metrics.csv").open()))
+
+
+FROZEN = (
+    *SMALL,
+    "model.freeze=backbone",
+    "model.head.dropout=0",
+    "data.augment.mix=cutmix",
+    "trainer.deterministic=true",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same run on one process, on two that Lightning started, and on two that torchrun started."""
+    folder = tmp_path_factory.mktemp("ddp")
+    two = ("trainer=ddp_cpu", "trainer.devices=2")
+    start(*FROZEN, "paths.output_dir=one", cwd=folder)
+    start(*FROZEN, *two, "paths.output_dir=two", cwd=folder)
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29517",
+        "-m",
+        "cifar10_tl.train",
+    )
+    start(*FROZEN, *two, cwd=folder, launcher=torchrun)
+    found = list((folder / "outputs" / "runs").iterdir())
+    assert len(found) == 1, "torchrun's processes must share one run folder"
+    return {"one": folder / "one", "two": folder / "two", "torchrun": found[0]}
+
+
+@pytest.mark.parametrize("name", ["two", "torchrun"])
+def test_two_processes_train_as_one(runs: dict[str, Path], name: str) -> None:
+    for alone, shared in zip(rows(runs["one"]), rows(runs[name]), strict=True):
+        for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
+            assert float(shared[key]) == pytest.approx(float(alone[key]), rel=1e-4), key
+    weights = [
+        torch.load(runs[n] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for n in ("one", name)
+    ]
+    for key, value in weights[0].items():
+        assert torch.allclose(value, weights[1][key], atol=1e-4), key
+
+
+@pytest.mark.parametrize("name", ["two", "torchrun"])
+def test_the_test_counts_every_image_once(runs: dict[str, Path], name: str) -> None:
+    alone, shared = (json.loads((runs[n] / "results.json").read_text()) for n in ("one", name))
+    assert shared["test"]["count"] == alone["test"]["count"] == 100
+    assert shared["confusion_matrix"] == alone["confusion_matrix"]
+    assert shared["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-4)
+    assert shared["environment"]["devices"] == 2
+
+
+@pytest.mark.parametrize("name", ["two", "torchrun"])
+def test_one_folder_one_log_one_set_of_figures(runs: dict[str, Path], name: str) -> None:
+    def names(run: Path) -> set[str]:
+        found = (str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+        return {n for n in found if not n.startswith("events")}
+
+    assert names(runs[name]) == names(runs["one"])
+    assert (runs[name] / "train.log").read_text().count("test acc") == 1
+
+
+def test_a_sweep_of_two_process_runs_leaves_a_folder_a_job_and_nothing_else(tmp_path: Path) -> None:
+    start(*FROZEN, "trainer=ddp_cpu", "trainer.max_epochs=1", "-m", "seed=1,2", cwd=tmp_path)
+    assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"sweeps"}
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert {p.name for p in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    seeds = [json.loads((sweep / job / "results.json").read_text())["config"]["seed"] for job in ("0", "1")]
+    assert seeds == [1, 2]
+
+
+def test_uneven_validation_over_two_processes_is_complete(tmp_path: Path) -> None:
+    start(
+        *FROZEN,
+        "trainer=ddp_cpu",
+        "data.image_limit=67",
+        "trainer.max_epochs=1",
+        "paths.output_dir=run",
+        cwd=tmp_path,
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["count"] == results["val"]["count"] == 67
+
+
+def test_a_batch_that_two_processes_cannot_share_is_told_once(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar10_tl.train", *FROZEN, "trainer=ddp_cpu", "data.batch_size=63"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "choose 62 or 64" in done.stderr
