@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from cifar10_tl.config import UserError
 from cifar10_tl.data.augment import Batch
-from cifar10_tl.models.module import LitClassifier, parameter_groups, schedule_factor
+from cifar10_tl.models.module import LitClassifier, parameter_groups, restore, schedule_factor
 
 NAMES = ["ant", "bee", "wasp"]
 
@@ -118,3 +118,31 @@ def test_init_from_takes_the_head_only_where_it_fits(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="init_from="):
         LitClassifier(NAMES, backbone="resnet34", image_size=32).load_weights_from(tmp_path / "source.ckpt")
+
+
+def test_a_checkpoint_is_restored_from_its_file_alone(finished_run: Path) -> None:
+    restored = restore(finished_run / "checkpoints" / "best.ckpt")
+    again = LitClassifier.load_from_checkpoint(finished_run / "checkpoints" / "best.ckpt")
+    assert not restored.training
+    assert restored.restored_epoch in (0, 1)
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[key])
+
+
+def test_files_that_are_no_checkpoint_are_told(finished_run: Path, tmp_path: Path) -> None:
+    good = (finished_run / "checkpoints" / "best.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.ckpt").write_text("a text")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    content = torch.load(finished_run / "checkpoints" / "best.ckpt", weights_only=True)
+    content["hyper_parameters"]["colour"] = "red"
+    torch.save(content, tmp_path / "newer.ckpt")
+    for name, reason in {
+        "cut": "is broken",
+        "text": "cannot be read safely",
+        "other": "is no checkpoint of this project",
+        "newer": "does not fit this version",
+        "missing": "there is no such file",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            restore(tmp_path / f"{name}.ckpt")

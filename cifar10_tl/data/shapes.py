@@ -1,8 +1,9 @@
-"""The built-in dataset: ten classes of textured shapes on cluttered backgrounds, drawn with numpy.
+"""The built-in dataset: ten classes of textured shapes on cluttered backgrounds, drawn by code.
 
-Every shape is a function of plane coordinates that returns a signed distance: negative inside, positive
-outside. Coverage of a pixel follows from the distance at its centre, so edges are smooth without drawing at a
-higher resolution. Coordinates run from -1 to 1 over the image, x to the right and y upwards.
+A class has an outline and, in nine images of ten, a texture of its own, as zebras have stripes. An outline is
+a function of plane coordinates that returns a signed distance: negative inside, positive outside. Coverage of
+a pixel follows from the distance at its centre, so edges are smooth without drawing at a higher resolution.
+Coordinates run from -1 to 1 over the image, x to the right and y upwards.
 """
 
 import math
@@ -11,14 +12,12 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-FloatArray: TypeAlias = NDArray[np.float32]
-PlaneFunction: TypeAlias = Callable[[FloatArray, FloatArray], FloatArray]
+PlaneFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 MIN_IMAGE_SIZE = 8
-BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose arrays stay within the processor's cache
+BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose tensors stay within the processor's cache
 
 
 def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, Tensor]:
@@ -44,120 +43,113 @@ def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tenso
         raise ValueError(f"seed must be zero or more, got {seed}")
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE}, got {image_size}")
-    images = np.empty((num_images, 3, image_size, image_size), np.uint8)
-    labels = np.empty(num_images, np.int64)
+    images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
+    labels = torch.empty(num_images, dtype=torch.int64)
     for start in range(0, num_images, BLOCK_SIZE):
-        block = slice(start, min(start + BLOCK_SIZE, num_images))
         # A block has its own random stream and is always drawn whole: what follows cannot change it.
         block_images, block_labels = _draw_block(np.random.default_rng([seed, start]), image_size)
-        images[block] = block_images[: block.stop - start]
-        labels[block] = block_labels[: block.stop - start]
-    return torch.from_numpy(images), torch.from_numpy(labels)
+        images[start : start + BLOCK_SIZE] = block_images[: num_images - start]
+        labels[start : start + BLOCK_SIZE] = block_labels[: num_images - start]
+    return images, labels
 
 
-def _draw_block(rng: np.random.Generator, image_size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _draw_block(rng: np.random.Generator, image_size: int) -> tuple[Tensor, Tensor]:
     """`BLOCK_SIZE` images and their labels, each run of ten labels holding every class once."""
     tens = np.tile(np.arange(len(CLASS_NAMES)), (BLOCK_SIZE // len(CLASS_NAMES), 1))
-    labels = rng.permuted(tens, axis=1).ravel()
+    labels = torch.from_numpy(rng.permuted(tens, axis=1)).flatten()
     canvas = _draw_background(rng, image_size)
     for _ in range(3):
         _paint_stroke(canvas, rng, longest=0.8, thickest=0.18)
     _paint_shapes(canvas, labels, rng)
-    _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # hides a part of most shapes
+    _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # hides a part of many shapes
     return _photograph(canvas, rng), labels
 
 
-# Shapes: signed distances in a unit frame, each with about the same area.
+# Outlines: signed distances in a unit frame, which each shape roughly fills.
 
 
-def _circle(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.hypot(x, y) - 0.8
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 0.8
 
 
-def _ring(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.abs(np.hypot(x, y) - 0.64) - 0.24
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.64).abs() - 0.24
 
 
-def _crescent(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.maximum(np.hypot(x, y) - 0.9, 0.72 - np.hypot(x - 0.45, y))
+def _crescent(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(torch.hypot(x, y) - 0.9, 0.72 - torch.hypot(x - 0.45, y))
 
 
-def _triangle(x: FloatArray, y: FloatArray) -> FloatArray:
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
     along, _ = _fold(x, y, 3)
     return along - 0.5
 
 
-def _square(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.72
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - 0.72
 
 
-def _diamond(x: FloatArray, y: FloatArray) -> FloatArray:
-    return 0.85 * np.abs(x) + 0.53 * np.abs(y) - 0.53
+def _diamond(x: Tensor, y: Tensor) -> Tensor:
+    return 0.85 * x.abs() + 0.53 * y.abs() - 0.53
 
 
-def _hexagon(x: FloatArray, y: FloatArray) -> FloatArray:
+def _hexagon(x: Tensor, y: Tensor) -> Tensor:
     along, _ = _fold(x, y, 6)
     return along - 0.78
 
 
-def _star(x: FloatArray, y: FloatArray) -> FloatArray:
-    along, across = _fold(x, -y, 5)  # one half of one of five tips
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    along, across = _fold(x, -y, 5)  # half of one of five tips
     return 0.33 * along + 0.945 * across - 0.31
 
 
-def _cross(x: FloatArray, y: FloatArray) -> FloatArray:
-    long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
-    return np.maximum(long - 0.85, short - 0.27)
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    longer, shorter = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    return torch.maximum(longer - 0.85, shorter - 0.27)
 
 
-def _heart(x: FloatArray, y: FloatArray) -> FloatArray:
-    x, y = np.abs(x), y + 0.95  # the tip at the origin, then a square on its corner below two discs
-    square = np.maximum(x - y, x + y - 1.7) * 0.71
-    return np.minimum(square, np.hypot(x - 0.425, y - 1.275) - 0.6)
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x.abs(), y + 0.95  # the tip at the origin, then a square on its corner below two discs
+    square = torch.maximum(x - y, x + y - 1.7) * 0.71
+    return torch.minimum(square, torch.hypot(x - 0.425, y - 1.275) - 0.6)
 
 
-def _fold(x: FloatArray, y: FloatArray, sectors: int) -> tuple[FloatArray, FloatArray]:
-    """Coordinates along and across (zero or more) the axis of the nearest of equal sectors, the first downwards."""
-    width = np.float32(2 * math.pi / sectors)
-    angle = np.abs((np.arctan2(x, -y) + width / 2) % width - width / 2)
-    radius = np.hypot(x, y)
-    return radius * np.cos(angle), radius * np.sin(angle)
+def _fold(x: Tensor, y: Tensor, sectors: int) -> tuple[Tensor, Tensor]:
+    """Coordinates along and (absolute) across the axis of the nearest of equal sectors, the first downwards."""
+    width = 2 * math.pi / sectors
+    angle = torch.remainder(torch.atan2(x, -y) + width / 2, width) - width / 2
+    radius = torch.hypot(x, y)
+    return radius * angle.cos(), radius * angle.sin().abs()
 
 
-# Textures: patterns from -1 to 1 with a period of about 2 pi.
+# Patterns: values from -1 to 1 with a period of about 2 pi.
 
 
-def _stripes(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.sin(x)
+def _stripes(x: Tensor, y: Tensor) -> Tensor:
+    return x.sin()
 
 
-def _checks(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.tanh(4 * np.sin(x) * np.sin(y))
+def _checks(x: Tensor, y: Tensor) -> Tensor:
+    return (4 * x.sin() * y.sin()).tanh()
 
 
-def _blotches(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.sin(x + 2 * np.sin(0.7 * y)) * np.sin(y + 2 * np.sin(0.6 * x))
-
-
-def _gradient(x: FloatArray, y: FloatArray) -> FloatArray:
-    return np.tanh(0.2 * x)
-
-
-TEXTURES: tuple[PlaneFunction, ...] = (_stripes, _checks, _blotches, _gradient)
-
-
-TEXTURES: tuple[PlaneFunction, ...] = (_stripes, _checks, _blotches, _gradient)
+def _blotches(x: Tensor, y: Tensor) -> Tensor:
+    return (x + 2 * (0.7 * y).sin()).sin() * (y + 2 * (0.6 * x).sin()).sin()
 
 
 class ShapeClass(NamedTuple):
-    """How a class looks: its outline for certain, its texture as a rule."""
+    """How a class looks: its outline always, its pattern and tint as a rule.
+
+    The tint says what the pattern adds to and takes from red, green and blue in turn, so that the mean colour
+    of an image tells next to nothing about its class.
+    """
 
     outline: PlaneFunction
     pattern: PlaneFunction
     tint: tuple[float, float, float]
 
 
-SHAPES: dict[str, ShapeClass] = {
+SHAPES = {
     "circle": ShapeClass(_circle, _blotches, (1, -1, 0)),
     "ring": ShapeClass(_ring, _stripes, (1, -1, 0)),
     "crescent": ShapeClass(_crescent, _stripes, (1, 1, 1)),
@@ -170,69 +162,73 @@ SHAPES: dict[str, ShapeClass] = {
     "heart": ShapeClass(_heart, _blotches, (1, 1, 1)),
 }
 CLASS_NAMES: tuple[str, ...] = tuple(SHAPES)
+OUTLINES = [shape.outline for shape in SHAPES.values()]
+PATTERNS = [shape.pattern for shape in SHAPES.values()]
+TINTS = torch.tensor([shape.tint for shape in SHAPES.values()])
 
 
 # Painting: a canvas is a block of images, float32 [B, 3, S, S] from 0 to 1, and changed in place.
 
 
-def _draw_background(rng: np.random.Generator, image_size: int) -> FloatArray:
-    pattern = _by_group(TEXTURES, rng.integers(len(TEXTURES), size=BLOCK_SIZE), *_pattern_plane(rng, image_size))
-    return _uniform(rng, 0, 0.55, 3) + pattern[:, None] * _uniform(rng, -0.2, 0.2, 3)
+def _draw_background(rng: np.random.Generator, image_size: int) -> Tensor:
+    """A dark canvas with a pattern in any tint."""
+    pattern = _draw_pattern(rng, _any_class(rng), image_size)
+    return _uniform(rng, 0, 0.3, channels=3) + pattern * _uniform(rng, -0.15, 0.15, channels=3)
 
 
-def _paint_shapes(canvas: FloatArray, labels: NDArray[np.int64], rng: np.random.Generator) -> None:
+def _paint_shapes(canvas: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
     """Paint one shape of the labelled class on every image."""
-    image_size = canvas.shape[-1]
-    x, y = _grid(image_size)
-    scale, turn = _uniform(rng, 0.55, 0.9), _uniform(rng, -0.35, 0.35)
-    stretch = np.exp(_uniform(rng, -0.2, 0.2))
-    x, y = _rotate(x - _uniform(rng, -0.25, 0.25), y - _uniform(rng, -0.25, 0.25), turn)
-    distance = scale * _by_group(
-        [s.outline for s in SHAPES.values()], labels, x / (scale * stretch), y * stretch / scale
-    )
-    wears = np.where(rng.random(BLOCK_SIZE) < 0.75, labels, rng.integers(len(SHAPES), size=BLOCK_SIZE))
-    pattern = _by_group([s.pattern for s in SHAPES.values()], wears, *_pattern_plane(rng, image_size))
-    tint = np.array([s.tint for s in SHAPES.values()], np.float32)[wears, :, None, None]
-    colour = _uniform(rng, 0.5, 0.9, 3) + pattern[:, None] * tint * _uniform(rng, 0.2, 0.4, 1)
+    x, y = _grid(canvas.shape[-1])
+    scale, stretch = _uniform(rng, 0.55, 0.9), _uniform(rng, -0.2, 0.2).exp()
+    x, y = x - _uniform(rng, -0.3, 0.3), y - _uniform(rng, -0.3, 0.3)
+    x, y = _rotate(x, y, _uniform(rng, -0.35, 0.35))  # more would turn squares into diamonds
+    distance = scale * _by_group(OUTLINES, labels, x / (scale * stretch), y * stretch / scale)
+    # One shape in ten wears the texture of any class, so that only the outline is certain.
+    wears = torch.where(torch.from_numpy(rng.random(BLOCK_SIZE)) < 0.9, labels, _any_class(rng))
+    texture = _draw_pattern(rng, wears, canvas.shape[-1]) * TINTS[wears, :, None, None]
+    colour = _uniform(rng, 0.5, 0.9, channels=3) + texture * _uniform(rng, 0.35, 0.5, channels=1)
     _paint(canvas, distance, colour)
 
 
-def _paint_stroke(canvas: FloatArray, rng: np.random.Generator, longest: float, thickest: float) -> None:
+def _draw_pattern(rng: np.random.Generator, classes: Tensor, image_size: int) -> Tensor:
+    """The patterns of the given classes in random direction, period and phase: [B, 1, S, S]."""
+    x, y = _rotate(*_grid(image_size), _uniform(rng, 0, 2 * math.pi))
+    frequency = _uniform(rng, 7, 12)
+    x, y = frequency * x + _uniform(rng, 0, 9), frequency * y + _uniform(rng, 0, 9)
+    return _by_group(PATTERNS, classes, x, y).unsqueeze(1)
+
+
+def _paint_stroke(canvas: Tensor, rng: np.random.Generator, longest: float, thickest: float) -> None:
     """Paint one round-ended stroke of random place, length and width on every image: a line or a blob."""
     x, y = _grid(canvas.shape[-1])
-    length = _uniform(rng, 0, longest)
-    x, y = _rotate(x - _uniform(rng, -1, 1), y - _uniform(rng, -1, 1), _uniform(rng, 0, 2 * math.pi))
-    distance = np.hypot(np.maximum(np.abs(x) - length / 2, 0), y) - _uniform(rng, 0.02, thickest)
-    _paint(canvas, distance, _uniform(rng, 0, 1, 3))
+    x, y = x - _uniform(rng, -1, 1), y - _uniform(rng, -1, 1)
+    x, y = _rotate(x, y, _uniform(rng, 0, 2 * math.pi))
+    beyond_end = (x.abs() - _uniform(rng, 0, longest / 2)).clamp(min=0)
+    distance = torch.hypot(beyond_end, y) - _uniform(rng, 0.02, thickest)
+    _paint(canvas, distance, _uniform(rng, 0, 1, channels=3))
 
 
-def _paint(canvas: FloatArray, distance: FloatArray, colour: FloatArray) -> None:
+def _paint(canvas: Tensor, distance: Tensor, colour: Tensor) -> None:
     """Cover what lies within a signed distance of zero, with an edge one pixel wide."""
     pixel = 2 / canvas.shape[-1]
-    coverage = np.clip(0.5 - distance / pixel, 0, 1)
-    canvas += coverage[:, None] * (colour - canvas)
+    coverage = (0.5 - distance / pixel).clamp(0, 1)
+    canvas += coverage.unsqueeze(1) * (colour - canvas)
 
 
-def _pattern_plane(rng: np.random.Generator, image_size: int) -> tuple[FloatArray, FloatArray]:
-    """Coordinates for a pattern, of random direction, period and phase."""
-    x, y = _rotate(*_grid(image_size), _uniform(rng, 0, 2 * math.pi))
-    frequency = _uniform(rng, 5, 16)
-    return frequency * x + _uniform(rng, 0, 9), frequency * y + _uniform(rng, 0, 9)
-
-
-def _photograph(canvas: FloatArray, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _photograph(canvas: Tensor, rng: np.random.Generator) -> Tensor:
     """Uneven light, a little blur and sensor noise, then rounding to bytes."""
     x, y = _grid(canvas.shape[-1])
     light = 1 + _uniform(rng, -0.3, 0.3) * x + _uniform(rng, -0.3, 0.3) * y
-    canvas = canvas.clip(0, 1) * light[:, None]
-    canvas += _uniform(rng, 0, 1, 1) * (_blur(canvas) - canvas)
-    canvas += _uniform(rng, 0, 0.07, 1) * rng.standard_normal(canvas.shape, np.float32)
-    return np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
+    lit = canvas.clamp(0, 1) * light.unsqueeze(1)
+    blurred = lit + _uniform(rng, 0, 1, channels=1) * (_blur(lit) - lit)
+    noise = torch.from_numpy(rng.standard_normal(canvas.shape, np.float32))
+    photo = blurred + _uniform(rng, 0, 0.06, channels=1) * noise
+    return (255 * photo.clamp(0, 1)).round().to(torch.uint8)
 
 
-def _blur(canvas: FloatArray) -> FloatArray:
+def _blur(canvas: Tensor) -> Tensor:
     """Every pixel averaged with its neighbours, weights 1 2 1 along both axes."""
-    padded = np.pad(canvas, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    padded = torch.nn.functional.pad(canvas, (1, 1, 1, 1), mode="replicate")
     rows = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
     return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
@@ -240,29 +236,33 @@ def _blur(canvas: FloatArray) -> FloatArray:
 # Helpers on blocks: coordinates are [B, S, S] or broadcast to it.
 
 
-def _grid(image_size: int) -> tuple[FloatArray, FloatArray]:
-    """X [1, 1, S] and y [1, S, 1] of the pixel centres."""
-    centres = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
+def _grid(image_size: int) -> tuple[Tensor, Tensor]:
+    """Coordinates of the pixel centres: x [1, 1, S] and y [1, S, 1]."""
+    centres = (torch.arange(image_size, dtype=torch.float32) + 0.5) * (2 / image_size) - 1
     return centres[None, None, :], -centres[None, :, None]
 
 
-def _rotate(x: FloatArray, y: FloatArray, angle: FloatArray) -> tuple[FloatArray, FloatArray]:
-    cos, sin = np.cos(angle), np.sin(angle)
+def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates in a frame turned anticlockwise by an angle in radians."""
+    cos, sin = angle.cos(), angle.sin()
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _by_group(
-    functions: Sequence[PlaneFunction], groups: NDArray[np.int64], x: FloatArray, y: FloatArray
-) -> FloatArray:
-    """Apply to each image the function its group names."""
-    values = np.empty_like(x)
+def _by_group(functions: Sequence[PlaneFunction], groups: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Apply to each image the function that its group numbers."""
+    values = torch.empty_like(x)
     for group, function in enumerate(functions):
         members = groups == group
         values[members] = function(x[members], y[members])
     return values
 
 
-def _uniform(rng: np.random.Generator, low: float, high: float, channels: int | None = None) -> FloatArray:
+def _any_class(rng: np.random.Generator) -> Tensor:
+    """One random class index per image [B]."""
+    return torch.from_numpy(rng.integers(len(SHAPES), size=BLOCK_SIZE))
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float, channels: int | None = None) -> Tensor:
     """One random number per image [B, 1, 1], or per image and channel [B, channels, 1, 1]."""
     shape = (BLOCK_SIZE, 1, 1) if channels is None else (BLOCK_SIZE, channels, 1, 1)
-    return rng.uniform(low, high, shape).astype(np.float32)
+    return torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from cifar10_tl.checkpoints import read_checkpoint
 from cifar10_tl.config import UserError
 from cifar10_tl.data.augment import Batch, hash32
 from cifar10_tl.evaluation import Evaluation
@@ -313,3 +314,19 @@ def schedule_factor(settings: Mapping[str, Any], num_steps: int) -> Callable[[in
         return float(final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
 
     return cosine
+
+
+def restore(checkpoint: Path) -> LitClassifier:
+    """The classifier in a checkpoint, in eval mode on the CPU, from that file alone; no code it names is run.
+
+    Raises:
+        UserError: the file is missing, broken, no checkpoint, or does not fit this version of the project.
+    """
+    content = read_checkpoint(checkpoint)
+    try:
+        module = LitClassifier(**content["hyper_parameters"])
+        module.load_state_dict(content["state_dict"])
+    except (TypeError, RuntimeError, UserError) as error:
+        raise UserError(f"{checkpoint} does not fit this version of cifar10_tl: {error}") from error
+    module.on_load_checkpoint(dict(content))
+    return module.eval()
