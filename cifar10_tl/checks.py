@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 
 #: A rule gives None where the value is right, else what it should be.
 Rule = Callable[[Any], str | None]
@@ -212,10 +212,9 @@ def _shown(value: Any) -> str:
 
 
 def _check_together(config: Mapping[str, Any]) -> None:
-    if config.get("resume") and config.get("init_from"):
-        raise UserError("resume= goes on with a run, init_from= starts a new one: give one of them")
     for key in ("init_from", "checkpoint"):
-        if config.get(key) and not Path(config[key]).is_file():
+        needed = config.get(key) and not config.get("resume")  # a resumed run has its own weights
+        if needed and not Path(config[key]).is_file():
             raise UserError(f"{key}={config[key]}: there is no such file")
     data, model, trainer = config.get("data", {}), config.get("model", {}), config.get("trainer", {})
     if model.get("stem") == "cifar" and model.get("weights") is not None:

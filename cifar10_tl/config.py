@@ -23,6 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from cifar10_tl.checks import check_config
+from cifar10_tl.errors import UserError as UserError
+
 PACKAGE_DIR = Path(__file__).resolve().parent
 #: In a wheel the configs lie inside the package, in a checkout beside it.
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
@@ -30,10 +33,6 @@ STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 RUN_CONFIG = "config.yaml"
 #: What a resumed run may be given anew; everything else comes from its own config.
 RESUMABLE = ("resume", "test", "trainer.", "paths.", "hydra")
-
-
-class UserError(Exception):
-    """A mistake the user can mend: shown as one ``error:`` line, exit status 2, no traceback."""
 
 
 # --------------------------------------------------------------------------------------------------- the run folder
@@ -121,8 +120,6 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
 
 def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoReturn]) -> Callable[[DictConfig], Any]:
     """What Hydra is to call. It reports by itself: Hydra would print lines of its own about an error in a job."""
-    from cifar10_tl.checks import check_config
-
     def job(cfg: DictConfig) -> Any:
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -25,9 +25,18 @@ _WARNINGS = (
 )
 
 
+#: Tips, adverts, and lists of the hardware that was found.
+_CHATTERERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.fabric.utilities.distributed",
+    "lightning.fabric.utilities.seed",
+)
+
+
 def quiet_libraries() -> None:
-    """Keep back Lightning's tips and a few warnings, by name; other warnings are shown as ever."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    """Keep back Lightning's tips and a few warnings, by name; what else it says is shown as ever."""
+    for name in _CHATTERERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)

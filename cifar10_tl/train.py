@@ -46,6 +46,8 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     start = find_resumable(run_dir) if cfg.resume else None
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
+    if cfg.init_from and start is None:
+        module.load_weights_from(Path(cfg.init_from))
     trainer = build_trainer(cfg, start)
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     if trainer.is_global_zero:
@@ -81,7 +83,7 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     """The LightningModule of ``cfg.model``, for the classes of the data."""
     from cifar10_tl.models.module import LitClassifier
 
-    module = LitClassifier(
+    return LitClassifier(
         class_names=datamodule.class_names,
         native_size=cfg.data.get("native_size", 32),
         optimizer=plain(cfg.optimizer),
@@ -89,9 +91,6 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
         seed=cfg.seed,
         **plain(cfg.model),
     )
-    if cfg.init_from:
-        module.load_weights_from(Path(cfg.init_from))
-    return module
 
 
 def build_trainer(cfg: DictConfig, start: Path | None) -> pl.Trainer:

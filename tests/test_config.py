@@ -81,11 +81,6 @@ def test_a_mistake_becomes_one_line_that_names_the_key_and_what_would_be_right(o
     assert "search path" not in line
 
 
-def test_two_settings_that_contradict_are_told(tmp_path: Path) -> None:
-    (tmp_path / "a.ckpt").touch()
-    assert "give one of them" in explained(f"init_from={tmp_path}/a.ckpt", "resume=outputs/runs/x")
-
-
 def test_a_fault_of_ours_is_no_mistake_of_the_user() -> None:
     assert explain(ZeroDivisionError(), "train") is None
     assert explain(RuntimeError("shapes differ"), "train") is None
@@ -161,6 +156,8 @@ def test_a_resumed_run_keeps_its_config_but_for_its_length(tmp_path: Path) -> No
     assert cfg.resume == str(tmp_path)
     with pytest.raises(UserError, match=r"optimizer\.lr=1: a resumed run keeps its own settings"):
         resumed_config(compose_train(*given), [*given, "optimizer.lr=1"])
+    with pytest.raises(UserError, match="a resumed run keeps its own settings.*init_from="):
+        resumed_config(compose_train(*given), [*given, "init_from=some.ckpt"])
     with pytest.raises(UserError, match="no run lies there"):
         resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])
 

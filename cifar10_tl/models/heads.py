@@ -15,13 +15,11 @@ class LinearHead(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(num_features, num_classes)
-        )
+        self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Float [N, C, h, w] -> [N, K]."""
-        return self.layers(feature_map)
+        return self.layers(feature_map.mean((2, 3)))
 
 
 class DenseHead(nn.Module):
@@ -31,13 +29,11 @@ class DenseHead(nn.Module):
         self, num_features: int, num_classes: int, hidden: Sequence[int] = (512,), dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), *dense_layers(num_features, hidden, dropout, num_classes)
-        )
+        self.layers = nn.Sequential(*dense_layers(num_features, hidden, dropout, num_classes))
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Float [N, C, h, w] -> [N, K]."""
-        return self.layers(feature_map)
+        return self.layers(feature_map.mean((2, 3)))
 
 
 class LSTMHead(nn.Module):
