@@ -31,6 +31,11 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 RUN_CONFIG = "config.yaml"
+#: Of Hydra's parser.
+BARE_FLAGS = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version", "--resolve"}
+BARE_FLAGS |= {"-sc", "--shell-completion"}
+FLAGS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name"}
+FLAGS_WITH_VALUE |= {"-cd", "--config-dir", "--experimental-rerun"}
 #: What a resumed run may be given anew; everything else comes from its own config.
 RESUMABLE = ("resume", "test", "trainer.", "paths.", "hydra")
 
@@ -100,6 +105,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise to us, rather than print and exit with status 1
     register_resolvers()
+    sys.argv[1:] = _flags_first(sys.argv[1:])
     if process_rank() > 0:  # one process writes the run's records; the others would write over them
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
 
@@ -113,9 +119,23 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
 
     start = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(_job(task, report))
     try:
+        _check_flags(sys.argv[1:])
         start()
     except Exception as error:
         report(error)
+
+
+def _flags_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's parser takes no override behind a flag that stands behind another override, as in ``seed=1 -m lr=1,2``."""
+    return sorted(arguments, key=lambda argument: argument not in BARE_FLAGS)
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if argument.startswith("-") and argument.split("=")[0] not in BARE_FLAGS | FLAGS_WITH_VALUE:
+            raise UserError(
+                f"{argument}: there is no such flag; settings are given as key=value, such as optimizer.lr=0.01 (--help)"
+            )
 
 
 def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoReturn]) -> Callable[[DictConfig], Any]:

@@ -14,7 +14,7 @@ from cifar10_tl.evaluation import Evaluation
 class ConfusionMatrix(EvaluationFigure):
     """Counts and row percentages of true against predicted classes."""
 
-    tag = "confusion_matrix"
+    tag, title = "confusion_matrix", "Confusion matrix"
 
     def draw(self, evaluation: Evaluation, split: Any, heading: str) -> Figure:
         """See :func:`cifar10_tl.figures.confusion_matrix`."""

@@ -13,7 +13,7 @@ from cifar10_tl.evaluation import Evaluation
 class CorrectPredictions(EvaluationFigure):
     """Up to ``num_images`` right predictions, spread evenly over the data, with their probabilities."""
 
-    tag = "correct"
+    tag, title = "correct", "Correct predictions"
 
     def __init__(self, num_images: int = 25, every_n_seconds: float = 30.0) -> None:
         super().__init__(every_n_seconds)

@@ -25,6 +25,7 @@ class EvaluationFigure(Callback):
     """
 
     tag: str  # in TensorBoard, before "/val" or "/test"
+    title: str  # of the figure
 
     def __init__(self, every_n_seconds: float = 30.0) -> None:
         self.every_n_seconds = every_n_seconds
@@ -68,7 +69,7 @@ class EvaluationFigure(Callback):
         if trainer.is_global_zero and len(evaluation):
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
             name = {"val": "validation", "test": "test"}[stage]
-            heading = f"{self.tag.replace('_', ' ').capitalize()}, {name}, epoch {epoch}"
+            heading = f"{self.title}, {name}, epoch {epoch}"
             figure = self.draw(evaluation, datamodule.splits[stage], heading)
             publish(trainer, f"{self.tag}/{stage}", figure, step=epoch)
 

@@ -13,7 +13,7 @@ from cifar10_tl.evaluation import Evaluation
 class IncorrectPredictions(EvaluationFigure):
     """Up to ``num_images`` wrong predictions with their true labels, the most confident mistakes first."""
 
-    tag = "incorrect"
+    tag, title = "incorrect", "Incorrect predictions, the most confident first"
 
     def __init__(self, num_images: int = 25, every_n_seconds: float = 30.0) -> None:
         super().__init__(every_n_seconds)

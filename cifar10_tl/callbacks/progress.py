@@ -90,7 +90,7 @@ class RunProgress(ProgressBar):
 
     def _describe(self, trainer: pl.Trainer, doing: str) -> None:
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_description_str(f"epoch {trainer.current_epoch} of {trainer.max_epochs}{doing}")
+            self._bar.set_description_str(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}{doing}")
 
     def _close(self) -> None:
         if self._bar is not None:

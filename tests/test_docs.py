@@ -1,0 +1,56 @@
+"""What the README says is there, is there."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import REPOSITORY, compose_train
+from omegaconf import OmegaConf
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_every_setting_in_the_table_exists_with_its_default() -> None:
+    cfg = compose_train()
+    checked = 0
+    for key, default in re.findall(r"^\| `([\w.]+)` \| `?([^`|]+?)`? \|", README, flags=re.M):
+        if key in ("experiment", "debug", "data", "optimizer", "scheduler") or default.startswith(("flip", "outputs")):
+            continue
+        value = OmegaConf.select(cfg, key, throw_on_missing=True)
+        assert str(value).lower().replace("none", "null") == default.lower().replace("none", "null"), key
+        checked += 1
+    assert checked > 15
+
+
+def test_every_train_command_in_the_readme_composes() -> None:
+    commands = re.findall(r"python -m cifar10_tl\.train([^#`\n]*)", README)
+    assert len(commands) >= 6
+    for command in commands:
+        overrides = [o for o in command.split() if "=" in o and "<" not in o and "," not in o]
+        if not any(o.startswith(("'+", "resume=")) for o in overrides):
+            compose_train(*overrides)
+
+
+def test_links_and_files_that_are_named_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (REPOSITORY / target).exists(), target
+    for path in re.findall(r"`((?:cifar10_tl|conf|scripts|tests|docs)/[\w/.]+)`", README):
+        assert (REPOSITORY / path).exists() or "cosine" in path or "digits" in path, path
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in set(re.findall(r"`?make (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_head_of_the_readme_works_as_it_is_written() -> None:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    code = re.search(r"```python\n(class CosineHead.*?)```", README, flags=re.S)
+    assert code
+    space = {"torch": torch, "F": F, "nn": nn, "Tensor": Tensor}
+    exec(code[1], space)
+    assert space["CosineHead"](16, 3)(torch.randn(2, 16, 4, 4)).shape == (2, 3)
