@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from cifar10_tl.checks import RULES
 from cifar10_tl.files import atomic_write
 
 #: Of no use to someone who runs our commands: each is about a choice made here on purpose.
@@ -17,6 +20,7 @@ _WARNINGS = (
     r".*module\(s\) in eval mode at the start of training.*",  # a frozen backbone is
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
     r".*is smaller than the logging interval.*",  # nothing is logged by the step
+    r".*recommended to use `self\.log\(.*sync_dist=True\)`.*",  # each process has the numbers of all images
     r".*`_get_pg_default_device`.*",
     r".*Grad strides do not match bucket view strides.*",  # channels_last
     r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
@@ -59,6 +63,16 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
             return "bf16-mixed", "this CPU computes in bfloat16"
         return "32-true", "this CPU has no native bfloat16"
     return "32-true", f"not tried on accelerator {accelerator}"
+
+
+def recorded_precision(checkpoint: Path) -> str | None:
+    """The precision a run was tested in, where ``checkpoint`` still lies in its folder with the results; else None."""
+    try:
+        results = json.loads((checkpoint.resolve().parent.parent / "results.json").read_text())
+        precision = results["environment"]["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return precision if RULES["trainer.precision"](precision) is None else None
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

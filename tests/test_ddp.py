@@ -41,14 +41,15 @@ FROZEN = (
     "trainer.deterministic=true",
 )
 
+TWO = ("trainer=ddp_cpu", "trainer.devices=2")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same run on one process, on two that Lightning started, and on two that torchrun started."""
     folder = tmp_path_factory.mktemp("ddp")
-    two = ("trainer=ddp_cpu", "trainer.devices=2")
     start(*FROZEN, "paths.output_dir=one", cwd=folder)
-    start(*FROZEN, *two, "paths.output_dir=two", cwd=folder)
+    start(*FROZEN, *TWO, "paths.output_dir=two", cwd=folder)
     torchrun = (
         "-m",
         "torch.distributed.run",
@@ -57,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "-m",
         "cifar10_tl.train",
     )
-    start(*FROZEN, *two, cwd=folder, launcher=torchrun)
+    start(*FROZEN, *TWO, cwd=folder, launcher=torchrun)
     found = list((folder / "outputs" / "runs").iterdir())
     assert len(found) == 1, "torchrun's processes must share one run folder"
     return {"one": folder / "one", "two": folder / "two", "torchrun": found[0]}
@@ -95,7 +96,7 @@ def test_one_folder_one_log_one_set_of_figures(runs: dict[str, Path], name: str)
 
 
 def test_a_sweep_of_two_process_runs_leaves_a_folder_a_job_and_nothing_else(tmp_path: Path) -> None:
-    start(*FROZEN, "trainer=ddp_cpu", "trainer.max_epochs=1", "-m", "seed=1,2", cwd=tmp_path)
+    start(*FROZEN, *TWO, "trainer.max_epochs=1", "-m", "seed=1,2", cwd=tmp_path)
     assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"sweeps"}
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {p.name for p in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
@@ -119,7 +120,7 @@ def test_uneven_validation_over_two_processes_is_complete(tmp_path: Path) -> Non
 def test_a_batch_that_two_processes_cannot_share_is_told_once(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-m", "cifar10_tl.train", *FROZEN, "trainer=ddp_cpu", "data.batch_size=63"],
+        [sys.executable, "-m", "cifar10_tl.train", *FROZEN, *TWO, "data.batch_size=63"],
         cwd=tmp_path,
         env=env,
         capture_output=True,
