@@ -12,6 +12,7 @@ _LAZY = {
     "CIFAR10DataModule": "cifar10_tl.data.datamodule",
     "LitClassifier": "cifar10_tl.models.module",
     "TransferResNet": "cifar10_tl.models.network",
+    "load_classifier": "cifar10_tl.classifier",
 }
 
 

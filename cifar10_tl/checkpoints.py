@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def load_safely(path: Path) -> Any:
         UserError: the file is missing, cut off, of another kind, or names code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles; whether it can be read is all that matters
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except pickle.UnpicklingError as error:
@@ -41,8 +44,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         UserError: the file is missing, broken, or no checkpoint of this project.
     """
     content = load_safely(path)
-    if not isinstance(content, Mapping) or not {"state_dict", "hyper_parameters"} <= content.keys():
-        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict and hyper_parameters")
+    if not isinstance(content, Mapping) or not {"state_dict", "hyper_parameters", "epoch"} <= content.keys():
+        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict, hyper_parameters and epoch")
     return content
 
 

@@ -91,6 +91,24 @@ def folder_name(value: Any) -> str | None:
     return None if taken is None or taken.is_dir() else f"a folder, but {taken} is a file"
 
 
+def trained_file(value: Any) -> str | None:
+    """The path of a trained network; whether it is there is looked at later."""
+    return text(value) and "the file of a trained network, such as outputs/runs/<time>/checkpoints/best.ckpt"
+
+
+def image_names(value: Any) -> str | None:
+    """Where the pictures are to be found."""
+    names = value if isinstance(value, list) else [value]
+    good = names and not any(text(name) for name in names)
+    return None if good else "a file, a folder, a pattern such as 'photos/*.jpg', or a list of these"
+
+
+def run_folders(value: Any) -> str | None:
+    """Two or more folders of runs."""
+    good = isinstance(value, list) and len(value) > 1 and not any(text(folder) for folder in value)
+    return None if good else "two or more folders of runs, such as outputs/runs/a,outputs/runs/b"
+
+
 flag = one_of(True, False)
 null = one_of(None)
 share = number(0, 1)
@@ -176,6 +194,23 @@ RULES: dict[str, Rule] = {
     "trainer.fast_dev_run": either(flag, whole(1)),
     "trainer.enable_progress_bar": flag,
     "trainer.enable_model_summary": flag,
+    # predict
+    "checkpoint": trained_file,
+    "images": image_names,
+    "batch_size": whole(1),
+    "top_k": whole(1),
+    "device": one_of("auto", "cpu", "cuda", "mps"),
+    # export
+    "format": one_of("onnx", "torch_export"),
+    "output": either(null, text),
+    "compare_on": either(null, text),
+    # evaluate
+    "split": one_of("test", "val", "train"),
+    "tta": one_of("none", "flip", "flip_shift"),
+    "corrupt": one_of("none", "noise", "blur", "contrast", "jpeg", "brightness", "all"),
+    "human_labels": either(null, text),
+    "doubtful_labels": either(null, text),
+    "compare": either(null, run_folders),
 }
 #: Groups that must be there, for a command that has no such thing at all would fail far from here.
 SECTIONS = ("data", "model", "optimizer", "scheduler", "trainer", "paths")
@@ -193,7 +228,7 @@ def check_config(cfg: DictConfig) -> None:
             raise UserError(f"{section}={plain[section]}: this is a group of settings; {section}.KEY=VALUE sets one")
     for key, rule in RULES.items():
         found, value = _lookup(plain, key)
-        if found and (wanted := rule(value)):
+        if found and not _left_open(plain, key, value) and (wanted := rule(value)):
             raise UserError(f"{key}={_shown(value)}: should be {wanted}")
     _check_together(plain)
 
@@ -207,6 +242,11 @@ def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
     return True, node
 
 
+def _left_open(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Whether this is null for a reason: evaluate has "as in the checkpoint", and no checkpoint where it compares."""
+    return value is None and "compare" in config and (key == "checkpoint" or key.startswith("data."))
+
+
 def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
@@ -216,6 +256,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
         needed = config.get(key) and not config.get("resume")  # a resumed run has its own weights
         if needed and not Path(config[key]).is_file():
             raise UserError(f"{key}={config[key]}: there is no such file")
+    if "compare" in config and bool(config["checkpoint"]) == bool(config["compare"]):
+        raise UserError("give one of checkpoint=FILE, and compare=RUN,RUN (the folders of tested runs)")
     data, model, trainer = config.get("data", {}), config.get("model", {}), config.get("trainer", {})
     if model.get("stem") == "cifar" and model.get("weights") is not None:
         raise UserError(

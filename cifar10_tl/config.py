@@ -110,6 +110,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
 
     def report(error: Exception) -> NoReturn:
+        if isinstance(error, BrokenPipeError):  # whoever read our output, such as `| head`, has seen enough
+            os._exit(1)
         line = None if show_traceback else explain(error, name)
         if line is None:
             raise error

@@ -15,7 +15,7 @@ os.umask(_UMASK)
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` for writing bytes; on success it takes the name ``path``, whole.
+    """Open a temporary file beside ``path`` to write bytes and read them back; on success it takes the name ``path``.
 
     The data is on the disk (fsync) before the name changes hands. On an error ``path`` stays as it was.
 
@@ -27,7 +27,7 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes it private; a run's files are as shared as any other
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -15,7 +15,9 @@ import torch
 
 from cifar10_tl import __version__
 from cifar10_tl.config import PACKAGE_DIR
+from cifar10_tl.evaluation import Evaluation
 from cifar10_tl.files import atomic_write_text
+from cifar10_tl.tables import csv_text
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -29,6 +31,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """Write a row an image: its index, true and predicted label, the probability of that, and one column a class."""
+    names = evaluation.class_names
+    columns = (evaluation.indices, evaluation.labels, evaluation.predictions, evaluation.probabilities)
+    rows = (
+        [index, names[true], names[predicted], f"{row[predicted]:.6g}", *(f"{p:.6g}" for p in row)]
+        for index, true, predicted, row in zip(*(column.tolist() for column in columns), strict=True)
+    )
+    atomic_write_text(path, csv_text(["index", "true_label", "predicted_label", "probability", *names], rows))
 
 
 def environment(device: torch.device, num_devices: int, precision: str) -> dict[str, Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ _CHATTERERS = (
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.seed",
 )
+#: What Lightning sets for the processes it starts.
+_LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def quiet_libraries() -> None:
@@ -44,6 +49,21 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
+
+
+@contextmanager
+def own_processes() -> Iterator[None]:
+    """Around a run: forget the processes that Lightning started for it, so that a sweep's next run starts its own.
+
+    Where something else started them (``torchrun``, SLURM), they serve all runs and nothing is forgotten.
+    """
+    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
+    yield
+    if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        for name in _LAUNCH_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def choose_precision(accelerator: str) -> tuple[str, str]:

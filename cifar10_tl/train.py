@@ -35,12 +35,18 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not fit the data, the machine or another setting.
     """
+    from cifar10_tl.runtime import own_processes, quiet_libraries
+
+    quiet_libraries()
+    with own_processes():
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
     from cifar10_tl.checkpoints import find_resumable
-    from cifar10_tl.runtime import quiet_libraries
 
-    quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.paths.output_dir)
     start = find_resumable(run_dir) if cfg.resume else None
@@ -180,13 +186,16 @@ def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, start:
 
 def finish(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, seconds: dict[str, float]) -> dict[str, Any]:
     """Write results.json and the HPARAMS, and say where everything is; only rank zero writes."""
-    from cifar10_tl.results import write_json
+    from cifar10_tl.results import write_json, write_predictions
 
     results = collect_results(cfg, module, trainer, seconds)
     if trainer.is_global_zero:
         run_dir = Path(cfg.paths.output_dir)
         log_hparams(trainer, results)
         write_json(run_dir / "results.json", results)
+        if cfg.test:
+            assert module.evaluation is not None
+            write_predictions(run_dir / "predictions.csv", module.evaluation)
         log.info("%s", summary(results, run_dir))
     return results
 

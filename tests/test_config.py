@@ -94,6 +94,8 @@ def test_every_rule_is_about_a_setting_that_exists() -> None:
     for choice in (["data=folder"], ["data=shapes", "model/head=lstm"], ["data=cifar10", "optimizer=sgd"]):
         cfg = OmegaConf.to_container(compose_train(*choice))
         known |= set(config._leaves(cfg))
+    for command in ("predict", "export", "evaluate"):
+        known |= set(config.config_keys(command))
     assert set(RULES) <= known
 
 
@@ -179,7 +181,12 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
 
 @pytest.mark.slow
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path: Path) -> None:
-    for arguments in (["data.batch_size=abc"], ["data.batchsize=3"], ["-m", "seed=1,2", "optimizer.lr=0"]):
+    for arguments in (
+        ["data.batch_size=abc"],
+        ["data.batchsize=3"],
+        ["seed=1", "--lr", "0.1"],
+        ["optimizer.lr=0", "-m", "seed=1,2"],
+    ):
         done = command(*arguments, cwd=tmp_path)
         assert done.returncode == 2
         assert re.fullmatch(r"error: .*\n", done.stderr), done.stderr

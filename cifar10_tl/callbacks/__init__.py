@@ -3,6 +3,7 @@
 from cifar10_tl.callbacks.confusion_matrix import ConfusionMatrix
 from cifar10_tl.callbacks.correct_predictions import CorrectPredictions
 from cifar10_tl.callbacks.curves import Curves
+from cifar10_tl.callbacks.evaluation_progress import EvaluationProgress
 from cifar10_tl.callbacks.history import History
 from cifar10_tl.callbacks.incorrect_predictions import IncorrectPredictions
 from cifar10_tl.callbacks.progress import RunProgress
@@ -13,6 +14,7 @@ __all__ = [
     "ConfusionMatrix",
     "CorrectPredictions",
     "Curves",
+    "EvaluationProgress",
     "History",
     "IncorrectPredictions",
     "RunProgress",

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from cifar10_tl.evaluation import Evaluation
 from cifar10_tl.files import atomic_write_text
 
 log = logging.getLogger(__name__)
@@ -71,14 +72,16 @@ class History(Callback):
 
     def _row(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float | int | None]:
         validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        val = trainer.callback_metrics if validated else {}
+        # not trainer.callback_metrics, which are float32: these are the digits that any later evaluation gives
+        evaluation: Evaluation | None = pl_module.evaluation if validated else None
         throughput: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Throughput"), None)  # type: ignore[attr-defined]
         return {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "lr": trainer.optimizers[0].param_groups[-1]["lr"],
             **pl_module.training_metrics(),
-            **{key: float(val[key]) if key in val else None for key in ("val/loss", "val/acc")},
+            "val/loss": evaluation.loss if evaluation is not None else None,
+            "val/acc": evaluation.accuracy if evaluation is not None else None,
             "seconds": round(throughput.epoch_seconds, 3) if throughput else None,
             "images_per_second": round(throughput.epoch_images_per_second, 1) if throughput else None,
         }

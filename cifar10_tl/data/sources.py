@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
@@ -194,7 +196,7 @@ class Folder:
 
     def _checksum(self, files: Sequence[tuple[Path, int]]) -> str:
         listing = [[str(p.relative_to(self.root)), (s := p.stat()).st_size, s.st_mtime_ns] for p, _ in files]
-        key = json.dumps([1, self.native_size, self.skip_bad, listing])  # 1: the version of the decoding below
+        key = json.dumps([2, self.native_size, self.skip_bad, listing])  # 2: the version of the decoding below
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def _decode(self, split: str, files: Sequence[tuple[Path, int]]) -> ImageSet:
@@ -203,7 +205,7 @@ class Folder:
             try:
                 images.append(decode_image(path, self.native_size))
                 labels.append(label)
-            except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+            except BadImageError:
                 bad.append(str(path))
         self._report_bad(bad, split)
         if len(set(labels)) < len(self.class_names):
@@ -220,18 +222,70 @@ class Folder:
         log.warning("%d files of %s are no image and left out: %s", len(bad), split, shown)
 
 
-def decode_image(path: Path | str, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """A picture as uint8 [3, size, size]: RGB, resized with antialiasing (Pillow's bicubic) if of another size.
+class BadImageError(ValueError):
+    """A file that is no picture, cut off, too large or not to be read; the text, of one line, says which."""
+
+
+def decode_image(path: Path | str, size: int) -> NDArray[np.uint8]:
+    """A picture file as uint8 [3, size, size], see :func:`to_pixels`. Training and prediction both read files by it.
 
     Raises:
-        UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError: the file is no image, is cut off,
-            or is larger than Pillow's limit.
+        BadImageError: the file is no image, is cut off, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    with Image.open(path) as picture:
-        rgb = picture.convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns from its limit on, and refuses from twice the limit on.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of broken EXIF, passed over below
+            with Image.open(path) as picture:
+                return to_pixels(picture, size)
+    except UnidentifiedImageError as error:
+        raise BadImageError("no image of a kind that Pillow reads") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImageError(f"too large, not decoded: {error}") from error
+    except Exception as error:  # a broken file fails in many ways, each kind of image in its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BadImageError(" ".join(reason.split())) from error
+
+
+def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """A picture as RGB, uint8 [3, size, size], as the network is trained on.
+
+    It is turned upright where its EXIF says so. What is transparent becomes white. 16-bit grey is scaled to 8 bits,
+    not cut off; floats are taken to lie in [0, 1]. Colour profiles are not applied, and of several frames the first
+    counts. A picture of another size is squeezed to the square with Pillow's bicubic, which averages over the pixels
+    that are lost (antialiasing).
+    """
+    rgb = _rgb(_eight_bit(_upright(picture)))
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow has no one error for broken EXIF, and the picture is none the worse for it
+        return picture
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Pillow's own conversion would cut off all above 255."""
+    if picture.mode != "F" and not picture.mode.startswith("I"):
+        return picture
+    highest = 1.0 if picture.mode == "F" else 65535.0  # Pillow reads 16-bit files as "I;16" or "I"
+    shares = np.nan_to_num((np.asarray(picture, dtype=np.float32) / highest).clip(0, 1))
+    return Image.fromarray((255 * shares).round().astype(np.uint8))
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(rgba, mask=rgba.getchannel("A"))
+    return page
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:

@@ -6,8 +6,20 @@ pictures composed into one image. No text is cut off, and it draws several times
 a layout engine.
 """
 
+from cifar10_tl.figures.calibration import confidence_histogram, reliability_diagram
+from cifar10_tl.figures.classes import class_bars
 from cifar10_tl.figures.confusion import confusion_matrix
+from cifar10_tl.figures.corruption import corruption_curves
 from cifar10_tl.figures.grids import prediction_grid, sample_grid
 from cifar10_tl.figures.lines import curves
 
-__all__ = ["confusion_matrix", "curves", "prediction_grid", "sample_grid"]
+__all__ = [
+    "class_bars",
+    "confidence_histogram",
+    "confusion_matrix",
+    "corruption_curves",
+    "curves",
+    "prediction_grid",
+    "reliability_diagram",
+    "sample_grid",
+]

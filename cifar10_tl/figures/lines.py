@@ -18,11 +18,12 @@ from cifar10_tl.figures.page import (
     BODY,
     FONT,
     INK,
-    LINE,
     MIN_WIDTH,
     MUTED,
     ORANGE,
     SMALL,
+    add_panel,
+    label_axes,
     new_page,
     write,
 )
@@ -54,7 +55,7 @@ def curves(history: History, *, heading: str) -> Figure:
     fig, page = new_page(10, 3.5, heading, note)
     for left, metric, title in ((0.75, "acc", "accuracy"), (5.8, "loss", "loss")):
         write(page, left, 0.1, title, BODY + 1, weight="bold")
-        panel = fig.add_axes((left / 10, 0.55 / fig.get_figheight(), 0.4, 2.7 / fig.get_figheight()))
+        panel = add_panel(fig, page, left, 0.25, 4, 2.7)
         _style_panel(panel, epochs, metric)
         _draw_series(panel, history, metric, best)
     return fig
@@ -106,10 +107,4 @@ def _style_panel(panel: Axes, epochs: NDArray[np.float64], metric: str) -> None:
     panel.set_xlim(float(epochs.min()) - margin, float(epochs.max()) + margin)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g}%" if metric == "acc" else f"{y:g}")
-    panel.set_xlabel("epoch", family=FONT, fontsize=BODY, color=INK)
-    panel.tick_params(labelsize=SMALL, labelfontfamily=FONT, color=LINE, labelcolor=INK)
-    panel.set_facecolor("white")
-    panel.grid(color=LINE, linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(LINE)
+    label_axes(panel, "epoch")

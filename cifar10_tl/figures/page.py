@@ -47,6 +47,31 @@ def write(ax: Axes, x: float, y: float, text: str, size: float = SMALL, **style:
     ax.text(x, y, text, **{**default, "fontsize": size, **style})
 
 
+def add_panel(fig: Figure, page: Axes, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes of their own on a page, the top left corner of the frame at (x, y); everything in inches of the page."""
+    (page_width, page_height), bottom = fig.get_size_inches(), page.get_ylim()[0]
+    left, up = x / page_width, (bottom - y - height) / page_height
+    panel = fig.add_axes((left, up, width / page_width, height / page_height))
+    panel.tick_params(labelsize=SMALL, labelfontfamily=FONT, color=LINE, labelcolor=INK)
+    panel.set_facecolor("white")
+    panel.grid(color=LINE, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(LINE)
+    return panel
+
+
+def label_axes(panel: Axes, x: str = "", y: str = "") -> None:
+    """Say below and left of a panel what its axes are."""
+    panel.set_xlabel(x, family=FONT, fontsize=BODY, color=INK)
+    panel.set_ylabel(y, family=FONT, fontsize=BODY, color=INK)
+
+
+def in_percent(value: float, position: float = 0) -> str:
+    """A share as the label of a tick."""
+    return f"{100 * value:g}%"
+
+
 @lru_cache(maxsize=8192)
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Width of a text in inches: the widest at usual resolutions, which differ by up to a tenth."""

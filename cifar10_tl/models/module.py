@@ -200,8 +200,8 @@ class LitClassifier(pl.LightningModule):
     def _summed(self, totals: Tensor) -> Tensor:
         if self._trainer is None or self.trainer.world_size == 1:
             return totals
-        gathered: Any = self.all_gather(totals)
-        return gathered.sum(0)
+        summed: Any = self.trainer.strategy.reduce(totals.clone(), reduce_op="sum")
+        return summed
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
