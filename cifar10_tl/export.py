@@ -319,7 +319,8 @@ def own_images(checkpoint: Path, size: int) -> tuple[Tensor | None, str]:
     from cifar10_tl.data.datamodule import CIFAR10DataModule
     from cifar10_tl.data.sources import Folder
 
-    settings = read_checkpoint(checkpoint).get("datamodule_hyper_parameters") or {}
+    settings = read_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
+    name = settings.get("source", "unknown")
     try:
         source = CIFAR10DataModule(**settings).source
         if isinstance(source, Folder):  # not load(): it would decode every picture, and write a cache
@@ -327,8 +328,8 @@ def own_images(checkpoint: Path, size: int) -> tuple[Tensor | None, str]:
         else:
             images = spread(source.load()["test"].images)
     except (UserError, OSError, RuntimeError, TypeError):  # RuntimeError: torchvision's word for a missing file
-        return None, settings.get("source", "unknown")
-    return images, settings["source"]
+        return None, name
+    return images, name
 
 
 def read_pictures(folder: Path, size: int) -> Tensor:

@@ -187,7 +187,7 @@ def test_logits_are_compared_and_a_tie_may_fall_either_way() -> None:
 def test_without_the_training_data_built_in_images_are_compared(
     settings: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    content = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": settings}
+    content = {"state_dict": {}, "hyper_parameters": {}, "epoch": 0, "datamodule_hyper_parameters": settings}
     torch.save(content, tmp_path / "a.ckpt")
     with caplog.at_level(logging.INFO, "cifar10_tl"):
         images, origin = comparison_images(None, tmp_path / "a.ckpt", 40)
