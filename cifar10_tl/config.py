@@ -142,6 +142,7 @@ def _check_flags(arguments: Sequence[str]) -> None:
 
 def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoReturn]) -> Callable[[DictConfig], Any]:
     """What Hydra is to call. It reports by itself: Hydra would print lines of its own about an error in a job."""
+
     def job(cfg: DictConfig) -> Any:
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
