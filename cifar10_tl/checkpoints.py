@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +50,19 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def find_resumable(run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: the last one, or if that is broken the best one; None if there is none yet."""
-    for path in (run_dir / "checkpoints" / "last.ckpt", run_dir / "checkpoints" / "best.ckpt"):
-        if path.is_file():
-            try:
-                read_checkpoint(path)
-            except UserError as error:
-                log.warning("%s; trying an older one", error)
-            else:
-                return path
+    """The checkpoint to go on from: the last one, or if that is broken the best one; None if there is none yet.
+
+    Raises:
+        UserError: there are checkpoints, but each is broken.
+    """
+    found = [p for p in (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")) if p.is_file()]
+    for path in found:
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            log.warning("%s", error)
+        else:
+            return path
+    if found:
+        raise UserError(f"{run_dir}: its checkpoints are broken; start a new run, or bring a good copy of {found[0]}")
     return None

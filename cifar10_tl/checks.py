@@ -123,7 +123,7 @@ RULES: dict[str, Rule] = {
     "data.source": text,
     "data.root": folder_name,
     "data.batch_size": whole(1),
-    "data.val_size": whole(1),
+    "data.val_size": either(whole(1), number(0, 1, above=True, below=True)),
     "data.split_seed": whole(0),
     "data.image_limit": either(null, whole(1)),
     "data.native_size": whole(8, 1024),
@@ -213,7 +213,7 @@ RULES: dict[str, Rule] = {
     "compare": either(null, run_folders),
 }
 #: Groups that must be there, for a command that has no such thing at all would fail far from here.
-SECTIONS = ("data", "model", "optimizer", "scheduler", "trainer", "paths")
+SECTIONS = ("data", "data.augment", "model", "model.head", "optimizer", "scheduler", "trainer", "paths")
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -224,8 +224,9 @@ def check_config(cfg: DictConfig) -> None:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for section in SECTIONS:
-        if section in plain and not isinstance(plain[section], dict):
-            raise UserError(f"{section}={plain[section]}: this is a group of settings; {section}.KEY=VALUE sets one")
+        found, value = _lookup(plain, section)
+        if found and not isinstance(value, dict):
+            raise UserError(f"{section}={_shown(value)}: this is a group of settings; {section}.KEY=VALUE sets one")
     for key, rule in RULES.items():
         found, value = _lookup(plain, key)
         if found and not _left_open(plain, key, value) and (wanted := rule(value)):
@@ -266,5 +267,10 @@ def _check_together(config: Mapping[str, Any]) -> None:
     padding, size = data.get("augment", {}).get("crop_padding", 0), data.get("native_size", 32)
     if padding >= size:
         raise UserError(f"data.augment.crop_padding={padding}: should be below the images' {size} pixels")
+    every, epochs = trainer.get("check_val_every_n_epoch", 1), trainer.get("max_epochs", 1)
+    if every > epochs:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every}: no validation in {epochs} epochs to choose the best by"
+        )
     if "overfit_batches" in trainer:
         raise UserError("trainer.overfit_batches does not fit this project's loaders; use debug=overfit")

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.sources import BadImageError, decode_image, to_pixels
+from cifar10_tl.errors import UserError
 
 #: A file's path, a picture of Pillow's, or an array as ``PIL.Image.fromarray`` takes it, such as uint8 [H, W, 3].
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"

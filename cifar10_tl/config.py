@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from cifar10_tl.checks import check_config
-from cifar10_tl.errors import UserError as UserError
+from cifar10_tl.errors import UserError
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 #: In a wheel the configs lie inside the package, in a checkout beside it.
@@ -37,7 +37,7 @@ BARE_FLAGS |= {"-sc", "--shell-completion"}
 FLAGS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name"}
 FLAGS_WITH_VALUE |= {"-cd", "--config-dir", "--experimental-rerun"}
 #: What a resumed run may be given anew; everything else comes from its own config.
-RESUMABLE = ("resume", "test", "trainer.", "paths.", "hydra")
+RESUMABLE = ("resume", "test", "trainer.", "data.root")
 
 
 # --------------------------------------------------------------------------------------------------- the run folder
@@ -60,8 +60,8 @@ def run_stamp() -> str:
 
 
 def _new_stamp(environment: os._Environ[str]) -> str:
-    if "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment:
-        return f"slurm-{environment['SLURM_JOB_ID']}"
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:  # not in a script's own shell
+        return f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
     if "TORCHELASTIC_RUN_ID" in environment:  # a worker of torchrun
         job = environment["TORCHELASTIC_RUN_ID"]
         if job != "none":
@@ -82,9 +82,9 @@ def _sweep_dir(output_dir: str) -> str:
     return output_dir if given else f"outputs/sweeps/{run_stamp()}"
 
 
-def _hydra_dir(resume: str | None) -> str:
-    """Hydra's own records: a resumed start must not overwrite those of the start before it."""
-    return f".hydra/resumed-{run_stamp()}" if resume else ".hydra"
+def _hydra_dir(output_dir: str) -> str:
+    """Hydra's own records: where a run lies already (it is resumed, or named by mistake), its records must stay."""
+    return f".hydra/{run_stamp()}" if (Path(output_dir) / RUN_CONFIG).is_file() else ".hydra"
 
 
 def register_resolvers() -> None:
@@ -128,7 +128,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
 
 
 def _flags_first(arguments: Sequence[str]) -> list[str]:
-    """Hydra's parser takes no override behind a flag that stands behind another override, as in ``seed=1 -m lr=1,2``."""
+    """Hydra's parser takes no override behind a flag that stands behind an override, as in ``seed=1 -m lr=1,2``."""
     return sorted(arguments, key=lambda argument: argument not in BARE_FLAGS)
 
 
@@ -136,7 +136,7 @@ def _check_flags(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if argument.startswith("-") and argument.split("=")[0] not in BARE_FLAGS | FLAGS_WITH_VALUE:
             raise UserError(
-                f"{argument}: there is no such flag; settings are given as key=value, such as optimizer.lr=0.01 (--help)"
+                f"{argument}: there is no such flag; settings are given as key=value, such as seed=1 (see --help)"
             )
 
 
@@ -172,23 +172,33 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         UserError: the folder holds no run, or an override would change what the run is (only ``trainer.*``,
-            ``test`` and ``paths.*`` may be given).
+            ``test`` and ``data.root`` may be given).
     """
     run_dir = Path(cfg.resume)
     if not (run_dir / RUN_CONFIG).is_file():
         raise UserError(f"resume={run_dir}: no run lies there ({RUN_CONFIG} is missing); give the folder of a run")
-    own = OmegaConf.load(run_dir / RUN_CONFIG)
-    assert isinstance(own, DictConfig)
+    saved = OmegaConf.load(run_dir / RUN_CONFIG)
+    own = OmegaConf.create(moved(OmegaConf.to_container(saved), str(saved.paths.output_dir), str(run_dir)))
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
-        if not key.startswith(RESUMABLE) or key in ("trainer", "paths"):
+        if not key.startswith(RESUMABLE):
             raise UserError(
-                f"{override}: a resumed run keeps its own settings; only trainer.* and test can be given anew. "
+                f"{override}: a resumed run keeps its own settings; only trainer.*, test and data.root may be given. "
                 "To start a new run from its weights use init_from="
             )
         OmegaConf.update(own, key, OmegaConf.select(cfg, key), force_add=True)
-    own.resume, own.paths.output_dir = str(run_dir), str(run_dir)
+    own.resume = str(run_dir)
     return own
+
+
+def moved(node: Any, old: str, new: str) -> Any:
+    """Plain containers with every path in the folder ``old`` led to ``new``, where a run lies now."""
+    if isinstance(node, dict):
+        return {moved(key, old, new): moved(child, old, new) for key, child in node.items()}
+    if isinstance(node, list):
+        return [moved(child, old, new) for child in node]
+    inside = isinstance(node, str) and (node == old or node.startswith(f"{old}/"))
+    return new + node[len(old) :] if inside else node
 
 
 # ------------------------------------------------------------------------------------------ a mistake as one clear line
@@ -211,6 +221,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return one_line(str(error))
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, for its 5 seconds
         return one_line(str(error))
+    if isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error):
+        return "data.batch_size gives a device one image, too few for BatchNorm: choose 2 or more for each device"
     if type(error).__name__ == "OutOfMemoryError":
         return "out of device memory; lower data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
     return None

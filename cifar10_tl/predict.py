@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cifar10_tl.config import UserError, run_command
+from cifar10_tl.config import run_command
+from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write
 
 if TYPE_CHECKING:  # torch takes seconds to import: only once the settings are known to be good

@@ -22,6 +22,7 @@ _WARNINGS = (
     r".*does not have many workers.*",  # batches are one index operation; see BatchLoader
     r".*module\(s\) in eval mode at the start of training.*",  # a frozen backbone is
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+    r".*could not find the monitored key.*",  # an epoch without validation
     r".*is smaller than the logging interval.*",  # nothing is logged by the step
     r".*recommended to use `self\.log\(.*sync_dist=True\)`.*",  # each process has the numbers of all images
     r".*`_get_pg_default_device`.*",

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.config import RUN_CONFIG, UserError, run_command
+from cifar10_tl.config import RUN_CONFIG, process_rank, run_command
+from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write_text
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings are known to be good
@@ -49,6 +50,10 @@ def _train(cfg: DictConfig) -> dict[str, Any] | None:
 
     pl.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.paths.output_dir)
+    if process_rank() == 0 and not cfg.resume and (run_dir / RUN_CONFIG).exists():
+        raise UserError(
+            f"paths.output_dir={run_dir}: a run lies there; go on with it by resume={run_dir}, or choose another"
+        )
     start = find_resumable(run_dir) if cfg.resume else None
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
@@ -62,17 +67,35 @@ def _train(cfg: DictConfig) -> dict[str, Any] | None:
         log.info("%s", describe(cfg, module, trainer, start))
 
     clock = time.perf_counter()
-    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    fit(trainer, module, datamodule, start)
     seconds = {"fit": time.perf_counter() - clock}
     if cfg.test:
         clock = time.perf_counter()
-        best = None if trainer.fast_dev_run else run_dir / "checkpoints" / "best.ckpt"  # type: ignore[attr-defined]
-        trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        trainer.test(
+            module, datamodule=datamodule, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False
+        )
         seconds["test"] = time.perf_counter() - clock
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.info("fast_dev_run: every stage ran; nothing was written")
         return None
     return finish(cfg, module, trainer, seconds)
+
+
+def fit(trainer: pl.Trainer, module: LitClassifier, datamodule: CIFAR10DataModule, start: Path | None) -> None:
+    """Train; Ctrl-C ends the process with status 130, and with a word on how to go on."""
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    except SystemExit:
+        if trainer.interrupted:
+            log.info("interrupted; go on from the last epoch with resume=%s", trainer.default_root_dir)
+            raise SystemExit(130) from None
+        raise
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The best epoch's checkpoint, or the last one where nothing was validated; None where there is none."""
+    found = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return next((path for path in found if path.is_file()), None)
 
 
 # ------------------------------------------------------------------------------------------------- from config to parts
@@ -87,8 +110,12 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
 
 def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifier:
     """The LightningModule of ``cfg.model``, for the classes of the data."""
-    from cifar10_tl.models.module import LitClassifier
+    from cifar10_tl.models.backbone import check_weights
+    from cifar10_tl.models.module import LitClassifier, find_optimizer, schedule_factor
 
+    check_weights(cfg.model.backbone, cfg.model.weights)  # now, rather than after the data was fetched
+    find_optimizer(cfg.optimizer.name)
+    schedule_factor(plain(cfg.scheduler), num_steps=1)
     return LitClassifier(
         class_names=datamodule.class_names,
         native_size=cfg.data.get("native_size", 32),
@@ -210,14 +237,15 @@ def collect_results(
 
     history = next((c for c in trainer.callbacks if isinstance(c, History)), History())  # type: ignore[attr-defined]
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())  # type: ignore[attr-defined]
-    best_epoch = read_checkpoint(Path(cfg.paths.output_dir) / "checkpoints" / "best.ckpt")["epoch"]
+    best = best_checkpoint(Path(cfg.paths.output_dir))
+    best_epoch = read_checkpoint(best)["epoch"] if best else None
     best_row = next((row for row in history.rows if row["epoch"] == best_epoch), {})
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     results: dict[str, Any] = {
         "val": {
             "acc": best_row.get("val/acc"),
             "loss": best_row.get("val/loss"),
-            "count": len(datamodule.splits["val"]),
+            "count": best_row.get("val/count"),
         },
         "best_epoch": best_epoch,
         "epochs": trainer.current_epoch,

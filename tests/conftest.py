@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 #: Two processes of two threads on two cores stand in each other's way.
@@ -65,6 +67,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train(compose_train(*SMALL, f"paths.output_dir={folder}"))
     return folder
+
+
+class StepLosses(Callback):
+    """Keeps the loss of each training step of the latest run."""
+
+    seen: ClassVar[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(outputs["loss"].item())
 
 
 @pytest.fixture(scope="session")

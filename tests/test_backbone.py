@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torchvision.models import ResNet50_Weights
 
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 from cifar10_tl.models.backbone import Backbone, check_weights, fetch_weights, load_weights, normalisation
 
 

@@ -11,7 +11,8 @@ from conftest import REPOSITORY, compose_train
 from omegaconf import OmegaConf
 
 from cifar10_tl import config
-from cifar10_tl.config import UserError, explain, resumed_config
+from cifar10_tl.config import explain, resumed_config
+from cifar10_tl.errors import UserError
 
 
 def explained(*overrides: str) -> str:
@@ -58,6 +59,9 @@ def explained(*overrides: str) -> str:
         ("optimizer.lr=nan", ["optimizer.lr=nan"]),
         ("optimizer.lr=inf", ["optimizer.lr=inf"]),
         ("scheduler.warmup=2", ["scheduler.warmup=2", "at most 1"]),
+        ("data.augment=null", ["data.augment=null", "data.augment.KEY=VALUE"]),
+        ("model.head=null", ["model.head=null", "model.head.KEY=VALUE"]),
+        ("trainer.check_val_every_n_epoch=50", ["trainer.check_val_every_n_epoch=50", "40 epochs"]),
         ("trainer.max_epochs=0", ["trainer.max_epochs=0"]),
         ("trainer.max_epochs=-1", ["trainer.max_epochs=-1"]),
         ("trainer.devices=none", ["trainer.devices=none", "auto"]),
@@ -137,7 +141,7 @@ def test_the_stamp_is_made_once_and_handed_down(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("variables", "stamp"),
     [
-        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "3"}, "slurm-77"),
+        ({"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, "slurm-77-2"),
         ({"TORCHELASTIC_RUN_ID": "night", "RANK": "1"}, "torchrun-night"),
     ],
 )
@@ -158,7 +162,7 @@ def test_a_resumed_run_keeps_its_config_but_for_its_length(tmp_path: Path) -> No
     assert cfg.resume == str(tmp_path)
     with pytest.raises(UserError, match=r"optimizer\.lr=1: a resumed run keeps its own settings"):
         resumed_config(compose_train(*given), [*given, "optimizer.lr=1"])
-    with pytest.raises(UserError, match="a resumed run keeps its own settings.*init_from="):
+    with pytest.raises(UserError, match=r"a resumed run keeps its own settings.*init_from="):
         resumed_config(compose_train(*given), [*given, "init_from=some.ckpt"])
     with pytest.raises(UserError, match="no run lies there"):
         resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])

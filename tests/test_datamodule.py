@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.data.datamodule import CIFAR10DataModule, Split, stratified
+from cifar10_tl.errors import UserError
 
 AUGMENT = {"flip": True, "crop_padding": 4, "erase": 0.3}
 

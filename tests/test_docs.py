@@ -35,7 +35,7 @@ def test_links_and_files_that_are_named_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (REPOSITORY / target).exists(), target
     for path in re.findall(r"`((?:cifar10_tl|conf|scripts|tests|docs)/[\w/.]+)`", README):
-        assert (REPOSITORY / path).exists() or "cosine" in path or "digits" in path, path
+        assert (REPOSITORY / path).exists() or "cosine" in path or "cifar100" in path, path
 
 
 def test_make_targets_that_are_named_exist() -> None:
@@ -54,3 +54,22 @@ def test_the_head_of_the_readme_works_as_it_is_written() -> None:
     space = {"torch": torch, "F": F, "nn": nn, "Tensor": Tensor}
     exec(code[1], space)
     assert space["CosineHead"](16, 3)(torch.randn(2, 16, 4, 4)).shape == (2, 3)
+
+
+def test_help_names_the_groups_that_there_are() -> None:
+    text = (REPOSITORY / "conf" / "hydra" / "default.yaml").read_text()
+    told = {k: set(v.split(" | ")) for k, v in re.findall(r"([\w/]+)=((?:\w+ \| )+\w+)(?=\s{2}|\n)", text)}
+    for group in (
+        "data",
+        "model/head",
+        "optimizer",
+        "scheduler",
+        "trainer",
+        "callbacks",
+        "logger",
+        "experiment",
+        "debug",
+    ):
+        there = {p.stem for p in (REPOSITORY / "conf" / group).glob("*.yaml")} - {"base", "checkpoint"}
+        assert told[group] == there, group
+    assert {"data", "model/head", "experiment", "debug", "trainer"} <= told.keys()

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.download import DownloadError, extract_tar, fetch
+from cifar10_tl.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = bytes(range(256)) * 800  # 200 kB, several pieces

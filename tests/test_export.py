@@ -19,8 +19,9 @@ from PIL import Image
 
 from cifar10_tl import __version__
 from cifar10_tl.checks import RULES, check_config
-from cifar10_tl.config import CONFIG_DIR, UserError, register_resolvers
+from cifar10_tl.config import CONFIG_DIR, register_resolvers
 from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
+from cifar10_tl.errors import UserError
 from cifar10_tl.export import BATCH_SIZES, FORMATS, compare, comparison_images, export, write_torch_export
 from cifar10_tl.models.module import LitClassifier, restore
 

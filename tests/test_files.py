@@ -19,10 +19,15 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> No
 def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     atomic_write_text(path, "old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-        file.write(b"half")
-        assert path.read_text() == "old", "a reader meets the old file while the new one is written"
-        raise KeyboardInterrupt
+
+    def write_half() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            assert path.read_text() == "old", "a reader meets the old file while the new one is written"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 

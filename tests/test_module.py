@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.augment import Batch
+from cifar10_tl.errors import UserError
 from cifar10_tl.models.module import LitClassifier, parameter_groups, restore, schedule_factor
 
 NAMES = ["ant", "bee", "wasp"]

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 from cifar10_tl.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from cifar10_tl.models.heads import DenseHead, LinearHead, LSTMHead, build_head
 from cifar10_tl.models.network import TransferResNet

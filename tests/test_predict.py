@@ -21,9 +21,10 @@ from PIL import Image
 
 from cifar10_tl import config, load_classifier
 from cifar10_tl.classifier import Classifier, Prediction
-from cifar10_tl.config import UserError, explain
+from cifar10_tl.config import explain
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.data.sources import BadImageError, decode_image
+from cifar10_tl.errors import UserError
 from cifar10_tl.models.module import restore
 from cifar10_tl.predict import find_files, predict
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.sources import CIFAR10_NAMES, Cifar10, Folder, Shapes, decode_image
+from cifar10_tl.errors import UserError
 
 
 def md5(content: bytes) -> str:

@@ -7,6 +7,7 @@ from cifar10_tl.callbacks.evaluation_progress import EvaluationProgress
 from cifar10_tl.callbacks.history import History
 from cifar10_tl.callbacks.incorrect_predictions import IncorrectPredictions
 from cifar10_tl.callbacks.progress import RunProgress
+from cifar10_tl.callbacks.run_checkpoint import RunCheckpoint
 from cifar10_tl.callbacks.sample_inputs import SampleInputs
 from cifar10_tl.callbacks.throughput import Throughput
 
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluationProgress",
     "History",
     "IncorrectPredictions",
+    "RunCheckpoint",
     "RunProgress",
     "SampleInputs",
     "Throughput",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from cifar10_tl.callbacks.throughput import Throughput
 from cifar10_tl.evaluation import Evaluation
 from cifar10_tl.files import atomic_write_text
+from cifar10_tl.tables import csv_text
 
 log = logging.getLogger(__name__)
 
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
-COLUMNS = ("epoch", "step", "lr", *METRICS, "seconds", "images_per_second")
+COLUMNS = ("epoch", "step", "lr", *METRICS, "val/count", "seconds", "images_per_second")
 
 
 class History(Callback):
@@ -71,10 +71,9 @@ class History(Callback):
             logger.log_metrics(metrics, step=trainer.current_epoch if epoch is None else epoch)
 
     def _row(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float | int | None]:
-        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         # not trainer.callback_metrics, which are float32: these are the digits that any later evaluation gives
-        evaluation: Evaluation | None = pl_module.evaluation if validated else None
-        throughput: Any = next((c for c in trainer.callbacks if type(c).__name__ == "Throughput"), None)  # type: ignore[attr-defined]
+        evaluation: Evaluation | None = pl_module.evaluation
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         return {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -82,16 +81,13 @@ class History(Callback):
             **pl_module.training_metrics(),
             "val/loss": evaluation.loss if evaluation is not None else None,
             "val/acc": evaluation.accuracy if evaluation is not None else None,
+            "val/count": len(evaluation) if evaluation is not None else None,
             "seconds": round(throughput.epoch_seconds, 3) if throughput else None,
             "images_per_second": round(throughput.epoch_images_per_second, 1) if throughput else None,
         }
 
     def _csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return text.getvalue()
+        return csv_text(COLUMNS, ([row[column] for column in COLUMNS] for row in self.rows))
 
     def _line(self, trainer: pl.Trainer, row: dict[str, Any]) -> str:
         parts = [f"epoch {row['epoch']} ({row['epoch'] + 1} of {trainer.max_epochs})"]

@@ -54,7 +54,8 @@ class RunProgress(ProgressBar):
         self._refreshed_at = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say which epoch it is."""
+        """Say which epoch it is, and measure its speed by itself."""
+        self._refreshed_at, self._images = time.perf_counter(), 0
         self._describe(trainer, "")
 
     def on_train_batch_end(
@@ -75,10 +76,6 @@ class RunProgress(ProgressBar):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why the steps pause."""
         self._describe(trainer, ", validation")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training goes on."""
-        self._refreshed_at, self._images = time.perf_counter(), 0
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""

@@ -85,11 +85,11 @@ class Throughput(Callback):
         if self._steps < 12 and measured < 30:
             return
         self._told = True
-        left = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches - trainer.global_step
+        left = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
         seconds = measured / (self._steps - 2) * left
         if seconds > LONG_RUN_SECONDS and trainer.is_global_zero:
             log.info(
                 "At this rate the run will take about %s on this CPU. What suits a CPU: experiment=quickstart "
-                "(minutes), experiment=probe (trains the head alone), or a smaller model.image_size.",
+                "(minutes), a smaller model.image_size, or fewer images (data.image_limit).",
                 timedelta(seconds=round(seconds)),
             )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.augment import Augment, Batch, augment, hash32
 from cifar10_tl.data.sampler import BatchLoader, BatchOrder
 from cifar10_tl.data.sources import SOURCES
+from cifar10_tl.errors import UserError
 
 
 class Split(Dataset[Batch]):
@@ -54,7 +54,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
     Args:
         source: "cifar10", "folder" or "shapes".
         batch_size: images a step over all processes together.
-        val_size: training images held out for validation; unused where the source has a "val" of its own.
+        val_size: training images held out for validation, a number or (float) a share; unused where the source has a
+            "val" of its own.
         split_seed: which ones.
         image_limit: at most so many images in each of train, val and test (after the split), classes in proportion.
         augment: arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
@@ -69,7 +70,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         self,
         source: str = "cifar10",
         batch_size: int = 128,
-        val_size: int = 5000,
+        val_size: float = 5000,
         split_seed: int = 0,
         image_limit: int | None = None,
         augment: Mapping[str, Any] | None = None,
@@ -107,9 +108,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def _split(self, train: Split) -> tuple[Split, Split]:
         size, classes = self.hparams["val_size"], len(self.class_names)
+        if isinstance(size, float):
+            size = max(classes, round(size * len(train)))
         if not classes <= size <= len(train) - classes:
             raise UserError(
-                f"data.val_size={size} of {len(train)} training images: choose {classes} to {len(train) - classes}"
+                f"data.val_size={self.hparams['val_size']} of {len(train)} training images: "
+                f"choose {classes} to {len(train) - classes}"
             )
         held_out = stratified(train.labels, size, self.hparams["split_seed"])
         rest = torch.ones(len(train), dtype=torch.bool)

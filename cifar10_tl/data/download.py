@@ -19,7 +19,7 @@ from urllib import request
 
 from tqdm import tqdm
 
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write
 
 if sys.platform != "win32":

@@ -23,10 +23,10 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from cifar10_tl.config import UserError
 from cifar10_tl.data.download import exclusive, extract_tar, fetch
 from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.data.shapes import draw_shapes
+from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write
 
 log = logging.getLogger(__name__)

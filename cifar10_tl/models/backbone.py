@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
 from cifar10_tl.checkpoints import load_safely
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 #: Every ImageNet weights of torchvision's ResNets was trained on images normalised by these.

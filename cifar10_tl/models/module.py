@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.checkpoints import read_checkpoint
-from cifar10_tl.config import UserError
 from cifar10_tl.data.augment import Batch, hash32
+from cifar10_tl.errors import UserError
 from cifar10_tl.evaluation import Evaluation
 from cifar10_tl.models.backbone import (
     Backbone,
     check_weights,
     fetch_weights,
+    load_backbone_state,
     load_weights,
     normalisation,
     read_state_dict,
@@ -129,15 +130,14 @@ class LitClassifier(pl.LightningModule):
             UserError: the file is no checkpoint of such a network.
         """
         state = {k.removeprefix("network."): v for k, v in read_state_dict(checkpoint).items()}
-        own = self.network.state_dict()
-        head = {k for k in own if k.startswith("head.")}
-        if not all(k in state and state[k].shape == own[k].shape for k in head):
+        backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        load_backbone_state(self.network.backbone, backbone, f"init_from={checkpoint}")
+        own = self.network.head.state_dict()
+        head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+        if head.keys() == own.keys() and all(v.shape == own[k].shape for k, v in head.items()):
+            self.network.head.load_state_dict(head)
+        else:
             log.info("%s has another head: only its backbone is taken", checkpoint)
-            state = {k: v for k, v in state.items() if not k.startswith("head.")} | {k: own[k] for k in head}
-        try:
-            self.network.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"init_from={checkpoint}: {error}") from error
         self._has_weights = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -165,10 +165,11 @@ class LitClassifier(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Start the totals anew; not called where an epoch is resumed in its middle."""
         self._totals.zero_()
+        self.evaluation = None  # that of another epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Key dropout by the step, so that a resumed run draws what the uninterrupted one would have."""
-        torch.manual_seed(int(hash32(self.hparams["seed"], self.global_step, self.global_rank)))
+        """Key dropout by the batch, so that a resumed run draws what the uninterrupted one would have."""
+        torch.manual_seed(int(hash32(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss to minimise; what is reported is added up on the device, for no step waits for a number."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10_tl.config import UserError
+from cifar10_tl.errors import UserError
 from cifar10_tl.models.backbone import Backbone
 from cifar10_tl.models.heads import LSTMHead
 

@@ -1,0 +1,17 @@
+"""Checkpoints of a run whose folder may be moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cifar10_tl.config import moved
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which on its own forgets the best score when its folder has another name."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint, its paths led to where the run lies now."""
+        super().load_state_dict(moved(state_dict, state_dict["dirpath"], str(self.dirpath)))
