@@ -13,7 +13,8 @@ README = (REPOSITORY / "README.md").read_text()
 def test_every_setting_in_the_table_exists_with_its_default() -> None:
     cfg = compose_train()
     checked = 0
-    for key, default in re.findall(r"^\| `([\w.]+)` \| `?([^`|]+?)`? \|", README, flags=re.M):
+    of_train = README.split("## Use a trained model")[0]
+    for key, default in re.findall(r"^\| `([\w.]+)` \| `?([^`|]+?)`? \|", of_train, flags=re.M):
         if key in ("experiment", "debug", "data", "optimizer", "scheduler") or default.startswith(("flip", "outputs")):
             continue
         value = OmegaConf.select(cfg, key, throw_on_missing=True)
