@@ -106,7 +106,7 @@ def test_every_rule_is_about_a_setting_that_exists() -> None:
 def test_every_experiment_and_debug_choice_composes() -> None:
     for group in ("experiment", "debug"):
         for file in sorted((REPOSITORY / "conf" / group).glob("*.yaml")):
-            compose_train(f"{group}={file.stem}")
+            assert compose_train(f"{group}={file.stem}").model.backbone == "resnet50", file
 
 
 def test_the_seed_experiment_is_the_original_recipe() -> None:
