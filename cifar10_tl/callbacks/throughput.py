@@ -47,8 +47,17 @@ class Throughput(Callback):
 
     @property
     def images_per_second(self) -> float | None:
-        """Images a second over all epochs of this process's life, of all processes; None before the first."""
+        """Images a second over all epochs of the run, of all processes; None before the first."""
         return self._images / self._seconds if self._seconds else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far: a resumed run goes on from it."""
+        return {"seconds": self._seconds, "images": self._images, "first_step_seconds": self.first_step_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what was measured before the run stopped."""
+        self._seconds, self._images = state_dict["seconds"], state_dict["images"]
+        self.first_step_seconds = state_dict["first_step_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
