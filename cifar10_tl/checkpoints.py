@@ -33,7 +33,7 @@ def load_safely(path: Path) -> Any:
             f"{path} cannot be read safely: it is broken, of another kind, or names code to be run"
         ) from error
     except Exception as error:  # a file cut off fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]  # torch adds advice
         raise UserError(f"{path} is broken or of another kind: {reason}") from error
 
 
