@@ -117,6 +117,7 @@ limit = either(null, whole(1), number(0, 1, above=True))
 RULES: dict[str, Rule] = {
     "seed": whole(0, 2**32 - 1),
     "test": flag,
+    "compile": one_of("auto", True, False),
     "resume": either(null, text),
     "init_from": either(null, text),
     "paths.output_dir": folder_name,
@@ -126,6 +127,7 @@ RULES: dict[str, Rule] = {
     "data.val_size": either(whole(1), number(0, 1, above=True, below=True)),
     "data.split_seed": whole(0),
     "data.image_limit": either(null, whole(1)),
+    "data.on_device": flag,
     "data.native_size": whole(8, 1024),
     "data.skip_bad": flag,
     "data.stall_seconds": number(0, above=True),

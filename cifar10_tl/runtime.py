@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cifar10_tl.checks import RULES
+from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write
 
 #: Of no use to someone who runs our commands: each is about a choice made here on purpose.
@@ -84,6 +87,35 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
             return "bf16-mixed", "this CPU computes in bfloat16"
         return "32-true", "this CPU has no native bfloat16"
     return "32-true", f"not tried on accelerator {accelerator}"
+
+
+def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str]:
+    """What the setting ``compile`` (True, False or "auto") comes to on ``device``, and why.
+
+    On a CPU the compiled network trains more slowly than PyTorch's own kernels; see docs/performance.md.
+
+    Raises:
+        UserError: compiling is asked for, but the machine has no compiler for it.
+    """
+    has_compiler = _has_triton(device) if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
+    if setting == "auto":
+        if device.type != "cuda":
+            return False, f"slower on {device.type}"
+        return (True, "a GPU with Triton") if has_compiler else (False, "Triton is not there")
+    if setting and not has_compiler:
+        needed = "Triton, which this machine or GPU lacks" if device.type == "cuda" else "a C++ compiler (g++)"
+        raise UserError(f"compile=true needs {needed}; use compile=false")
+    return bool(setting), "as set"
+
+
+def _has_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let float32 products on a GPU use TensorFloat-32; convolutions do so by PyTorch's own default."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def recorded_precision(checkpoint: Path) -> str | None:

@@ -113,3 +113,20 @@ def test_images_per_second_leave_out_what_is_between_epochs(monkeypatch: pytest.
     assert callback.epoch_seconds == 4.0
     assert callback.images_per_second == 3 * 8 * 2 / 4.0
     assert callback.first_step_seconds == 104.0
+
+
+def test_the_row_tells_the_step_and_how_much_of_it_was_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cifar10_tl.callbacks.throughput.time.perf_counter", lambda: now[0])
+    callback, module = Throughput(), SimpleNamespace(device=torch.device("cpu"))
+    trainer = fake_trainer(Path(), estimated_stepping_batches=10)
+    callback.on_fit_start(trainer, None)  # type: ignore[arg-type]
+    callback.on_train_epoch_start(trainer, None)  # type: ignore[arg-type]
+    for _ in range(3):
+        now[0] += 1.0  # fetching the batch
+        callback.on_train_batch_start(trainer, module, None, 0)  # type: ignore[arg-type]
+        now[0] += 3.0  # the step
+        steps(callback, trainer, module, 1)
+    row = callback.row(torch.device("cpu"))
+    assert (row["seconds"], row["images_per_second"], row["step_ms"], row["data_wait"]) == (12.0, 2.0, 4000.0, 0.25)
+    assert 0.1 < row["peak_memory_gb"] < 1000  # type: ignore[operator]

@@ -23,7 +23,11 @@ def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options) ->
     } | options
     data = CIFAR10DataModule(source="shapes", **options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world_size, training=True, current_epoch=epoch
+        global_rank=rank,
+        world_size=world_size,
+        training=True,
+        current_epoch=epoch,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     data.setup()
     return data

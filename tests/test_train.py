@@ -11,12 +11,15 @@ import pytest
 import torch
 from conftest import REAL_IMAGES, SMALL, StepLosses, compose_train
 from omegaconf import DictConfig
+from torch import nn
 
+from cifar10_tl.callbacks.history import SPEED
 from cifar10_tl.checkpoints import find_resumable
 from cifar10_tl.config import RUN_CONFIG, explain, resumed_config
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.errors import UserError
 from cifar10_tl.models.module import LitClassifier
+from cifar10_tl.models.network import TransferResNet
 from cifar10_tl.train import check_batch_size, train
 
 Small = Callable[..., DictConfig]
@@ -125,13 +128,50 @@ def test_losses_of_five_steps_repeat(small_cfg: Small) -> None:
         train(small_cfg("trainer.max_epochs=1", "test=false", "trainer.deterministic=true", recorded, run=run))
         runs.append(list(StepLosses.seen))
     assert runs[0] == runs[1]
-    for step, (loss, (golden, tolerance)) in enumerate(zip(runs[0], GOLDEN_LOSSES, strict=True)):
-        assert loss == pytest.approx(golden, rel=tolerance), f"step {step} of {runs[0]}"
+    check_golden(runs[0])
+
+
+def check_golden(losses: list[float]) -> None:
+    for step, (loss, (golden, tolerance)) in enumerate(zip(losses, GOLDEN_LOSSES, strict=True)):
+        assert loss == pytest.approx(golden, rel=tolerance), f"step {step} of {losses}"
 
 
 #: Of the five steps above, and how far apart one thread and two were (rounded up): each step amplifies the rounding.
 #: Whoever changes data, order, augmentation, network or optimizer sees it here.
 GOLDEN_LOSSES = ((2.32348, 1e-5), (2.3035, 1e-3), (2.219, 1e-2), (2.296, 1e-2), (2.148, 2e-2))
+
+
+def test_a_compiled_network_learns_the_same_and_its_checkpoint_has_the_same_names(
+    small_cfg: Small, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs are those of torch.compile; only its last stage, a minute in a C++ compiler, is left out."""
+    compiled: list[nn.Module] = []
+
+    def compile_graphs(network: nn.Module) -> None:
+        compiled.append(network)
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="aot_eager")  # as Module.compile does
+
+    monkeypatch.setattr(TransferResNet, "compile", compile_graphs)
+    monkeypatch.setattr("cifar10_tl.runtime.shutil.which", lambda name: f"/usr/bin/{name}")
+    StepLosses.seen.clear()
+    recorded = "+callbacks.losses={_target_: conftest.StepLosses}"
+    results = train(small_cfg("trainer.max_epochs=1", "compile=true", "trainer.deterministic=true", recorded))
+    assert len(compiled) == 1
+    check_golden(StepLosses.seen)
+    assert results is not None
+    assert results["test"]["count"] == 100
+    assert weights(Path(results["config"]["paths"]["output_dir"])).keys() == weights(finished_run).keys()
+
+
+def test_images_kept_on_the_device_are_the_same_images(small_cfg: Small) -> None:
+    losses = []
+    for run, on_device in (("host", "false"), ("device", "true")):
+        StepLosses.seen.clear()
+        recorded = "+callbacks.losses={_target_: conftest.StepLosses}"
+        overrides = ("trainer.max_epochs=1", "trainer.deterministic=true", f"data.on_device={on_device}", recorded)
+        train(small_cfg(*overrides, run=run))
+        losses.append(list(StepLosses.seen))
+    assert losses[0] == losses[1]
 
 
 def test_another_seed_is_another_run(small_cfg: Small, finished_run: Path) -> None:
@@ -152,7 +192,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(small_cfg: Small) -> None:
     uninterrupted = Path(whole.paths.output_dir)
     resumed = weights(folder)
     assert all(torch.equal(v, resumed[k]) for k, v in weights(uninterrupted).items())
-    timed = ("seconds", "images_per_second")
+    timed = SPEED
     for a, b in zip(rows(uninterrupted), rows(folder), strict=True):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
     assert _scalars(folder) == _scalars(uninterrupted)

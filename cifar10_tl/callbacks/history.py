@@ -18,7 +18,8 @@ from cifar10_tl.tables import csv_text
 log = logging.getLogger(__name__)
 
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
-COLUMNS = ("epoch", "step", "lr", *METRICS, "val/count", "seconds", "images_per_second")
+SPEED = ("seconds", "images_per_second", "step_ms", "data_wait", "peak_memory_gb")
+COLUMNS = ("epoch", "step", "lr", *METRICS, "val/count", *SPEED)
 
 
 class History(Callback):
@@ -82,8 +83,7 @@ class History(Callback):
             "val/loss": evaluation.loss if evaluation is not None else None,
             "val/acc": evaluation.accuracy if evaluation is not None else None,
             "val/count": len(evaluation) if evaluation is not None else None,
-            "seconds": round(throughput.epoch_seconds, 3) if throughput else None,
-            "images_per_second": round(throughput.epoch_images_per_second, 1) if throughput else None,
+            **(throughput.row(pl_module.device) if throughput else dict.fromkeys(SPEED)),
         }
 
     def _csv(self) -> str:
@@ -98,4 +98,7 @@ class History(Callback):
         ]
         if row["images_per_second"]:
             parts.append(f"{row['images_per_second']:.0f} images/s")
+            parts.append(f"{row['step_ms']:.0f} ms a step, {row['data_wait']:.1%} of it for data")
+        if row["peak_memory_gb"]:
+            parts.append(f"{row['peak_memory_gb']:.1f} GB")
         return "  ".join(parts)

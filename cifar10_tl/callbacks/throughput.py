@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,8 @@ class Throughput(Callback):
     Attributes:
         epoch_seconds: of the latest epoch's training steps.
         epoch_images_per_second: of all processes.
+        epoch_data_wait: share of the epoch's time from the end of a step to the start of the next: fetching a batch,
+            bringing it to the device and augmenting it (on a GPU: handing these over to it).
         first_step_seconds: from the start of the fit to the end of its first step.
     """
 
@@ -32,6 +35,7 @@ class Throughput(Callback):
         self._seconds, self._images = 0.0, 0
         self._epoch_images, self._epoch_start, self._epoch_end = 0, 0.0, 0.0
         self._fit_start = 0.0
+        self._epoch_steps, self._epoch_wait, self._step_end = 0, 0.0, 0.0
         self._steps, self._second_step_end = 0, 0.0
         self._told = False
 
@@ -44,6 +48,16 @@ class Throughput(Callback):
     def epoch_images_per_second(self) -> float:
         """Images a second over the latest epoch, of all processes."""
         return self._epoch_images / max(self.epoch_seconds, 1e-9)
+
+    @property
+    def epoch_step_ms(self) -> float:
+        """Milliseconds of the latest epoch's mean step, waiting for its batch included."""
+        return 1000 * self.epoch_seconds / max(self._epoch_steps, 1)
+
+    @property
+    def epoch_data_wait(self) -> float:
+        """Share of the latest epoch's time in which the next batch was made ready."""
+        return self._epoch_wait / max(self.epoch_seconds, 1e-9)
 
     @property
     def images_per_second(self) -> float | None:
@@ -61,11 +75,22 @@ class Throughput(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._fit_start = self._epoch_start = time.perf_counter()  # the latter for an epoch resumed in its middle
+        self._fit_start = time.perf_counter()
+        self._start_epoch()  # for an epoch resumed in its middle
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock."""
-        self._epoch_start, self._epoch_images = time.perf_counter(), 0
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self._epoch_start = self._step_end = time.perf_counter()
+        self._epoch_images, self._epoch_steps, self._epoch_wait = 0, 0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Add up the time that the batch took to come."""
+        self._epoch_wait += time.perf_counter() - self._step_end
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -73,7 +98,8 @@ class Throughput(Callback):
         """Count the step; the epoch's last one waits until the device has done them all."""
         if trainer.is_last_batch and pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        self._epoch_end = time.perf_counter()
+        self._epoch_end = self._step_end = time.perf_counter()
+        self._epoch_steps += 1
         self._epoch_images += len(batch.images) * trainer.world_size
         self._steps += 1
         if self._steps == 1:
@@ -87,6 +113,16 @@ class Throughput(Callback):
         """Add the epoch to the run."""
         self._seconds += self.epoch_seconds
         self._images += self._epoch_images
+
+    def row(self, device: torch.device) -> dict[str, float | None]:
+        """The latest epoch's numbers, as they stand in metrics.csv."""
+        return {
+            "seconds": round(self.epoch_seconds, 3),
+            "images_per_second": round(self.epoch_images_per_second, 1),
+            "step_ms": round(self.epoch_step_ms, 3),
+            "data_wait": round(self.epoch_data_wait, 4),
+            "peak_memory_gb": peak_memory_gb(device),
+        }
 
     def _tell_of_a_long_run(self, trainer: pl.Trainer) -> None:
         """Once, when the steps so far allow to tell: after ten of them, or half a minute."""
@@ -102,3 +138,15 @@ class Throughput(Callback):
                 "(minutes), a smaller model.image_size, or fewer images (data.image_limit).",
                 timedelta(seconds=round(seconds)),
             )
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Most memory (10^9 bytes) held so far: tensors on a GPU, elsewhere the process; None where it is not known."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)

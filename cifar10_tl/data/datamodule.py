@@ -34,7 +34,12 @@ class Split(Dataset[Batch]):
         return len(self.labels)
 
     def __getitem__(self, places: Tensor) -> Batch:
+        places = places.to(self.images.device, non_blocking=True)
         return Batch(self.images[places], self.labels[places], self.indices[places])
+
+    def to(self, device: torch.device) -> Split:
+        """The split with its tensors on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device))
 
     def subset(self, places: Tensor) -> Split:
         """The images at ``places`` (int64 [n]), their indices kept."""
@@ -59,6 +64,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split_seed: which ones.
         image_limit: at most so many images in each of train, val and test (after the split), classes in proportion.
         augment: arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
+        on_device: keep the images in the accelerator's memory, so that no step waits for a copy (N * 3 * H * W bytes).
         seed: of the order and the augmentation.
         **source_options: arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
 
@@ -74,6 +80,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split_seed: int = 0,
         image_limit: int | None = None,
         augment: Mapping[str, Any] | None = None,
+        on_device: bool = False,
         seed: int = 0,
         **source_options: Any,
     ) -> None:
@@ -88,7 +95,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     @staticmethod
     def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-        names = ("source", "batch_size", "val_size", "split_seed", "image_limit", "seed")
+        names = ("source", "batch_size", "val_size", "split_seed", "image_limit", "on_device", "seed")
         return {**{n: arguments[n] for n in names}, **arguments["source_options"]}
 
     # ------------------------------------------------------------------------------------------------------- set-up
@@ -155,11 +162,17 @@ class CIFAR10DataModule(pl.LightningDataModule):
             rank=rank,
             world_size=self._world_size,
         )
-        return BatchLoader(split, order)
+        if self.hparams["on_device"]:
+            return BatchLoader(split.to(self._device), order)
+        return BatchLoader(split, order, pin_memory=self._device.type == "cuda")
 
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     # ------------------------------------------------------------------------------------------------- augmentation
 

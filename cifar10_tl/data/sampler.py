@@ -82,10 +82,12 @@ class BatchLoader(DataLoader[Batch]):
 
     ``batch_size=None`` is PyTorch's way to say that the sampler's items are batches already. There are no workers:
     indexing a tensor in memory takes less time than handing the result from one process to another.
+
+    With ``pin_memory`` batches lie where a GPU can fetch them while the processor goes on.
     """
 
-    def __init__(self, dataset: Dataset[Batch], order: BatchOrder) -> None:
-        super().__init__(dataset, sampler=order, batch_size=None, collate_fn=_as_it_is)
+    def __init__(self, dataset: Dataset[Batch], order: BatchOrder, *, pin_memory: bool = False) -> None:
+        super().__init__(dataset, sampler=order, batch_size=None, collate_fn=_as_it_is, pin_memory=pin_memory)
         self.order = order
 
     def state_dict(self) -> dict[str, int]:
