@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     "data.split_seed": whole(0),
     "data.image_limit": either(null, whole(1)),
     "data.on_device": flag,
+    "data.cache_features": flag,
     "data.native_size": whole(8, 1024),
     "data.skip_bad": flag,
     "data.stall_seconds": number(0, above=True),
@@ -269,6 +270,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     padding, size = data.get("augment", {}).get("crop_padding", 0), data.get("native_size", 32)
     if padding >= size:
         raise UserError(f"data.augment.crop_padding={padding}: should be below the images' {size} pixels")
+    if data.get("cache_features"):
+        _check_cached_features(data, model)
     every, epochs = trainer.get("check_val_every_n_epoch", 1), trainer.get("max_epochs", 1)
     if every > epochs:
         raise UserError(
@@ -276,3 +279,18 @@ def _check_together(config: Mapping[str, Any]) -> None:
         )
     if "overfit_batches" in trainer:
         raise UserError("trainer.overfit_batches does not fit this project's loaders; use debug=overfit")
+
+
+def _check_cached_features(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    if model["freeze"] != "backbone":
+        raise UserError(
+            "data.cache_features=true is for a backbone that does not change: add model.freeze=backbone, or use "
+            "data.cache_features=false"
+        )
+    for key, none in {"crop_padding": 0, "erase": 0, "jitter": 0, "mix": "none"}.items():
+        if data["augment"][key] != none:
+            raise UserError(
+                f"data.augment.{key}={data['augment'][key]} changes images in each epoch, and data.cache_features=true "
+                f"keeps their features: add data.augment.{key}={none} (data.augment.flip may be true), or use "
+                "data.cache_features=false"
+            )

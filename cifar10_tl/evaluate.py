@@ -51,13 +51,14 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     from cifar10_tl.models.module import restore
     from cifar10_tl.report import describe, write_corruption
     from cifar10_tl.results import environment, write_json, write_predictions
-    from cifar10_tl.runtime import quiet_libraries
+    from cifar10_tl.runtime import allow_tf32, quiet_libraries
 
     quiet_libraries()
     clock = time.perf_counter()
     module = restore(Path(cfg.checkpoint))
     datamodule = build_datamodule(cfg, module)
     run = Passes(build_trainer(cfg), module, datamodule.hparams["batch_size"])
+    allow_tf32(run.device)  # as in training
     datamodule.prepare_data()
     datamodule.setup()
     split = datamodule.splits[cfg.split]
@@ -149,7 +150,8 @@ class Passes:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EvaluationProgress):
                 callback.description = description
-        loader = BatchLoader(split, BatchOrder(len(split), self.batch_size, shuffle=False))
+        order = BatchOrder(len(split), self.batch_size, shuffle=False)
+        loader = BatchLoader(split, order, pin_memory=self.device.type == "cuda")
         self.trainer.test(self.module, dataloaders=loader, verbose=False)
         evaluation = self.module.evaluation
         assert evaluation is not None
@@ -207,6 +209,7 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
 
     trained_with = read_checkpoint(Path(cfg.checkpoint)).get("datamodule_hyper_parameters", {})
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    given.pop("cache_features", None)  # one pass has no use for it
     options = data_options(given, trained_with)
     if "native_size" in options:
         options["native_size"] = module.hparams["native_size"]  # other images are brought to what the network knows

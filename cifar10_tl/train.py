@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings a
     import lightning.pytorch as pl
 
     from cifar10_tl.data.datamodule import CIFAR10DataModule
+    from cifar10_tl.data.features import FeatureCache
     from cifar10_tl.models.module import LitClassifier
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def _train(cfg: DictConfig) -> dict[str, Any] | None:
     trainer = build_trainer(cfg, start)
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     speed_up(cfg, module, trainer)
+    if cfg.data.cache_features:
+        datamodule.feature_cache = build_feature_cache(cfg, module, trainer)
     if trainer.is_global_zero:
         if not cfg.resume:
             atomic_write_text(run_dir / RUN_CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
@@ -106,7 +109,9 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
     """The DataModule of ``cfg.data``."""
     from cifar10_tl.data.datamodule import CIFAR10DataModule
 
-    return CIFAR10DataModule(**plain(cfg.data), seed=cfg.seed)
+    options = plain(cfg.data)
+    options.pop("cache_features")  # no property of the data: see build_feature_cache
+    return CIFAR10DataModule(**options, seed=cfg.seed)
 
 
 def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifier:
@@ -156,6 +161,15 @@ def build_trainer(cfg: DictConfig, start: Path | None) -> pl.Trainer:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> FeatureCache:
+    """The cache of the features that ``module`` computes on ``trainer``, shared by the processes of a machine."""
+    from cifar10_tl.data.features import FeatureCache, Processes
+
+    processes = Processes(trainer.local_rank, trainer.num_devices, trainer.strategy.barrier)
+    folder = Path(cfg.paths.cache_dir) / "features"
+    return FeatureCache(folder, module.features, module.features_description, processes)
 
 
 def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> None:

@@ -23,7 +23,7 @@ def run(batch: Batch, settings: Augment, seed: int = 0, epoch: int = 0) -> Batch
 
 
 def part(batch: Batch, places: slice) -> Batch:
-    return Batch(*(x[places] for x in batch))
+    return Batch(*(x[places] for x in batch[:3]))
 
 
 def test_an_image_is_changed_by_its_own_index_whatever_batch_it_is_in(batch: Batch) -> None:

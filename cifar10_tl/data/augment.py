@@ -24,11 +24,13 @@ class Batch(NamedTuple):
         images: uint8 [N, 3, H, W].
         targets: int64 [N] classes, or float32 [N, K] class probabilities where images were mixed.
         indices: int64 [N], the place of each image in its source.
+        features: of a frozen backbone, where they are cached: float [N, ...], from a loader [N, V, ...] of V views.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
     Mixing pairs each image with the one half a batch on. Where the batch is every W-th image of a global batch whose
     half W divides, that is the image half a *global* batch on: the pairs do not depend on the number of processes.
     """
-    images, targets, indices = batch
+    images, targets, indices, _ = batch
     draw = _Draw(seed, epoch, indices)
     if settings.flip or settings.crop_padding:
         images = _flip_and_crop(images, draw, settings)
@@ -69,6 +71,19 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
     if settings.mix != "none":
         images, targets = _mix(images, targets, draw, settings, num_classes)
     return Batch(images, targets, indices)
+
+
+def choose_view(batch: Batch, *, flip: bool, seed: int, epoch: int) -> Batch:
+    """A batch of cached features [N, V, ...], the view of each (plain or mirrored) by the draw of :func:`augment`."""
+    images, targets, indices, features = batch
+    assert features is not None
+    if not flip:
+        return batch._replace(features=features[:, 0])
+    mirrored = _mirrored(_Draw(seed, epoch, indices))
+    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return Batch(
+        images, targets, indices, features[torch.arange(len(features), device=features.device), mirrored.long()]
+    )
 
 
 def hash32(*keys: int | Tensor) -> Tensor | int:
@@ -124,13 +139,16 @@ def _flip_and_crop(images: Tensor, draw: _Draw, settings: Augment) -> Tensor:
     rows = torch.arange(height, device=images.device).expand(len(images), -1)
     columns = torch.arange(width, device=images.device).expand(len(images), -1)
     if settings.flip:
-        mirrored = (draw.uniform("flip") < 0.5)[:, None]
-        columns = torch.where(mirrored, width - 1 - columns, columns)
+        columns = torch.where(_mirrored(draw)[:, None], width - 1 - columns, columns)
     if padding:
         rows = _reflect(rows + draw.integer("top", 2 * padding + 1)[:, None] - padding, height)
         columns = _reflect(columns + draw.integer("left", 2 * padding + 1)[:, None] - padding, width)
     source = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     return images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
+
+
+def _mirrored(draw: _Draw) -> Tensor:
+    return draw.uniform("flip") < 0.5
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:

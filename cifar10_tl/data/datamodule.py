@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cifar10_tl.data.augment import Augment, Batch, augment, hash32
+from cifar10_tl.data.augment import Augment, Batch, augment, choose_view, hash32
+from cifar10_tl.data.features import FeatureCache
 from cifar10_tl.data.sampler import BatchLoader, BatchOrder
 from cifar10_tl.data.sources import SOURCES
 from cifar10_tl.errors import UserError
@@ -24,10 +25,13 @@ class Split(Dataset[Batch]):
         images: uint8 [N, 3, H, W].
         labels: int64 [N].
         indices: int64 [N], the place of each image in its source: its name in augmentation, figures and tables.
+        views: of the images' features, where they are cached: tensors [N, ...].
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        self.images, self.labels = images, labels
+    def __init__(
+        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, views: Sequence[Tensor] = ()
+    ) -> None:
+        self.images, self.labels, self.views = images, labels, views
         self.indices = torch.arange(len(labels)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -35,11 +39,13 @@ class Split(Dataset[Batch]):
 
     def __getitem__(self, places: Tensor) -> Batch:
         places = places.to(self.images.device, non_blocking=True)
-        return Batch(self.images[places], self.labels[places], self.indices[places])
+        features = torch.stack([view[places] for view in self.views], 1) if self.views else None
+        return Batch(self.images[places], self.labels[places], self.indices[places], features)
 
     def to(self, device: torch.device) -> Split:
         """The split with its tensors on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device))
+        views = [view.to(device) for view in self.views]
+        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), views)
 
     def subset(self, places: Tensor) -> Split:
         """The images at ``places`` (int64 [n]), their indices kept."""
@@ -68,6 +74,10 @@ class CIFAR10DataModule(pl.LightningDataModule):
         seed: of the order and the augmentation.
         **source_options: arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
 
+    Attributes:
+        splits: "train", "val" and "test", from :meth:`setup` on.
+        feature_cache: where set, batches bring the features of their images.
+
     Raises:
         UserError: the source finds a fault with its options, or (later) the batch or val_size does not fit the data.
     """
@@ -92,6 +102,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         self.source = SOURCES[source](**source_options)
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}
+        self.feature_cache: FeatureCache | None = None
 
     @staticmethod
     def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +163,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         return self._loader("test", self.hparams["batch_size"], shuffle=False)
 
     def _loader(self, name: str, batch_size: int, *, shuffle: bool) -> BatchLoader:
-        split = self.splits[name]
+        split = self._with_features(name)
         rank = self.trainer.global_rank if self.trainer else 0
         order = BatchOrder(
             len(split),
@@ -166,6 +177,14 @@ class CIFAR10DataModule(pl.LightningDataModule):
             return BatchLoader(split.to(self._device), order)
         return BatchLoader(split, order, pin_memory=self._device.type == "cuda")
 
+    def _with_features(self, name: str) -> Split:
+        split = self.splits[name]
+        if self.feature_cache is None:
+            return split
+        mirrored = name == "train" and self.augment.flip
+        views = self.feature_cache.views(name, split.images, mirrored=mirrored)
+        return Split(split.images, split.labels, split.indices, views)
+
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
@@ -178,12 +197,14 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch, on the device where it now lies."""
-        if self.trainer is None or not self.trainer.training:
-            return batch
-        return self.augmented(batch, self.trainer.current_epoch)
+        if self.trainer is not None and self.trainer.training:
+            return self.augmented(batch, self.trainer.current_epoch)
+        return batch if batch.features is None else batch._replace(features=batch.features[:, 0])
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """``batch`` as the network sees it in this epoch."""
+        if batch.features is not None:
+            return choose_view(batch, flip=self.augment.flip, seed=self.hparams["seed"], epoch=epoch)
         return augment(batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
 
 

@@ -13,6 +13,8 @@ from cifar10_tl.errors import UserError
 class LinearHead(nn.Module):
     """Global average pooling and one linear layer: float [N, C, h, w] -> logits [N, K]."""
 
+    pools = True
+
     def __init__(self, num_features: int, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
@@ -24,6 +26,8 @@ class LinearHead(nn.Module):
 
 class DenseHead(nn.Module):
     """Global average pooling, dense relu layers with dropout, a final layer: float [N, C, h, w] -> logits [N, K]."""
+
+    pools = True
 
     def __init__(
         self, num_features: int, num_classes: int, hidden: Sequence[int] = (512,), dropout: float = 0.0
@@ -72,6 +76,11 @@ def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_out
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {"linear": LinearHead, "dense": DenseHead, "lstm": LSTMHead}
+
+
+def pools(head: nn.Module) -> bool:
+    """Whether a head begins with global average pooling (``pools = True``), so that the means are all it needs."""
+    return bool(getattr(head, "pools", False))
 
 
 def build_head(settings: Mapping[str, Any], num_features: int, num_classes: int) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.checkpoints import read_checkpoint
 from cifar10_tl.data.augment import Batch, hash32
+from cifar10_tl.data.features import tensors_checksum
 from cifar10_tl.errors import UserError
 from cifar10_tl.evaluation import Evaluation
 from cifar10_tl.models.backbone import (
@@ -29,7 +30,7 @@ from cifar10_tl.models.backbone import (
     normalisation,
     read_state_dict,
 )
-from cifar10_tl.models.heads import build_head
+from cifar10_tl.models.heads import build_head, pools
 from cifar10_tl.models.network import TransferResNet
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,30 @@ class LitClassifier(pl.LightningModule):
         """Logits float [N, K] of uint8 images [N, 3, H, W]."""
         return self.network(images)
 
+    def _logits(self, batch: Batch) -> Tensor:
+        if batch.features is None:
+            return self.network(batch.images).float()
+        return self.network.head(batch.features).float()
+
+    # ------------------------------------------------------------------------------------ features of a frozen backbone
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head reads of uint8 images [N, 3, H, W], in the trainer's precision, on the CPU."""
+        self.network.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return self.network.head_input(images.to(self.device)).cpu()
+
+    def features_description(self) -> dict[str, Any]:
+        """All that :meth:`features` depends on besides the images, as plain values."""
+        names = ("backbone", "stem", "image_size", "interpolation")
+        return {
+            **{name: self.hparams[name] for name in names},
+            "precision": str(self.trainer.precision_plugin.precision),
+            "pooled": pools(self.network.head),
+            "weights": tensors_checksum(self.network.backbone.state_dict()),
+            "normalisation": tensors_checksum({"scale": self.network.scale, "shift": self.network.shift}),
+        }
+
     # ------------------------------------------------------------------------------------------ where weights come from
 
     def prepare_data(self) -> None:
@@ -173,7 +198,7 @@ class LitClassifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss to minimise; what is reported is added up on the device, for no step waits for a number."""
-        logits = self.network(batch.images).float()
+        logits = self._logits(batch)
         loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
         with torch.no_grad():
             reported = loss if not self.label_smoothing else F.cross_entropy(logits, batch.targets)
@@ -209,7 +234,7 @@ class LitClassifier(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; everything is read from them once they are all there."""
         if len(batch.images):  # the last batch of a rank may be empty: see BatchOrder
-            self._eval_outputs.append((self.network(batch.images).float(), batch.targets, batch.indices))
+            self._eval_outputs.append((self._logits(batch), batch.targets, batch.indices))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As :meth:`validation_step`."""

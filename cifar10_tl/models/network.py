@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cifar10_tl.errors import UserError
 from cifar10_tl.models.backbone import Backbone
-from cifar10_tl.models.heads import LSTMHead
+from cifar10_tl.models.heads import LSTMHead, pools
 
 
 class TransferResNet(nn.Module):
@@ -60,6 +60,11 @@ class TransferResNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Feature map float [N, C, h, w] of uint8 images [N, 3, H, W]."""
         return self.backbone(self.preprocess(images))
+
+    def head_input(self, images: Tensor) -> Tensor:
+        """What the head makes use of: the feature map, or for a head that pools it first a map of one cell."""
+        feature_map = self.features(images)
+        return feature_map.mean((2, 3), keepdim=True) if pools(self.head) else feature_map
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float [N, 3, image_size, image_size], normalised.
