@@ -50,19 +50,20 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def find_resumable(run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: the last one, or if that is broken the best one; None if there is none yet.
+    """The newest good checkpoint to go on from; None if there is none yet. Broken ones are told and passed over.
 
     Raises:
         UserError: there are checkpoints, but each is broken.
     """
     found = [p for p in (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")) if p.is_file()]
+    steps: dict[Path, int] = {}
     for path in found:
         try:
-            read_checkpoint(path)
+            steps[path] = read_checkpoint(path)["global_step"]
         except UserError as error:
             log.warning("%s", error)
-        else:
-            return path
-    if found:
+    if found and not steps:
         raise UserError(f"{run_dir}: its checkpoints are broken; start a new run, or bring a good copy of {found[0]}")
-    return None
+    if len(steps) < len(found):
+        log.warning("going on from %s, at step %d", *max(steps.items(), key=lambda item: item[1]))
+    return max(steps, key=steps.__getitem__, default=None)

@@ -118,6 +118,8 @@ RULES: dict[str, Rule] = {
     "seed": whole(0, 2**32 - 1),
     "test": flag,
     "compile": one_of("auto", True, False),
+    "checkpoint_every_n_steps": either(null, whole(1)),
+    "trust": flag,
     "resume": either(null, text),
     "init_from": either(null, text),
     "paths.output_dir": folder_name,

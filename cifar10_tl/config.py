@@ -7,6 +7,7 @@ in a setting answer at once.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from cifar10_tl.checks import check_config
 from cifar10_tl.errors import UserError
 
+log = logging.getLogger(__name__)
+
 PACKAGE_DIR = Path(__file__).resolve().parent
 #: In a wheel the configs lie inside the package, in a checkout beside it.
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
@@ -37,7 +40,16 @@ BARE_FLAGS |= {"-sc", "--shell-completion"}
 FLAGS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name"}
 FLAGS_WITH_VALUE |= {"-cd", "--config-dir", "--experimental-rerun"}
 #: What a resumed run may be given anew; everything else comes from its own config.
-RESUMABLE = ("resume", "test", "trainer.", "data.root")
+RESUMABLE = (
+    "resume",
+    "trust",
+    "test",
+    "trainer.",
+    "data.root",
+    "data.on_device",
+    "compile",
+    "checkpoint_every_n_steps",
+)
 
 
 # --------------------------------------------------------------------------------------------------- the run folder
@@ -148,7 +160,9 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 _settle_sweep_job(cfg)
             if cfg.get("resume"):
-                cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
+                overrides = HydraConfig.get().overrides.task
+                cfg = resumed_config(cfg, overrides)
+                _check_trust(cfg, overrides)
             check_config(cfg)
             return task(cfg)
         except Exception as error:
@@ -171,8 +185,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config that the run in ``cfg.resume`` was started with, and on it the overrides given now.
 
     Raises:
-        UserError: the folder holds no run, or an override would change what the run is (only ``trainer.*``,
-            ``test`` and ``data.root`` may be given).
+        UserError: the folder holds no run, or an override would change what the run is (only ``RESUMABLE`` ones may be
+            given).
     """
     run_dir = Path(cfg.resume)
     if not (run_dir / RUN_CONFIG).is_file():
@@ -183,12 +197,27 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = override.lstrip("+~").split("=")[0]
         if not key.startswith(RESUMABLE):
             raise UserError(
-                f"{override}: a resumed run keeps its own settings; only trainer.*, test and data.root may be given. "
-                "To start a new run from its weights use init_from="
+                f"{override}: a resumed run keeps its own settings; only trainer.*, test, data.root and what makes it "
+                "faster or safer may be given. To start a new run from its weights use init_from="
             )
-        OmegaConf.update(own, key, OmegaConf.select(cfg, key), force_add=True)
+        before, after = OmegaConf.select(own, key), OmegaConf.select(cfg, key)
+        if key not in ("resume", "trust") and before != after:
+            log.info("%s: %s -> %s", key, before, after)
+        OmegaConf.update(own, key, after, force_add=True)
     own.resume = str(run_dir)
     return own
+
+
+def _check_trust(cfg: DictConfig, given: Sequence[str]) -> None:
+    """Look at what a resumed run's own config builds; what the command line names is the user's own choice.
+
+    Raises:
+        UserError: it is not trusted, and neither is it by ``trust=true``.
+    """
+    from cifar10_tl.trust import check_targets
+
+    if "trust=true" not in (override.lower() for override in given):
+        check_targets(OmegaConf.to_container(cfg), f"{cfg.resume}/{RUN_CONFIG}")
 
 
 def moved(node: Any, old: str, new: str) -> Any:

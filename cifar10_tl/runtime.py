@@ -132,6 +132,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to write checkpoints, but no reader and no power cut ever meets half a file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``, see :func:`cifar10_tl.files.atomic_write`."""
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+        """Write ``checkpoint`` to ``path``, see :func:`cifar10_tl.files.atomic_write`.
+
+        Raises:
+            UserError: it cannot be written; what lay there is as it was.
+        """
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch could not finish the file
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            kept = f"the last good one, {path}, is whole" if Path(path).is_file() else "there was none before"
+            raise UserError(
+                f"the checkpoint {path} cannot be written: {cause}; {kept}. Make room on the disk, then go on with "
+                f"resume={Path(path).parent.parent}"
+            ) from error

@@ -8,6 +8,8 @@ python -m cifar10_tl.train resume=outputs/runs/<stamp>    go on where that run s
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from cifar10_tl.config import RUN_CONFIG, process_rank, run_command
 from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write_text
+from cifar10_tl.interruption import Interruption, Stopped
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings are known to be good
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Callback
 
     from cifar10_tl.data.datamodule import CIFAR10DataModule
     from cifar10_tl.data.features import FeatureCache
@@ -40,38 +44,45 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     from cifar10_tl.runtime import own_processes, quiet_libraries
 
     quiet_libraries()
-    with own_processes():
-        return _train(cfg)
+    requeue = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+    with own_processes(), Interruption(*requeue) as interruption:
+        try:
+            return _train(cfg, interruption)
+        except Stopped:
+            if process_rank() == 0:
+                log.info("go on with: python -m cifar10_tl.train resume=%s", cfg.paths.output_dir)
+            raise
 
 
-def _train(cfg: DictConfig) -> dict[str, Any] | None:
+def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
     from cifar10_tl.checkpoints import find_resumable
 
     pl.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.paths.output_dir)
-    if process_rank() == 0 and not cfg.resume and (run_dir / RUN_CONFIG).exists():
+    resumes = bool(cfg.resume) or was_requeued(run_dir)
+    if process_rank() == 0 and not resumes and (run_dir / RUN_CONFIG).exists():
         raise UserError(
             f"paths.output_dir={run_dir}: a run lies there; go on with it by resume={run_dir}, or choose another"
         )
-    start = find_resumable(run_dir) if cfg.resume else None
+    start = find_resumable(run_dir) if resumes else None
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
     if cfg.init_from and start is None:
         module.load_weights_from(Path(cfg.init_from))
-    trainer = build_trainer(cfg, start)
+    trainer = build_trainer(cfg, start, interruption)
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     speed_up(cfg, module, trainer)
     if cfg.data.cache_features:
         datamodule.feature_cache = build_feature_cache(cfg, module, trainer)
     if trainer.is_global_zero:
-        if not cfg.resume:
+        if not resumes:
             atomic_write_text(run_dir / RUN_CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
         log.info("%s", describe(cfg, module, trainer, start))
 
     clock = time.perf_counter()
-    fit(trainer, module, datamodule, start)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     seconds = {"fit": time.perf_counter() - clock}
     if cfg.test:
         clock = time.perf_counter()
@@ -85,15 +96,9 @@ def _train(cfg: DictConfig) -> dict[str, Any] | None:
     return finish(cfg, module, trainer, seconds)
 
 
-def fit(trainer: pl.Trainer, module: LitClassifier, datamodule: CIFAR10DataModule, start: Path | None) -> None:
-    """Train; Ctrl-C ends the process with status 130, and with a word on how to go on."""
-    try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-    except SystemExit:
-        if trainer.interrupted:
-            log.info("interrupted; go on from the last epoch with resume=%s", trainer.default_root_dir)
-            raise SystemExit(130) from None
-        raise
+def was_requeued(run_dir: Path) -> bool:
+    """Whether SLURM starts this job again, and it has left a run there."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir / RUN_CONFIG).exists()
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -132,16 +137,24 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     )
 
 
-def build_trainer(cfg: DictConfig, start: Path | None) -> pl.Trainer:
-    """Lightning's Trainer with the callbacks and loggers of ``cfg``; ``start`` is the checkpoint of a resumed run."""
+def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Interruption | None = None) -> pl.Trainer:
+    """Lightning's Trainer with the callbacks and loggers of ``cfg``, and those that guard every run.
+
+    Args:
+        cfg: of the train command.
+        start: the checkpoint of a run that is resumed.
+        interruption: where the trainer is to heed signals.
+    """
     import lightning.pytorch as pl
     from hydra.utils import instantiate
 
-    from cifar10_tl.callbacks import RunProgress
+    from cifar10_tl.callbacks import FiniteLoss, RunProgress, StopOnSignal
     from cifar10_tl.runtime import AtomicCheckpointIO, choose_precision
 
     flags = instantiate(cfg.trainer, _convert_="all")
-    callbacks = instantiate_all(cfg.callbacks)
+    callbacks = [*instantiate_all(cfg.callbacks), FiniteLoss(), *step_checkpoint(cfg)]
+    if interruption is not None:
+        callbacks.append(StopOnSignal(interruption))  # behind those whose state it saves
     if not flags["enable_progress_bar"]:
         callbacks = [c for c in callbacks if not isinstance(c, RunProgress)]
     loggers = instantiate_all(cfg.logger, **resume_point(start)) if not flags["fast_dev_run"] else []
@@ -193,6 +206,16 @@ def instantiate_all(group: DictConfig | None, **extra: Any) -> list[Any]:
 
     entries = (group or {}).values()
     return [instantiate(entry, **extra, _convert_="all") for entry in entries if entry is not None]
+
+
+def step_checkpoint(cfg: DictConfig) -> list[Callback]:
+    """What writes last.ckpt inside epochs, too."""
+    from cifar10_tl.callbacks import RunCheckpoint
+
+    every = cfg.checkpoint_every_n_steps
+    folder = Path(cfg.paths.output_dir) / "checkpoints"
+    options = {"filename": "last", "every_n_train_steps": every, "enable_version_counter": False}
+    return [RunCheckpoint(dirpath=folder, **options)] if every else []
 
 
 def resume_point(start: Path | None) -> dict[str, int]:

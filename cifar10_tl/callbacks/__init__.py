@@ -4,11 +4,13 @@ from cifar10_tl.callbacks.confusion_matrix import ConfusionMatrix
 from cifar10_tl.callbacks.correct_predictions import CorrectPredictions
 from cifar10_tl.callbacks.curves import Curves
 from cifar10_tl.callbacks.evaluation_progress import EvaluationProgress
+from cifar10_tl.callbacks.finite_loss import FiniteLoss
 from cifar10_tl.callbacks.history import History
 from cifar10_tl.callbacks.incorrect_predictions import IncorrectPredictions
 from cifar10_tl.callbacks.progress import RunProgress
 from cifar10_tl.callbacks.run_checkpoint import RunCheckpoint
 from cifar10_tl.callbacks.sample_inputs import SampleInputs
+from cifar10_tl.callbacks.stop_on_signal import StopOnSignal
 from cifar10_tl.callbacks.throughput import Throughput
 
 __all__ = [
@@ -16,10 +18,12 @@ __all__ = [
     "CorrectPredictions",
     "Curves",
     "EvaluationProgress",
+    "FiniteLoss",
     "History",
     "IncorrectPredictions",
     "RunCheckpoint",
     "RunProgress",
     "SampleInputs",
+    "StopOnSignal",
     "Throughput",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cifar10_tl.config import moved
@@ -15,3 +16,8 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint, its paths led to where the run lies now."""
         super().load_state_dict(moved(state_dict, state_dict["dirpath"], str(self.dirpath)))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        """Save inside an epoch, but not at its last step: a run resumed from there would not validate that epoch."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *arguments)

@@ -183,7 +183,12 @@ class LitClassifier(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
-        """Bring the totals, perhaps those of an epoch to go on with, to the device."""
+        """Bring the totals, perhaps those of an epoch to go on with, to the device; and the loader to its position.
+
+        Lightning restores the position when it makes the loader, but for the number of steps, which the schedule asks
+        for, the loader is made before the checkpoint is read: the position is still to be restored.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
         has_float64 = self.device.type != "mps"
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
 
