@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -34,6 +35,8 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 RUN_CONFIG = "config.yaml"
+#: What lies in the folder of a run that has not taken a step.
+_BEGINNINGS = {RUN_CONFIG, "hparams.yaml", "events"}
 #: Of Hydra's parser.
 BARE_FLAGS = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version", "--resolve"}
 BARE_FLAGS |= {"-sc", "--shell-completion"}
@@ -156,8 +159,11 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
     """What Hydra is to call. It reports by itself: Hydra would print lines of its own about an error in a job."""
 
     def job(cfg: DictConfig) -> Any:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        begins = _holds_only(folder, _records())
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _check_sweeper(cfg, HydraConfig.get().sweeper.get("_target_", ""))
                 _settle_sweep_job(cfg)
             if cfg.get("resume"):
                 overrides = HydraConfig.get().overrides.task
@@ -166,9 +172,36 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
             check_config(cfg)
             return task(cfg)
         except Exception as error:
+            if begins and process_rank() == 0 and _holds_only(folder, _records() | _BEGINNINGS):
+                shutil.rmtree(folder, ignore_errors=True)
             report(error)
 
     return job
+
+
+def _records() -> set[str]:
+    """What Hydra writes into a run folder before our code runs."""
+    return {".hydra", f"{HydraConfig.get().job.config_name}.log"}
+
+
+def _holds_only(folder: Path, names: set[str]) -> bool:
+    """Whether nothing else lies in ``folder``; event files, of whatever name, go by "events"."""
+    found = {"events" if path.name.startswith("events.out") else path.name for path in folder.glob("*")}
+    return found <= names
+
+
+def _check_sweeper(cfg: DictConfig, sweeper: str) -> None:
+    """Refuse sweeps whose values are drawn at random, over several processes: each of them would draw its own.
+
+    Raises:
+        UserError: naming the sweeper.
+    """
+    devices = OmegaConf.select(cfg, "trainer.devices"), OmegaConf.select(cfg, "trainer.num_nodes")
+    if not sweeper.endswith(".BasicSweeper") and devices not in ((1, 1), ("1", 1)):
+        raise UserError(
+            f"hydra/sweeper={sweeper.rpartition('.')[2]} draws values, and each process of a run would draw others: "
+            "use trainer.devices=1 trainer.num_nodes=1, or Hydra's own sweeper, which goes through lists"
+        )
 
 
 def _settle_sweep_job(cfg: DictConfig) -> None:
@@ -244,14 +277,23 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return explain(cause, config_name)  # raised while Hydra built an object
     if isinstance(error, HydraException) and cause is not None and str(cause) not in str(error):
         return one_line(f"{error} {cause}")
+    if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
+        return "a group of settings wants a name, such as logger=none or callbacks=minimal; --help lists them"
     if isinstance(error, ValueError) and _raised_by_hydra(error):
         return one_line(str(error))
+    if isinstance(error, OSError) and error.filename and _raised_by_hydra(error):
+        return f"paths.output_dir={error.filename}: {error.strerror}; choose another folder"
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError)):
         return one_line(str(error))
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, for its 5 seconds
         return one_line(str(error))
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error):
         return "data.batch_size gives a device one image, too few for BatchNorm: choose 2 or more for each device"
+    if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer|NCCL|gloo", str(error)):
+        return (
+            "another process of this run has ended, or cannot be reached any more (it may have said why above); "
+            "go on with resume= and this run's folder"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return "out of device memory; lower data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
     return None
@@ -259,8 +301,10 @@ def explain(error: BaseException, config_name: str) -> str | None:
 
 def _raised_by_hydra(error: BaseException) -> bool:
     """Whether Hydra itself found the fault: some of its complaints about overrides are plain ValueErrors."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("hydra.")
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while modules and modules[-1] in ("os", "pathlib"):  # called by Hydra
+        modules.pop()
+    return bool(modules) and modules[-1].startswith("hydra.")
 
 
 def one_line(text: str) -> str:

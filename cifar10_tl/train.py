@@ -49,8 +49,9 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         try:
             return _train(cfg, interruption)
         except Stopped:
-            if process_rank() == 0:
-                log.info("go on with: python -m cifar10_tl.train resume=%s", cfg.paths.output_dir)
+            if process_rank() > 0:  # Lightning kills a job in which a process of its own ends with anything but 0
+                raise SystemExit(0) from None
+            log.info("go on with: python -m cifar10_tl.train resume=%s", cfg.paths.output_dir)
             raise
 
 
@@ -147,17 +148,18 @@ def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Inte
     """
     import lightning.pytorch as pl
     from hydra.utils import instantiate
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from cifar10_tl.callbacks import FiniteLoss, RunProgress, StopOnSignal
     from cifar10_tl.runtime import AtomicCheckpointIO, choose_precision
 
     flags = instantiate(cfg.trainer, _convert_="all")
-    callbacks = [*instantiate_all(cfg.callbacks), FiniteLoss(), *step_checkpoint(cfg)]
+    callbacks = [*instantiate_all(cfg.get("callbacks")), FiniteLoss(), *step_checkpoint(cfg)]
     if interruption is not None:
         callbacks.append(StopOnSignal(interruption))  # behind those whose state it saves
     if not flags["enable_progress_bar"]:
         callbacks = [c for c in callbacks if not isinstance(c, RunProgress)]
-    loggers = instantiate_all(cfg.logger, **resume_point(start)) if not flags["fast_dev_run"] else []
+    loggers = instantiate_all(cfg.get("logger"), **resume_point(start)) if not flags["fast_dev_run"] else []
     if flags["precision"] == "auto":
         flags["precision"], reason = choose_precision(flags["accelerator"])
         log.info("precision %s: %s", flags["precision"], reason)
@@ -172,8 +174,9 @@ def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Inte
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # ours knows its rank, and never pads
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"trainer: {error}") from error
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        given = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
+        raise UserError(f"{given}: {error} (conf/trainer shows what goes together)") from error
 
 
 def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> FeatureCache:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +144,69 @@ def test_two_processes_share_one_feature_cache_and_learn_as_one(tmp_path: Path) 
             assert float(shared[key]) == pytest.approx(float(alone[key]), rel=1e-4), key
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["test"]["count"] == 100
+
+
+def test_when_a_process_is_killed_the_job_ends_and_can_be_resumed(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-m", "cifar10_tl.train", *FROZEN, *TWO, "trainer.max_epochs=100")
+    job = subprocess.Popen(
+        [*command, "paths.output_dir=run"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.1)
+    (child,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "another process of this run has ended" in output or "terminated with code -9" in output
+    done = len(rows(tmp_path / "run"))
+    start("resume=run", f"trainer.max_epochs={done + 1}", cwd=tmp_path)
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(done + 1)]
+
+
+def test_two_processes_stop_together_and_go_on_together(tmp_path: Path) -> None:
+    """A signal to the one that the user started."""
+    run = (*FROZEN, *TWO, "data.train_size=2080", "trainer.max_epochs=2")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [sys.executable, "-m", "cifar10_tl.train", *run, "paths.output_dir=run"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 143, output
+    assert output.count("go on with: python -m cifar10_tl.train resume=run") == 1
+    assert "Traceback" not in output
+    start("resume=run", cwd=tmp_path)
+    start(*run, "paths.output_dir=whole", cwd=tmp_path)
+    for resumed, whole in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
+        for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
+            assert float(resumed[key]) == pytest.approx(float(whole[key]), rel=1e-5), key
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
+def test_two_machines_with_addresses_of_their_own_learn_as_one_process(tmp_path: Path) -> None:
+    probe = subprocess.run(["ip", "netns", "add", f"probe-{os.getpid()}"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"no network namespaces here: {probe.stderr.decode().strip()}")
+    subprocess.run(["ip", "netns", "del", f"probe-{os.getpid()}"], check=True)
+    script = REPOSITORY / "scripts" / "two_machines.sh"
+    done = subprocess.run(
+        [script, tmp_path], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes on two addresses, 101 test images" in done.stdout
+    assert "confusion matrix the same" in done.stdout

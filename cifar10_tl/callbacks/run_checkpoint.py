@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,11 @@ from cifar10_tl.config import moved
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which on its own forgets the best score when its folder has another name."""
+
+    @cached_property
+    def state_key(self) -> str:
+        """As Lightning has it, which asks for it at each of the six hooks of each step, and makes it anew each time."""
+        return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint, its paths led to where the run lies now."""

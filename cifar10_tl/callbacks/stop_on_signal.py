@@ -33,15 +33,16 @@ class StopOnSignal(Callback):
     def __init__(self, interruption: Interruption, ask_every: int = 10) -> None:
         self.interruption, self.ask_every = interruption, ask_every
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the signals from Lightning, which has just taken them, and let processes that it started know."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals from Lightning, which has just taken them; from here on, they wait for a step's end."""
         self.interruption.install()
+        self.interruption.deferring = True
         self.interruption.forward = lambda signum: _tell_children(trainer, signum)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on, a signal waits."""
-        self.interruption.deferring = True
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take them again."""
+        self.interruption.install()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -51,7 +52,7 @@ class StopOnSignal(Callback):
         ask = trainer.world_size == 1 or (batch_idx + 1) % self.ask_every == 0
         if trainer.is_last_batch or not between_updates or not ask or not self._agreed(trainer):
             return
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
         self._stop(trainer, f"at epoch {trainer.current_epoch}, step {trainer.global_step}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -278,7 +278,7 @@ class LitClassifier(pl.LightningModule):
     # --------------------------------------------------------------------------------------------------- optimization
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over up to four groups (backbone and head, with and without decay) and its schedule."""
+        """The optimizer over up to four groups (backbone and head, with and without decay), and its schedule if any."""
         settings = dict(self.hparams["optimizer"])
         name, backbone_lr_scale = settings.pop("name"), settings.pop("backbone_lr_scale", 1.0)
         optimizer_class = find_optimizer(name)
@@ -293,6 +293,8 @@ class LitClassifier(pl.LightningModule):
             optimizer = optimizer_class(groups, **settings)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer {name}: {error}") from error
+        if self.hparams["scheduler"]["name"] == "constant":
+            return optimizer
         schedule = schedule_factor(self.hparams["scheduler"], int(self.trainer.estimated_stepping_batches))
         return {
             "optimizer": optimizer,
