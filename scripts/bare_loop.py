@@ -24,12 +24,13 @@ def bare_loop(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     precision: str,
+    warm_up: int = 0,
     synchronize: Callable[[], Any] = lambda: None,
 ) -> list[float]:
     """A plain PyTorch training loop: fused Adam, autocast where the precision is bf16-mixed, nothing else.
 
     Returns:
-        The time at the end of each step; the device has done its work at the last one.
+        The time at the end of each step; at step ``warm_up`` and at the last one the device has done its work, too.
     """
     network.train()
     device = next(network.parameters()).device
@@ -41,6 +42,8 @@ def bare_loop(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if len(times) == warm_up:
+            synchronize()
         times.append(time.perf_counter())
     synchronize()
     times[-1] = time.perf_counter()

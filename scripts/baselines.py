@@ -66,9 +66,9 @@ def per_image_loader(
 class TemplateModule(pl.LightningModule):
     """A LightningModule in the style of the well-known templates: metric objects, and ``self.log`` in each step."""
 
-    def __init__(self, network: nn.Module, num_classes: int = 10, lr: float = 1e-3) -> None:
+    def __init__(self, network: nn.Module, num_classes: int = 10, lr: float = 1e-3, fused: bool | None = None) -> None:
         super().__init__()
-        self.network, self.lr = network, lr
+        self.network, self.lr, self.fused = network, lr, fused
         self.train_acc, self.val_acc = MulticlassAccuracy(num_classes), MulticlassAccuracy(num_classes)
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.val_acc_best = MaxMetric()
@@ -86,4 +86,4 @@ class TemplateModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as it comes."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        return torch.optim.Adam(self.parameters(), lr=self.lr, fused=self.fused)

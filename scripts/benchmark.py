@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a checkout that is not installed
@@ -96,9 +96,13 @@ def fit_overhead(repeats: int, quick: bool) -> Pairs:
     for _ in range(repeats):
         cfg, module, datamodule = parts()
         network, batches = copy.deepcopy(module.network), ready_batches(datamodule, steps)
-        a = images_per_second(our_fit(cfg, module, datamodule, steps), BATCH)
-        b = images_per_second(bare_loop(network, batches, precision=precision()), BATCH)
-        pairs.append((a, b))
+        pairs.append(
+            in_turn(
+                len(pairs),
+                lambda: images_per_second(our_fit(cfg, module, datamodule, steps), BATCH),  # noqa: B023
+                lambda: images_per_second(bare_loop(network, batches, precision=precision()), BATCH),  # noqa: B023
+            )
+        )
     return pairs
 
 
@@ -121,7 +125,7 @@ def step_overhead(repeats: int, quick: bool) -> Pairs:
         module.network = tiny_network()
         batches = ready_batches(datamodule, steps)
         ours = microseconds(our_fit(cfg, module, datamodule, steps))
-        template = microseconds(template_fit(TemplateModule(tiny_network()), batches, steps))
+        template = microseconds(template_fit(TemplateModule(tiny_network(), fused=True), batches, steps))
         plain = microseconds(bare_loop(tiny_network(), batches, precision="32-true"))
         pairs.append((ours - plain, template - plain))
     return pairs
@@ -138,20 +142,15 @@ def stack(size: int) -> Callable[[int, bool], Pairs]:
         pairs = []
         for _ in range(repeats):
             cfg, module, datamodule = parts(f"model.image_size={size}")
-            a = images_per_second(our_fit(cfg, module, datamodule, steps), BATCH)
             images, labels = numpy_images(datamodule)
-            b = max(
-                images_per_second(
-                    template_fit(
-                        TemplateModule(torchvision_resnet50()),
-                        per_image_loader(images, labels, size, workers, BATCH),
-                        steps,
-                    ),
-                    BATCH,
-                )
-                for workers in (0, 2)
-            )
-            pairs.append((a, b))
+            loaders = [per_image_loader(images, labels, size, workers, BATCH) for workers in (0, 2)]
+
+            def usual(loaders: list[Any] = loaders) -> float:
+                fits = (template_fit(TemplateModule(torchvision_resnet50()), loader, steps) for loader in loaders)
+                return max(images_per_second(times, BATCH) for times in fits)
+
+            ours = lambda: images_per_second(our_fit(cfg, module, datamodule, steps), BATCH)  # noqa: B023, E731
+            pairs.append(in_turn(len(pairs), ours, usual))
         return pairs
 
     return measure
@@ -160,6 +159,8 @@ def stack(size: int) -> Callable[[int, bool], Pairs]:
 def probe(repeats: int, quick: bool) -> Pairs:
     """Ten epochs of a head on a frozen backbone, from the built network to the last step."""
     num_images, size = (500, 64) if quick else (2000, 96)
+    with tempfile.TemporaryDirectory() as folder:
+        run(small_run(folder))  # imports everything
     pairs = []
     for _ in range(repeats):
         seconds = []
@@ -355,7 +356,7 @@ def parts(*overrides: str) -> tuple[Any, Any, Any]:
         "trainer.max_epochs=1",
         "trainer.devices=1",
         "trainer.limit_val_batches=1",
-        "trainer.enable_progress_bar=true",
+        "trainer.enable_progress_bar=false",
         f"data.train_size={size}",
         f"paths.output_dir={folder}",
         *(o for o in overrides if not o.startswith("data.train_size")),
@@ -395,16 +396,17 @@ def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int) -> list[float]:
     """The time at the end of each step of Trainer.fit, with all that the train command puts around it."""
     from cifar10_tl.train import build_trainer, speed_up
 
-    cfg.trainer.limit_train_batches = min(steps, len(datamodule.splits["train"]) // cfg.data.batch_size)
-    cfg.trainer.max_epochs = -(-steps // cfg.trainer.limit_train_batches)
+    if steps > len(datamodule.splits["train"]) // cfg.data.batch_size:
+        raise ValueError(f"{steps} steps are more than an epoch: its end would be timed, too")
+    cfg.trainer.limit_train_batches = steps
     trainer = build_trainer(cfg, start=None)
     if hasattr(module.network, "backbone"):
         speed_up(cfg, module, trainer)
-    return clocked(trainer, lambda: trainer.fit(module, datamodule=datamodule))
+    return clocked(trainer, steps, lambda: trainer.fit(module, datamodule=datamodule))
 
 
 def template_fit(module: Any, batches: Any, steps: int) -> list[float]:
-    """As :func:`our_fit`, with a Trainer as a template sets it up: a logger, a checkpoint an epoch, a progress bar."""
+    """As :func:`our_fit`, with a Trainer as a template sets it up: a logger, a checkpoint an epoch; no progress bar."""
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
@@ -415,13 +417,14 @@ def template_fit(module: Any, batches: Any, steps: int) -> list[float]:
         limit_train_batches=steps,
         devices=1,
         default_root_dir=folder,
+        enable_progress_bar=False,
         logger=pl.loggers.TensorBoardLogger(folder),
     )
-    return clocked(trainer, lambda: trainer.fit(module, loader))
+    return clocked(trainer, steps, lambda: trainer.fit(module, loader))
 
 
-def clocked(trainer: Any, fit: Callable[[], Any]) -> list[float]:
-    """The time at the end of each training step of ``fit``, the device's work done at the last one."""
+def clocked(trainer: Any, steps: int, fit: Callable[[], Any]) -> list[float]:
+    """The time at the end of each training step of ``fit``; where the clock starts and stops, the device is done."""
     import lightning.pytorch as pl
 
     class Clock(pl.Callback):
@@ -429,7 +432,7 @@ def clocked(trainer: Any, fit: Callable[[], Any]) -> list[float]:
             self.times: list[float] = []
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if trainer.is_last_batch:
+            if len(self.times) in (warm_up(steps), steps - 1):
                 synchronize(pl_module.device)
             self.times.append(time.perf_counter())
 
@@ -467,20 +470,28 @@ def tiny_network() -> Any:
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-def warm_up(times: Sequence[float]) -> int:
+def in_turn(number: int, a: Callable[[], float], b: Callable[[], float]) -> tuple[float, float]:
+    """Both sides, every other time the second one first: what drifts, drifts for both."""
+    if number % 2:
+        second = b()
+        return a(), second
+    return a(), b()
+
+
+def warm_up(steps: int) -> int:
     """Steps to leave out at the start: a fifth, at most ten."""
-    return min(10, max(1, len(times) // 5))
+    return min(10, max(1, steps // 5))
 
 
 def images_per_second(times: Sequence[float], batch: int) -> float:
     """Of steps that ended at ``times``, the first ones left out."""
-    first = warm_up(times)
+    first = warm_up(len(times))
     return batch * (len(times) - 1 - first) / (times[-1] - times[first])
 
 
 def microseconds(times: Sequence[float]) -> float:
     """A step, the median of those that ended at ``times``, the first ones left out."""
-    kept = times[warm_up(times) :]
+    kept = times[warm_up(len(times)) :]
     return 1e6 * statistics.median(b - a for a, b in pairwise(kept))
 
 
@@ -500,6 +511,9 @@ def per_second(action: Callable[[], int]) -> float:
 
 def peak_mb() -> float:
     """Peak resident memory of this process so far, in 10^6 bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux lets ru_maxrss begin with the parent's
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
@@ -534,9 +548,18 @@ def line(name: str, row: Row, result: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells of a mistake in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """One ``error:`` line, exit status 2."""
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main() -> int:
     """Run the rows; the exit status: 0 whether goals are met or not, 2 after a one-line `error:`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter and fewer repeats: a try, not a measurement")
     parser.add_argument("--only", action="append", metavar="NAME", help=f"one of {', '.join(ROWS)}; repeat for more")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
@@ -573,6 +596,10 @@ def report(arguments: argparse.Namespace, repeats: int) -> int:
     chosen = [name for given in arguments.only or rows for name in given.split(",")]
     if unknown := [name for name in chosen if name not in rows]:
         raise ValueError(f"--only {unknown[0]}: there are {', '.join(rows)}")
+    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: there is no such folder")
+    if arguments.gpu and not has_gpu():
+        raise ValueError("--gpu: PyTorch finds no CUDA GPU here; without --gpu the processor's rows are run")
     for text in machine():
         print(text)
     print(f"ratio a / b: median of {repeats} repeats [lowest, highest]\n", flush=True)
@@ -587,9 +614,16 @@ def report(arguments: argparse.Namespace, repeats: int) -> int:
                 continue
             results[name] = summarise(pairs, rows[name].unit)
             print(line(name, rows[name], results[name]), flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds a CUDA GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def machine() -> Iterator[str]:
@@ -598,11 +632,10 @@ def machine() -> Iterator[str]:
 
     from cifar10_tl.results import environment
 
-    has_gpu = torch.cuda.is_available()
-    found = environment(torch.device("cuda" if has_gpu else "cpu"), max(1, torch.cuda.device_count()), precision())
+    found = environment(torch.device("cuda" if has_gpu() else "cpu"), max(1, torch.cuda.device_count()), precision())
     yield ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     yield (
-        f"{found['device']}{f' x {torch.cuda.device_count()}' if has_gpu else ''}, {os.cpu_count()} cores, "
+        f"{found['device']}{f' x {torch.cuda.device_count()}' if has_gpu() else ''}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {platform.system()}, precision auto = {precision()}"
     )
 

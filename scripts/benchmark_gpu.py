@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmark import Pairs, Row, images_per_second, our_fit, parts, ready_batches, synchronize
+from benchmark import Pairs, Row, images_per_second, our_fit, parts, ready_batches, synchronize, warm_up
 
 SIZES, BATCHES = (32, 128, 224), (128, 512)
 GOALS = {32: 0.93, 128: 0.98, 224: 0.98}
-STEPS = {32: 200, 128: 100, 224: 60}
+STEPS = {32: 100, 128: 60, 224: 40}
 
 
 def fit(size: int, batch: int, compiled: bool) -> Callable[[int, bool], Pairs]:
@@ -40,7 +40,13 @@ def fit(size: int, batch: int, compiled: bool) -> Callable[[int, bool], Pairs]:
                 network.compile()
             ours = images_per_second(our_fit(cfg, module, datamodule, steps), batch)
             batches = (few[step % len(few)] for step in range(steps))
-            times = bare_loop(network, batches, precision="bf16-mixed", synchronize=lambda: synchronize(device))
+            times = bare_loop(
+                network,
+                batches,
+                precision="bf16-mixed",
+                warm_up=warm_up(steps),
+                synchronize=lambda: synchronize(device),
+            )
             pairs.append((ours, images_per_second(times, batch)))
         return pairs
 
@@ -82,7 +88,7 @@ def scaling(devices: int) -> Callable[[int, bool], Pairs]:
 def gpu_parts(size: int, batch: int, compiled: bool, *overrides: str) -> tuple[Any, Any, Any]:
     """As :func:`benchmark.parts`, for one GPU."""
     settings = (f"model.image_size={size}", f"data.batch_size={batch}", f"compile={str(compiled).lower()}")
-    train_size = f"data.train_size={20 * batch + 1000}"
+    train_size = f"data.train_size={STEPS[size] * batch + 1000}"
     return parts(train_size, *settings, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed", *overrides)
 
 

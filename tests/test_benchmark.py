@@ -76,7 +76,9 @@ def test_our_fit_and_the_template_take_the_steps_they_are_timed_for(
     sizes = ("data.train_size=1064", "data.batch_size=16", "trainer.precision=32-true", "trainer.accelerator=cpu")
     cfg, module, datamodule = benchmark.parts(*sizes)
     module.network = benchmark.tiny_network()
-    assert len(benchmark.our_fit(cfg, module, datamodule, 6)) >= 6
+    assert len(benchmark.our_fit(cfg, module, datamodule, 4)) == 4
+    with pytest.raises(ValueError, match="its end would be timed"):
+        benchmark.our_fit(cfg, module, datamodule, 5)
     template = TemplateModule(benchmark.tiny_network())
     assert len(benchmark.template_fit(template, benchmark.ready_batches(datamodule, 6), 6)) == 6
 
@@ -90,10 +92,42 @@ def test_the_synthetic_batch_comes_as_often_as_real_ones(tmp_path: Path, monkeyp
     assert all(batch is batches[0] for batch in batches)
 
 
-def test_an_unknown_row_is_told_with_those_that_are_there() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--only", "nosuch"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --only nosuch: there are loader, fit_overhead")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--only", "nosuch"], "error: --only nosuch: there are loader, fit_overhead"),
+        (["--fast"], "error: unrecognized arguments: --fast"),
+        (["--json", "no/such/file"], "error: --json no/such/file: there is no such folder"),
+        (["--gpu"], "error: --gpu: PyTorch finds no CUDA GPU here"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    try:
+        status = benchmark.main()
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_the_sides_take_turns_in_going_first() -> None:
+    order: list[str] = []
+    for number in (0, 1):
+        assert benchmark.in_turn(number, lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0) == (
+            1.0,
+            2.0,
+        )
+    assert order == ["a", "b", "b", "a"]
+
+
+def test_every_row_stands_in_the_document() -> None:
+    document = (REPOSITORY / "docs" / "performance.md").read_text()
+    for name in benchmark.ROWS:
+        assert f"`{name}`" in document
 
 
 @pytest.mark.slow
