@@ -138,7 +138,7 @@ def stack(size: int) -> Callable[[int, bool], Pairs]:
         from bare_loop import torchvision_resnet50
         from baselines import TemplateModule, per_image_loader
 
-        steps = {32: 20, 128: 6}[size] // (2 if quick else 1)
+        steps = {32: 20, 128: 5}[size] // (2 if quick else 1)
         pairs = []
         for _ in range(repeats):
             cfg, module, datamodule = parts(f"model.image_size={size}")
