@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from cifar10_tl.errors import UserError
+from cifar10_tl.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -67,3 +69,11 @@ def find_resumable(run_dir: Path) -> Path | None:
     if len(steps) < len(found):
         log.warning("going on from %s, at step %d", *max(steps.items(), key=lambda item: item[1]))
     return max(steps, key=steps.__getitem__, default=None)
+
+
+def make_last(path: Path) -> None:
+    """Copy the checkpoint that a run goes on from to last.ckpt, which a kill left behind an earlier step, or broken."""
+    last = path.with_name("last.ckpt")
+    if path != last:
+        with path.open("rb") as source, atomic_write(last) as target:
+            shutil.copyfileobj(source, target)

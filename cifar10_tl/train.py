@@ -58,7 +58,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
 def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
-    from cifar10_tl.checkpoints import find_resumable
+    from cifar10_tl.checkpoints import find_resumable, make_last
 
     pl.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.paths.output_dir)
@@ -68,6 +68,8 @@ def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None
             f"paths.output_dir={run_dir}: a run lies there; go on with it by resume={run_dir}, or choose another"
         )
     start = find_resumable(run_dir) if resumes else None
+    if start is not None and process_rank() == 0:
+        make_last(start)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
     if cfg.init_from and start is None:

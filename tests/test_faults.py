@@ -152,6 +152,20 @@ def test_the_newest_good_checkpoint_is_found(whole: Path, tmp_path: Path, caplog
     assert "going on from" in caplog.text
 
 
+def test_a_run_killed_between_the_two_checkpoints_of_its_last_epoch_has_both_in_the_end(
+    small_cfg: Small, whole: Path
+) -> None:
+    cfg = small_cfg(*RUN, WITH_ACCIDENT, "checkpoint_every_n_steps=2")
+    folder = Path(cfg.paths.output_dir)
+    accident(power_cut, "step", 9)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        train(cfg)
+    content = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(content, folder / "checkpoints" / "best.ckpt")
+    resume(folder)
+    assert soak.state(folder) == soak.state(whole)
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 

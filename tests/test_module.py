@@ -51,6 +51,7 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay() -> None:
     net = module(
         optimizer={"name": "SGD", "lr": 0.1, "backbone_lr_scale": 0.1, "momentum": 0.9, "weight_decay": 0.01},
         head={"name": "dense", "hidden": [8]},
+        scheduler={"name": "cosine"},
     )
     net._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
     optimizer = net.configure_optimizers()["optimizer"]
