@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ from omegaconf import DictConfig
 
 #: Two processes of two threads on two cores stand in each other's way.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_IMAGES = Path(os.environ.get("CIFAR10_TL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
