@@ -279,6 +279,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.check_val_every_n_epoch={every}: no validation in {epochs} epochs to choose the best by"
         )
+    if "FSDP" in str(trainer.get("strategy")).upper() and trainer.get("gradient_clip_val") is not None:
+        raise UserError(
+            f"trainer.gradient_clip_val={trainer['gradient_clip_val']}: Lightning cannot clip sharded gradients; "
+            "use trainer=ddp, or trainer.gradient_clip_val=null"
+        )
     if "overfit_batches" in trainer:
         raise UserError("trainer.overfit_batches does not fit this project's loaders; use debug=overfit")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import platform
 import re
 import shutil
 import sys
@@ -59,8 +60,12 @@ RESUMABLE = (
 
 
 def process_rank() -> int:
-    """The rank of this process among those of its job, 0 where it is alone."""
-    return next((int(os.environ[k]) for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if k in os.environ), 0)
+    """0 in the first process of a job, and where there is but one; its rank, or another number above 0, elsewhere."""
+    for key in ("RANK", "SLURM_PROCID"):
+        if key in os.environ:
+            return int(os.environ[key])
+    # Lightning starts the others by itself on each machine, and the user says which machine it is
+    return int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("NODE_RANK", 0))
 
 
 def run_stamp() -> str:
@@ -130,8 +135,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         line = None if show_traceback else explain(error, name)
         if line is None:
             raise error
-        if process_rank() == 0:
-            print(f"error: {line}", file=sys.stderr)
+        if _tells(error):
+            print(f"error: {_speaker()}{line}", file=sys.stderr)
         sys.exit(2)
 
     start = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(_job(task, report))
@@ -140,6 +145,17 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         start()
     except Exception as error:
         report(error)
+
+
+def _tells(error: Exception) -> bool:
+    """Whether this process is to tell of ``error``: the first of each machine, and each of its own lack of memory."""
+    first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    return first or type(error).__name__ == "OutOfMemoryError"
+
+
+def _speaker() -> str:
+    rank = process_rank()
+    return f"process {rank} on {platform.node()}: " if rank else ""
 
 
 def _flags_first(arguments: Sequence[str]) -> list[str]:
@@ -170,6 +186,7 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
                 cfg = resumed_config(cfg, overrides)
                 _check_trust(cfg, overrides)
             check_config(cfg)
+            _check_one_folder(cfg)
             return task(cfg)
         except Exception as error:
             if begins and process_rank() == 0 and _holds_only(folder, _records() | _BEGINNINGS):
@@ -201,6 +218,22 @@ def _check_sweeper(cfg: DictConfig, sweeper: str) -> None:
         raise UserError(
             f"hydra/sweeper={sweeper.rpartition('.')[2]} draws values, and each process of a run would draw others: "
             "use trainer.devices=1 trainer.num_nodes=1, or Hydra's own sweeper, which goes through lists"
+        )
+
+
+def _check_one_folder(cfg: DictConfig) -> None:
+    """Complain of a run over several machines that know no common name for its folder.
+
+    Raises:
+        UserError: with what would give it one.
+    """
+    machines = OmegaConf.select(cfg, "trainer.num_nodes") or 1
+    if machines == 1 or cfg.get("resume") or cfg.paths.output_dir != _run_dir(None):
+        return
+    if not run_stamp().startswith(("slurm-", "torchrun-")):
+        raise UserError(
+            f"trainer.num_nodes={machines}: each machine would make a run folder of its own; give the same "
+            "paths.output_dir= on all of them (or, to torchrun, the same --rdzv-id)"
         )
 
 
@@ -287,6 +320,13 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return one_line(str(error))
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, for its 5 seconds
         return one_line(str(error))
+    if isinstance(error, (ValueError, RuntimeError)) and str(error).startswith(
+        "You set `"
+    ):  # Lightning's, of launchers
+        return one_line(
+            f"trainer.devices, trainer.num_nodes: these are not the processes that torchrun or SLURM started. {error} "
+            "Give trainer.devices=PROCESSES_A_MACHINE trainer.num_nodes=MACHINES"
+        )
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error):
         return "data.batch_size gives a device one image, too few for BatchNorm: choose 2 or more for each device"
     if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer|NCCL|gloo", str(error)):

@@ -71,7 +71,7 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay() -> None:
 
 def test_a_frozen_backbone_is_not_optimized() -> None:
     net = module(freeze="backbone")
-    assert parameter_groups("backbone", net.network.backbone, 0.1) == []
+    assert parameter_groups("backbone", net.network.backbone, 0.1, set()) == []
 
 
 @pytest.mark.parametrize(

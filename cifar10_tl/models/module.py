@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,8 @@ class LitClassifier(pl.LightningModule):
             mean=mean,
             std=std,
         ).to(memory_format=torch.channels_last)
+        # looked at now: FSDP makes every parameter a shard of one axis before it asks for the optimizer
+        self._decayed = {p for p in self.network.parameters() if p.ndim > 1}
         self.evaluation: Evaluation | None = None  # of the latest pass over val or test
         self.restored_epoch: int | None = None  # whose weights these are, if they came from a checkpoint
         self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -284,8 +286,8 @@ class LitClassifier(pl.LightningModule):
         optimizer_class = find_optimizer(name)
         lr = settings["lr"]
         groups = [
-            *parameter_groups("backbone", self.network.backbone, lr * backbone_lr_scale),
-            *parameter_groups("head", self.network.head, lr),
+            *parameter_groups("backbone", self.network.backbone, lr * backbone_lr_scale, self._decayed),
+            *parameter_groups("head", self.network.head, lr, self._decayed),
         ]
         if "fused" in inspect.signature(optimizer_class).parameters:
             settings.setdefault("fused", True)
@@ -314,16 +316,18 @@ def find_optimizer(name: str) -> type[Optimizer]:
     return found
 
 
-def parameter_groups(name: str, module: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """The parameters that learn, in two groups: weights with decay, norms and biases (all of one axis) without."""
+def parameter_groups(
+    name: str, module: nn.Module, lr: float, decayed: Collection[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The parameters that learn, in two groups: those among ``decayed``, and norms and biases, without decay."""
 
     def group(suffix: str, parameters: Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
         members = [p for p in parameters if p.requires_grad]
         return [{"params": members, "lr": lr, "name": f"{name}{suffix}", **options}] if members else []
 
     parameters = list(module.parameters())
-    decayed = group("", (p for p in parameters if p.ndim > 1))
-    return decayed + group(" without decay", (p for p in parameters if p.ndim <= 1), weight_decay=0.0)
+    with_decay = group("", (p for p in parameters if p in decayed))
+    return with_decay + group(" without decay", (p for p in parameters if p not in decayed), weight_decay=0.0)
 
 
 def schedule_factor(settings: Mapping[str, Any], num_steps: int) -> Callable[[int], float]:
