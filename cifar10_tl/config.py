@@ -320,9 +320,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return one_line(str(error))
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; not imported here, for its 5 seconds
         return one_line(str(error))
-    if isinstance(error, (ValueError, RuntimeError)) and str(error).startswith(
-        "You set `"
-    ):  # Lightning's, of launchers
+    if isinstance(error, (ValueError, RuntimeError)) and str(error).startswith("You set `"):  # of how it was started
         return one_line(
             f"trainer.devices, trainer.num_nodes: these are not the processes that torchrun or SLURM started. {error} "
             "Give trainer.devices=PROCESSES_A_MACHINE trainer.num_nodes=MACHINES"
