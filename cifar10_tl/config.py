@@ -35,6 +35,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 #: In a wheel the configs lie inside the package, in a checkout beside it.
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
+LINES_VARIABLE = "CIFAR10_TL_ERROR_LINES"
 RUN_CONFIG = "config.yaml"
 #: What lies in the folder of a run that has not taken a step.
 _BEGINNINGS = {RUN_CONFIG, "hparams.yaml", "events"}
@@ -122,7 +123,10 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     A :class:`UserError`, or a mistake that Hydra found, ends the process with one ``error:`` line on stderr and
     status 2. ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    started_by_us = LINES_VARIABLE in os.environ and "LOCAL_RANK" in os.environ
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1" and not started_by_us
+    if not show_traceback:
+        os.environ[LINES_VARIABLE] = "1"  # tells processes that Lightning starts: what comes next is no wish of a user
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise to us, rather than print and exit with status 1
     register_resolvers()
     sys.argv[1:] = _flags_first(sys.argv[1:])
@@ -148,9 +152,18 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
 
 
 def _tells(error: Exception) -> bool:
-    """Whether this process is to tell of ``error``: the first of each machine, and each of its own lack of memory."""
-    first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-    return first or type(error).__name__ == "OutOfMemoryError"
+    """Whether this process is to tell of ``error``: the first of each machine does, and each of its own lack of memory.
+
+    That a process is gone the second tells as well, for that may be the first.
+    """
+    place = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return place == 0 or (place == 1 and _is_lost(error)) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _is_lost(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"Connection (closed|reset) by peer|NCCL|gloo", str(error))
+    )
 
 
 def _speaker() -> str:
@@ -327,7 +340,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
         )
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error):
         return "data.batch_size gives a device one image, too few for BatchNorm: choose 2 or more for each device"
-    if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer|NCCL|gloo", str(error)):
+    if _is_lost(error):
         return (
             "another process of this run has ended, or cannot be reached any more (it may have said why above); "
             "go on with resume= and this run's folder"

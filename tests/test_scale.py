@@ -304,6 +304,8 @@ def test_machines_without_a_common_name_for_their_folder_are_told(monkeypatch: p
         ({"RANK": "8", "LOCAL_RANK": "0"}, UserError("x"), True),  # another machine, and perhaps another screen
         ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, UserError("x"), False),
         ({"RANK": "1", "LOCAL_RANK": "1"}, torch.OutOfMemoryError("x"), True),  # its own
+        ({"RANK": "1", "LOCAL_RANK": "1"}, RuntimeError("Connection closed by peer"), True),  # the first may be gone
+        ({"RANK": "2", "LOCAL_RANK": "2"}, RuntimeError("Connection closed by peer"), False),
     ],
 )
 def test_an_error_is_told_once_a_machine(
@@ -314,6 +316,34 @@ def test_an_error_is_told_once_a_machine(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert config._tells(error) is tells
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["the one that was started", "the one that started it"])
+def test_of_a_killed_process_the_other_tells_in_a_line(tmp_path: Path, victim: str) -> None:
+    """And not by a traceback, in the process that Lightning started neither."""
+    names = (STAMP_VARIABLE, "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR", "LOCAL_RANK")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    two = ("trainer=ddp_cpu", "trainer.devices=2", "trainer.max_epochs=100", "model.freeze=backbone")
+    job = subprocess.Popen(
+        [sys.executable, "-m", "cifar10_tl.train", *PLAIN, *two, f"paths.output_dir={tmp_path / 'run'}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.1)
+    (child,) = map(int, Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
+    os.kill(child if victim == "the one that was started" else job.pid, signal.SIGKILL)
+    said, _ = job.communicate(timeout=60)  # ends when both have let go of the pipe
+    assert "Traceback" not in said
+    assert said.count("error: ") == 1
+    assert "another process of this run has ended" in said
+    if victim == "the one that was started":
+        assert f"process 1 of this run ({child}) was killed by SIGKILL" in said
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ class StopOnSignal(Callback):
             self._stop(trainer, "after the last epoch")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Training is over."""
+        """Training is over; perhaps because a process that this one started is."""
         self.interruption.deferring = False
+        _name_the_killed(trainer)
 
     def _agreed(self, trainer: pl.Trainer) -> bool:
         told = self.interruption.received is not None
@@ -86,6 +88,16 @@ class StopOnSignal(Callback):
 def _tell_children(trainer: pl.Trainer, signum: int) -> None:
     for process in getattr(trainer.strategy.launcher, "procs", []):
         process.send_signal(signum)
+
+
+def _name_the_killed(trainer: pl.Trainer) -> None:
+    processes = getattr(trainer.strategy.launcher, "procs", [])
+    if processes:
+        time.sleep(0.5)  # a process's connections end a little before itself
+    for rank, process in enumerate(processes, 1):
+        status = process.poll()
+        if status is not None and status < 0:
+            log.warning("process %d of this run (%d) was killed by %s", rank, process.pid, signal.Signals(-status).name)
 
 
 def _requeue() -> None:
