@@ -117,8 +117,10 @@ class LitClassifier(pl.LightningModule):
     # ------------------------------------------------------------------------------------ features of a frozen backbone
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head reads of uint8 images [N, 3, H, W], in the trainer's precision, on the CPU."""
-        self.network.eval()
+        """What the head reads of uint8 images [N, 3, H, W], in the trainer's precision, on the CPU.
+
+        The mode of the network stays as it is: a frozen backbone is in eval mode always, and the head has its dropout.
+        """
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return self.network.head_input(images.to(self.device)).cpu()
 
