@@ -5,13 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +40,6 @@ _CHATTERERS = (
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.seed",
 )
-#: What Lightning sets for the processes it starts.
-_LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def quiet_libraries() -> None:
@@ -55,52 +48,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-
-
-@contextmanager
-def own_processes() -> Iterator[None]:
-    """Around a run: forget the processes that Lightning started for it, so that a sweep's next run starts its own.
-
-    Where something else started them (``torchrun``, SLURM), they serve all runs and nothing is forgotten.
-    """
-    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
-    done = threading.Event()
-    if before["LOCAL_RANK"] not in (None, "0") and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
-        threading.Thread(target=_end_with, args=(os.getppid(), done), daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-    if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        for name in _LAUNCH_VARIABLES:
-            os.environ.pop(name, None)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _end_with(parent: int, done: threading.Event, grace: float = 10) -> None:
-    """End this process, which Lightning started, if ``parent`` ends (as by kill -9) and it is not ``done`` soon after.
-
-    Lightning looks after the processes that it started, but not the other way round: on GPUs they would wait for their
-    parent in a collective operation for half an hour, and hold the memory.
-
-    Args:
-        parent: its process id.
-        done: set when this process has ended its run by itself.
-        grace: seconds.
-    """
-    while os.getppid() == parent:
-        if done.wait(1):
-            return
-    if not done.wait(grace):
-        rank = os.environ["LOCAL_RANK"]
-        print(
-            f"error: process {rank}: the process that started this one ({parent}) was killed; go on with resume= and "
-            "this run's folder",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
 
 
 def choose_precision(accelerator: str) -> tuple[str, str]:

@@ -41,7 +41,8 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not fit the data, the machine or another setting.
     """
-    from cifar10_tl.runtime import own_processes, quiet_libraries
+    from cifar10_tl.processes import own_processes
+    from cifar10_tl.runtime import quiet_libraries
 
     quiet_libraries()
     requeue = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,22 @@ def train_in_process(overrides: tuple[str, ...]) -> None:
     train(compose_train(*overrides))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As each of several processes has: on two threads sums round otherwise, and each step amplifies that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_where_batchnorm_learns_two_processes_differ_by_its_statistics_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients averaged over two processes are those of the whole batch, but for each half's own BatchNorm."""
-    run = (*PLAIN, "optimizer=sgd", "optimizer.lr=0.01")
+    run = (*PLAIN, "optimizer=sgd", "optimizer.lr=0.001")
     two = (*run, "trainer=ddp_cpu", "trainer.devices=2", f"paths.output_dir={tmp_path / 'two'}")
     in_processes(2, train_in_process, two)
     train_in_process((*run, f"paths.output_dir={tmp_path / 'one'}"))
@@ -349,7 +359,7 @@ def test_of_a_killed_process_the_other_tells_in_a_line(tmp_path: Path, victim: s
 @pytest.mark.slow
 def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -> None:
     """Even where nothing else tells it: here it waits for something that never comes."""
-    imports = "import time; from cifar10_tl.runtime import own_processes"
+    imports = "import time; from cifar10_tl.processes import own_processes"
     child = f"{imports}\nwith own_processes(): print('in', flush=True); time.sleep(300)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = {k: v for k, v in os.environ.items() if k not in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")}
@@ -364,3 +374,22 @@ def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -
     _, said = started.communicate(timeout=60)  # ends when the child, too, has let go of the pipes
     assert time.monotonic() - killed_at < 30
     assert f"error: process 1: the process that started this one ({started.pid}) was killed; go on with resume=" in said
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_one_that_it_started_is_killed(tmp_path: Path) -> None:
+    """Even where nothing else tells it: here it waits for something that never comes."""
+    code = """
+import subprocess, sys, time
+from cifar10_tl import processes
+children = [subprocess.Popen(['sleep', '300']) for _ in range(2)]
+children[1].kill()
+processes._end_with_children(children, grace=0.1)
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "process 2 of this run" in done.stderr
+    assert "was killed by SIGKILL" in done.stderr
+    assert "error: another process of this run has ended; go on with resume=" in done.stderr
+    assert done.stderr.count("error: ") == 1

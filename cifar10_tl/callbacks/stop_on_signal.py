@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.interruption import Interruption, Stopped
+from cifar10_tl.processes import name_the_killed
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class StopOnSignal(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Training is over; perhaps because a process that this one started is."""
         self.interruption.deferring = False
-        _name_the_killed(trainer)
+        name_the_killed(_children(trainer))
 
     def _agreed(self, trainer: pl.Trainer) -> bool:
         told = self.interruption.received is not None
@@ -85,19 +85,14 @@ class StopOnSignal(Callback):
         raise Stopped(signum)
 
 
+def _children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes that Lightning started from this one."""
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
 def _tell_children(trainer: pl.Trainer, signum: int) -> None:
-    for process in getattr(trainer.strategy.launcher, "procs", []):
+    for process in _children(trainer):
         process.send_signal(signum)
-
-
-def _name_the_killed(trainer: pl.Trainer) -> None:
-    processes = getattr(trainer.strategy.launcher, "procs", [])
-    if processes:
-        time.sleep(0.5)  # a process's connections end a little before itself
-    for rank, process in enumerate(processes, 1):
-        status = process.poll()
-        if status is not None and status < 0:
-            log.warning("process %d of this run (%d) was killed by %s", rank, process.pid, signal.Signals(-status).name)
 
 
 def _requeue() -> None:

@@ -1,0 +1,108 @@
+"""The processes that Lightning starts for a run, and that none of them outlives the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+log = logging.getLogger(__name__)
+
+#: What Lightning sets for the processes it starts.
+_LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def own_processes() -> Iterator[None]:
+    """Around a run: its processes end together, and are forgotten, so that a sweep's next run starts its own.
+
+    Where something else started them (``torchrun``, SLURM), it looks after them, they serve all runs, and nothing is
+    forgotten.
+    """
+    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
+    done = threading.Event()
+    if before["LOCAL_RANK"] not in (None, "0") and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+        threading.Thread(target=_end_with_parent, args=(os.getppid(), done), daemon=True).start()
+    launcher: Any = subprocess_script
+    lightnings_own, launcher._launch_process_observer = launcher._launch_process_observer, _look_after
+    try:
+        yield
+    finally:
+        done.set()
+        launcher._launch_process_observer = lightnings_own
+    if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        for name in _LAUNCH_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def name_the_killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Log which of the ``processes`` that this one started a signal has ended."""
+    if processes:
+        time.sleep(0.5)  # a process's connections end a little before itself
+    for rank, process in enumerate(processes, 1):
+        status = process.poll()
+        if status is not None and status < 0:
+            log.warning("process %d of this run (%d) was killed by %s", rank, process.pid, signal.Signals(-status).name)
+
+
+def _look_after(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Watch over the ``processes`` from a thread, in place of Lightning.
+
+    Lightning would kill this process, too, up to five seconds behind the end of another: often before it could tell.
+    """
+    threading.Thread(target=_end_with_children, args=(processes,), daemon=True).start()
+
+
+def _end_with_children(processes: Sequence[subprocess.Popen[bytes]], grace: float = 20) -> None:
+    """End this process and its ``processes`` if one of these fails, and this one does not end by itself soon after.
+
+    Most often it does: its next collective operation raises an error, which says more. NCCL's may wait for ever.
+
+    Args:
+        processes: that this one started.
+        grace: seconds.
+    """
+    while not any(statuses := [process.poll() for process in processes]):
+        if all(status == 0 for status in statuses):
+            return
+        time.sleep(1)
+    time.sleep(grace)
+    name_the_killed(processes)
+    for process in processes:
+        process.kill()
+    _give_up("another process of this run has ended")
+
+
+def _end_with_parent(parent: int, done: threading.Event, grace: float = 10) -> None:
+    """End this process, which Lightning started, if ``parent`` ends (as by kill -9) and it is not ``done`` soon after.
+
+    Lightning looks after the processes that it started, but not the other way round: on GPUs they would wait for their
+    parent in a collective operation for half an hour, and hold the memory.
+
+    Args:
+        parent: its process id.
+        done: set when this process has ended its run by itself.
+        grace: seconds.
+    """
+    while os.getppid() == parent:
+        if done.wait(1):
+            return
+    if not done.wait(grace):
+        _give_up(f"process {os.environ['LOCAL_RANK']}: the process that started this one ({parent}) was killed")
+
+
+def _give_up(reason: str) -> NoReturn:
+    print(f"error: {reason}; go on with resume= and this run's folder", file=sys.stderr, flush=True)
+    os._exit(1)
