@@ -119,6 +119,7 @@ RULES: dict[str, Rule] = {
     "test": flag,
     "compile": one_of("auto", True, False),
     "checkpoint_every_n_steps": either(null, whole(1)),
+    "ema_decay": either(null, number(0, 1, above=True, below=True)),
     "trust": flag,
     "resume": either(null, text),
     "init_from": either(null, text),
@@ -279,13 +280,23 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.check_val_every_n_epoch={every}: no validation in {epochs} epochs to choose the best by"
         )
-    if "FSDP" in str(trainer.get("strategy")).upper() and trainer.get("gradient_clip_val") is not None:
+    if "FSDP" in str(trainer.get("strategy")).upper():
+        _check_sharded(config, trainer)
+    if "overfit_batches" in trainer:
+        raise UserError("trainer.overfit_batches does not fit this project's loaders; use debug=overfit")
+
+
+def _check_sharded(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    if trainer.get("gradient_clip_val") is not None:
         raise UserError(
             f"trainer.gradient_clip_val={trainer['gradient_clip_val']}: Lightning cannot clip sharded gradients; "
             "use trainer=ddp, or trainer.gradient_clip_val=null"
         )
-    if "overfit_batches" in trainer:
-        raise UserError("trainer.overfit_batches does not fit this project's loaders; use debug=overfit")
+    if config.get("ema_decay") is not None:
+        raise UserError(
+            f"ema_decay={config['ema_decay']}: Lightning cannot average sharded weights; use trainer=ddp, or "
+            "ema_decay=null"
+        )
 
 
 def _check_cached_features(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:

@@ -157,7 +157,7 @@ def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Inte
     from cifar10_tl.runtime import AtomicCheckpointIO, choose_precision
 
     flags = instantiate(cfg.trainer, _convert_="all")
-    callbacks = [*instantiate_all(cfg.get("callbacks")), FiniteLoss(), *step_checkpoint(cfg)]
+    callbacks = [*instantiate_all(cfg.get("callbacks")), FiniteLoss(), *weight_average(cfg), *step_checkpoint(cfg)]
     if interruption is not None:
         callbacks.append(StopOnSignal(interruption))  # behind those whose state it saves
     if not flags["enable_progress_bar"]:
@@ -222,6 +222,14 @@ def step_checkpoint(cfg: DictConfig) -> list[Callback]:
     folder = Path(cfg.paths.output_dir) / "checkpoints"
     options = {"filename": "last", "every_n_train_steps": every, "enable_version_counter": False}
     return [RunCheckpoint(dirpath=folder, **options)] if every else []
+
+
+def weight_average(cfg: DictConfig) -> list[Callback]:
+    """What averages the weights."""
+    from cifar10_tl.callbacks import WeightEMA
+
+    decay = cfg.get("ema_decay")
+    return [WeightEMA(decay)] if decay else []
 
 
 def resume_point(start: Path | None) -> dict[str, int]:

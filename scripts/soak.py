@@ -41,6 +41,7 @@ RUN = (
     "trainer.deterministic=true",
     "trainer.enable_progress_bar=false",
     "checkpoint_every_n_steps=3",
+    "ema_decay=0.9",
     *(f"callbacks.{name}=null" for name in ("confusion_matrix", "correct_predictions", "incorrect_predictions")),
 )
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -99,12 +100,13 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 def state(run: Path) -> list[tuple[str, bytes]]:
-    """Every tensor of the last checkpoint's weights and optimizer, as bytes."""
+    """Every tensor of the last checkpoint's weights, their average and the optimizer, as bytes."""
     import torch
 
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     moments = checkpoint["optimizer_states"][0]["state"]
     tensors = {f"{i}.{k}": v for i, values in moments.items() for k, v in values.items()} | checkpoint["state_dict"]
+    tensors |= {f"learning.{k}": v for k, v in checkpoint["current_model_state"].items()}
     return [(name, t.contiguous().numpy().tobytes()) for name, t in tensors.items()]
 
 

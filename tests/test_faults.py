@@ -31,8 +31,8 @@ from cifar10_tl.train import train, was_requeued
 from cifar10_tl.trust import is_trusted
 
 Small = Callable[..., DictConfig]
-#: Two epochs of five steps, the augmentation and the dropout of a real run.
-RUN = ("trainer.deterministic=true", "model.head.dropout=0.2", "data.augment.crop_padding=4")
+#: Two epochs of five steps, with all that has a state: augmentation, dropout, an average of the weights.
+RUN = ("trainer.deterministic=true", "model.head.dropout=0.2", "data.augment.crop_padding=4", "ema_decay=0.9")
 
 
 class Accident(Callback):

@@ -12,6 +12,7 @@ from cifar10_tl.callbacks.run_checkpoint import RunCheckpoint
 from cifar10_tl.callbacks.sample_inputs import SampleInputs
 from cifar10_tl.callbacks.stop_on_signal import StopOnSignal
 from cifar10_tl.callbacks.throughput import Throughput
+from cifar10_tl.callbacks.weight_ema import WeightEMA
 
 __all__ = [
     "ConfusionMatrix",
@@ -26,4 +27,5 @@ __all__ = [
     "SampleInputs",
     "StopOnSignal",
     "Throughput",
+    "WeightEMA",
 ]
