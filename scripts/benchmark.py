@@ -394,15 +394,17 @@ def ready_batches(datamodule: Any, steps: int) -> list[tuple[Any, Any]]:
 
 def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int) -> list[float]:
     """The time at the end of each step of Trainer.fit, with all that the train command puts around it."""
+    from cifar10_tl.interruption import Interruption
     from cifar10_tl.train import build_trainer, speed_up
 
     if steps > len(datamodule.splits["train"]) // cfg.data.batch_size:
         raise ValueError(f"{steps} steps are more than an epoch: its end would be timed, too")
     cfg.trainer.limit_train_batches = steps
-    trainer = build_trainer(cfg, start=None)
-    if hasattr(module.network, "backbone"):
-        speed_up(cfg, module, trainer)
-    return clocked(trainer, steps, lambda: trainer.fit(module, datamodule=datamodule))
+    with Interruption() as interruption:
+        trainer = build_trainer(cfg, interruption=interruption)
+        if hasattr(module.network, "backbone"):
+            speed_up(cfg, module, trainer)
+        return clocked(trainer, steps, lambda: trainer.fit(module, datamodule=datamodule))
 
 
 def template_fit(module: Any, batches: Any, steps: int) -> list[float]:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
 
 from cifar10_tl.callbacks import ConfusionMatrix, SampleInputs, Throughput
 from cifar10_tl.callbacks.sample_inputs import _title
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.evaluation import Evaluation
+from cifar10_tl.train import STEP_HOOKS, skip_idle_hooks, train
 
 
 def fake_trainer(root: Path, **state: Any) -> Any:
@@ -130,3 +134,29 @@ def test_the_row_tells_the_step_and_how_much_of_it_was_waiting_for_data(monkeypa
     row = callback.row(torch.device("cpu"))
     assert (row["seconds"], row["images_per_second"], row["step_ms"], row["data_wait"]) == (12.0, 2.0, 4000.0, 0.25)
     assert 0.1 < row["peak_memory_gb"] < 1000  # type: ignore[operator]
+
+
+class Watcher(Callback):
+    """A user's callback with one hook of a step, and one set on the object alone."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+        self.on_after_backward = lambda trainer, module: self.called.append("after backward")  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.called.append("batch end")
+
+
+def test_hooks_that_do_something_are_called_and_idle_ones_are_not(small_cfg: Callable[..., DictConfig]) -> None:
+    watcher = Watcher()
+    skip_idle_hooks(watcher)
+    assert [name for name in STEP_HOOKS if callable(getattr(watcher, name))] == [
+        "on_after_backward",
+        "on_train_batch_end",
+    ]
+    seen: list[Watcher] = []
+    cfg = small_cfg("+callbacks.watcher={_target_: test_callbacks.Watcher}", "trainer.limit_train_batches=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watcher, "on_fit_start", lambda self, *_: seen.append(self))
+        train(cfg)
+    assert seen[0].called == ["after backward", "batch end"] * 6

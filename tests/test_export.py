@@ -24,6 +24,7 @@ from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.errors import UserError
 from cifar10_tl.export import BATCH_SIZES, FORMATS, compare, comparison_images, export, write_torch_export
 from cifar10_tl.models.module import LitClassifier, restore
+from cifar10_tl.models.resize import Resize
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'cifar10_tl[export]'")
 NAMES = ["ant", "bee", "wasp", "hornet"]
@@ -230,7 +231,7 @@ def test_a_file_that_resizes_otherwise_is_refused_and_the_older_one_stays(
     checkpoints: Callable, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_with_another_resize(network, *rest) -> None:
-        network.interpolation = "bilinear"
+        network.resize = Resize(32, network.resize.size, "bilinear")
         write_torch_export(network, *rest)
 
     chosen = FORMATS["torch_export"]._replace(write=write_with_another_resize)

@@ -9,14 +9,14 @@ from cifar10_tl.errors import UserError
 from cifar10_tl.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from cifar10_tl.models.heads import DenseHead, LinearHead, LSTMHead, build_head
 from cifar10_tl.models.network import TransferResNet
+from cifar10_tl.models.resize import Resize
 
 
 def network(image_size: int = 64, head: nn.Module | None = None, **options) -> TransferResNet:
     backbone = Backbone("resnet18", **options)
     head = head or LinearHead(backbone.num_features, 10)
-    return TransferResNet(
-        backbone, head, image_size=image_size, interpolation="bicubic", mean=IMAGENET_MEAN, std=IMAGENET_STD
-    ).eval()
+    sizes = {"native_size": 32, "image_size": image_size, "interpolation": "bicubic"}
+    return TransferResNet(backbone, head, **sizes, mean=IMAGENET_MEAN, std=IMAGENET_STD).eval()
 
 
 @pytest.fixture
@@ -39,6 +39,19 @@ def test_making_images_smaller_uses_antialiasing() -> None:
     small = network(16).preprocess(stripes)
     middle = (0.5 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     assert (small - middle.view(1, 3, 1, 1)).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 224), (32, 32, 16), (40, 24, 96), (48, 32, 20)])
+def test_resizing_by_matrices_is_interpolation(mode: str, height: int, width: int, size: int) -> None:
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.interpolate(images, (size, width), mode=mode, antialias=size < height)
+    wanted = torch.nn.functional.interpolate(rows, (size, size), mode=mode, antialias=size < width)
+    resize = Resize(32, size, mode)
+    assert torch.allclose(resize(images), wanted, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resize(images), resize(images).float()), "not rounded"
+        assert torch.allclose(resize(images), wanted, atol=1e-5)
 
 
 def test_images_of_the_right_size_are_only_normalised(images: torch.Tensor) -> None:

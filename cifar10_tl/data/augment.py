@@ -7,7 +7,7 @@ integer hash. So a run draws the same on one process or many, and after any stop
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -119,7 +119,11 @@ class _Draw:
     )
 
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
-        self._key = hash32(hash32(seed, epoch), indices)
+        self._seed, self._epoch, self._indices = seed, epoch, indices
+
+    @cached_property
+    def _key(self) -> int | Tensor:
+        return hash32(hash32(self._seed, self._epoch), self._indices)
 
     def uniform(self, name: str) -> Tensor:
         """float32 [N] in [0, 1)."""

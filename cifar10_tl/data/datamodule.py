@@ -39,8 +39,11 @@ class Split(Dataset[Batch]):
 
     def __getitem__(self, places: Tensor) -> Batch:
         places = places.to(self.images.device, non_blocking=True)
-        features = torch.stack([view[places] for view in self.views], 1) if self.views else None
-        return Batch(self.images[places], self.labels[places], self.indices[places], features)
+        # not images[places], which copies byte by byte: 400 us for 128 images, rather than 15
+        images, labels, indices, *views = (
+            tensor.index_select(0, places) for tensor in (self.images, self.labels, self.indices, *self.views)
+        )
+        return Batch(images, labels, indices, torch.stack(views, 1) if views else None)
 
     def to(self, device: torch.device) -> Split:
         """The split with its tensors on ``device``."""

@@ -92,6 +92,7 @@ class LitClassifier(pl.LightningModule):
         self.network = TransferResNet(
             trunk,
             build_head(head, trunk.num_features, len(class_names)),
+            native_size=native_size,
             image_size=image_size,
             interpolation=interpolation,
             mean=mean,
@@ -214,10 +215,10 @@ class LitClassifier(pl.LightningModule):
         with torch.no_grad():
             reported = loss if not self.label_smoothing else F.cross_entropy(logits, batch.targets)
             labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
-            hits = (logits.argmax(1) == labels).sum()
-            self._totals[0] += reported * len(labels)
-            self._totals[1] += hits
-            self._totals[2] += len(labels)
+            loss_total, hits, count = self._totals.unbind()
+            loss_total.add_(reported, alpha=len(labels))
+            hits.add_((logits.argmax(1) == labels).sum())
+            count.add_(len(labels))
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10_tl.errors import UserError
 from cifar10_tl.models.backbone import Backbone
 from cifar10_tl.models.heads import LSTMHead, pools
+from cifar10_tl.models.resize import Resize
 
 
 class TransferResNet(nn.Module):
@@ -19,6 +19,7 @@ class TransferResNet(nn.Module):
     Args:
         backbone: to the feature map.
         head: from the feature map to logits.
+        native_size: side in pixels of the images that are given; others are taken, too, but more slowly.
         image_size: side in pixels that images are brought to for the backbone.
         interpolation: "bicubic" or "bilinear".
         mean: of each channel in [0, 1], of the data that the backbone was trained on.
@@ -33,6 +34,7 @@ class TransferResNet(nn.Module):
         backbone: Backbone,
         head: nn.Module,
         *,
+        native_size: int,
         image_size: int,
         interpolation: str,
         mean: Sequence[float],
@@ -46,7 +48,7 @@ class TransferResNet(nn.Module):
                 f"{224 // backbone.stride}x{224 // backbone.stride})"
             )
         self.backbone, self.head = backbone, head
-        self.image_size, self.interpolation = image_size, interpolation
+        self.resize = Resize(native_size, image_size, interpolation)
         # (x / 255 - mean) / std as one multiplication and one addition
         self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, 3, 1, 1))
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
@@ -73,12 +75,4 @@ class TransferResNet(nn.Module):
         order makes no difference but to the time.
         """
         x = images.to(self.scale.dtype) * self.scale + self.shift
-        x = x.contiguous(memory_format=torch.channels_last)
-        if images.shape[-2:] == (self.image_size, self.image_size):
-            return x
-        return F.interpolate(
-            x,
-            size=(self.image_size, self.image_size),
-            mode=self.interpolation,
-            antialias=self.image_size < min(images.shape[-2:]),  # only where pixels are lost
-        )
+        return self.resize(x).contiguous(memory_format=torch.channels_last)
