@@ -21,7 +21,7 @@ demo: $(READY) ## train on the built-in images, two or three minutes on two CPU 
 	$(BIN)/python -m cifar10_tl.train experiment=quickstart
 
 test: $(READY) ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

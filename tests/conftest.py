@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +15,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-#: Two processes of two threads on two cores stand in each other's way.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+#: Test processes side by side share the cores: more threads than cores stand in each other's way.
+_SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, torch.get_num_threads() // _SIDE_BY_SIDE))))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the tests in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +39,12 @@ SMALL = (
     "trainer.precision=32-true",
     "trainer.enable_progress_bar=false",
 )
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def compose_train(*overrides: str) -> DictConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL
+from conftest import REPOSITORY, SMALL, free_port
 
 from cifar10_tl.config import STAMP_VARIABLE
 
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=29517",
+        f"--master-port={free_port()}",
         "-m",
         "cifar10_tl.train",
     )

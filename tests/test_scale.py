@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, compose_train
+from conftest import REPOSITORY, SMALL, compose_train, free_port
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor
@@ -36,12 +35,6 @@ PLAIN = (*SMALL, "model.head.dropout=0", "callbacks=minimal", "logger=none", "tr
 
 def rows(run: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items()} for row in csv.DictReader((run / "metrics.csv").open())]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def _as_torchrun_would(rank: int, work: Callable[..., None], world_size: int, port: int, arguments: tuple) -> None:

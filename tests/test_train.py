@@ -366,6 +366,8 @@ def test_a_network_learns_512_real_images_by_heart(real_images, tmp_path: Path) 
             folder = tmp_path / "pictures" / split / str(real_images[name.replace("x", "y")][i])
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:04d}.png")
+    enough = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "train/acc", "mode": "max"}
+    enough |= {"stopping_threshold": 0.99, "patience": 30, "check_on_train_epoch_end": "true"}
     cfg = compose_train(
         "debug=overfit",
         "data=folder",
@@ -378,6 +380,7 @@ def test_a_network_learns_512_real_images_by_heart(real_images, tmp_path: Path) 
         "trainer.accelerator=cpu",
         "trainer.enable_progress_bar=false",
         f"paths.output_dir={tmp_path / 'run'}",
+        f"+callbacks.enough={{{', '.join(f'{k}: {v}' for k, v in enough.items())}}}",
     )
     train(cfg)
     assert max(float(row["train/acc"]) for row in rows(tmp_path / "run")) > 0.99
