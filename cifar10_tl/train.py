@@ -343,7 +343,11 @@ def collect_results(
         },
         "best_epoch": best_epoch,
         "epochs": trainer.current_epoch,
-        "seconds": {**seconds, "first_step": throughput.first_step_seconds},
+        "seconds": {
+            **seconds,
+            "fit": throughput.earlier_seconds + seconds["fit"],
+            "first_step": throughput.first_step_seconds,
+        },
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),
         "config": plain(cfg),

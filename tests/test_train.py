@@ -220,6 +220,7 @@ def test_a_finished_run_resumed_is_only_tested_again(finished_run: Path, tmp_pat
     assert results["val"] == before["val"]
     assert results["images_per_second"] == pytest.approx(before["images_per_second"])
     assert results["seconds"]["first_step"] == pytest.approx(before["seconds"]["first_step"])
+    assert results["seconds"]["fit"] > sum(float(row["seconds"]) for row in rows(copy)), "that of before counts"
     assert len(rows(copy)) == 2
     given = [f"resume={copy}", "trainer.max_epochs=3"]
     longer = train(resumed_config(compose_train(*given), given))

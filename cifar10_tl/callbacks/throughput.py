@@ -28,10 +28,12 @@ class Throughput(Callback):
         epoch_data_wait: share of the epoch's time from the end of a step to the start of the next: fetching a batch,
             bringing it to the device and augmenting it (on a GPU: handing these over to it).
         first_step_seconds: from the start of the fit to the end of its first step.
+        earlier_seconds: of the fit before this run was resumed, up to the checkpoint that it goes on from.
     """
 
     def __init__(self) -> None:
         self.first_step_seconds: float | None = None
+        self.earlier_seconds = 0.0
         self._seconds, self._images = 0.0, 0
         self._epoch_images, self._epoch_start, self._epoch_end = 0, 0.0, 0.0
         self._fit_start = 0.0
@@ -66,12 +68,18 @@ class Throughput(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far: a resumed run goes on from it."""
-        return {"seconds": self._seconds, "images": self._images, "first_step_seconds": self.first_step_seconds}
+        return {
+            "seconds": self._seconds,
+            "images": self._images,
+            "first_step_seconds": self.first_step_seconds,
+            "fit_seconds": self.earlier_seconds + time.perf_counter() - self._fit_start,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what was measured before the run stopped."""
         self._seconds, self._images = state_dict["seconds"], state_dict["images"]
         self.first_step_seconds = state_dict["first_step_seconds"]
+        self.earlier_seconds = state_dict.get("fit_seconds", 0.0)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
