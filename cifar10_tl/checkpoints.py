@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ def load_safely(path: Path) -> Any:
         UserError: the file is missing, cut off, of another kind, or names code.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch would not notice a flipped bit
+            with zipfile.ZipFile(path) as archive:
+                if spoiled := archive.testzip():
+                    raise UserError(f"{path} is broken: the checksum of {spoiled} in it is another")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles; whether it can be read is all that matters
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except pickle.UnpicklingError as error:
@@ -61,7 +68,10 @@ def find_resumable(run_dir: Path) -> Path | None:
     steps: dict[Path, int] = {}
     for path in found:
         try:
-            steps[path] = read_checkpoint(path)["global_step"]
+            content = read_checkpoint(path)
+            if missing := {"global_step", "optimizer_states", "loops", "callbacks"} - content.keys():
+                raise UserError(f"{path} cannot be gone on from: it has no {', '.join(sorted(missing))}")
+            steps[path] = content["global_step"]
         except UserError as error:
             log.warning("%s", error)
     if found and not steps:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cifar10_tl.checks import check_config
 from cifar10_tl.errors import UserError
+from cifar10_tl.resume import RUN_CONFIG, resumed_config
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,6 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 LINES_VARIABLE = "CIFAR10_TL_ERROR_LINES"
-RUN_CONFIG = "config.yaml"
 #: What lies in the folder of a run that has not taken a step.
 _BEGINNINGS = {RUN_CONFIG, "hparams.yaml", "events"}
 #: Of Hydra's parser.
@@ -44,18 +45,6 @@ BARE_FLAGS = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help",
 BARE_FLAGS |= {"-sc", "--shell-completion"}
 FLAGS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name"}
 FLAGS_WITH_VALUE |= {"-cd", "--config-dir", "--experimental-rerun"}
-#: What a resumed run may be given anew; everything else comes from its own config.
-RESUMABLE = (
-    "resume",
-    "trust",
-    "test",
-    "trainer.",
-    "data.root",
-    "data.on_device",
-    "compile",
-    "checkpoint_every_n_steps",
-)
-
 
 # --------------------------------------------------------------------------------------------------- the run folder
 
@@ -149,6 +138,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         start()
     except Exception as error:
         report(error)
+    except KeyboardInterrupt:  # before a run takes care of it
+        sys.exit(128 + signal.SIGINT)
 
 
 def _tells(error: Exception) -> bool:
@@ -162,7 +153,7 @@ def _tells(error: Exception) -> bool:
 
 def _is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(
-        re.search(r"Connection (closed|reset) by peer|NCCL|gloo", str(error))
+        re.search(r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gloo", str(error))
     )
 
 
@@ -195,15 +186,15 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
                 _check_sweeper(cfg, HydraConfig.get().sweeper.get("_target_", ""))
                 _settle_sweep_job(cfg)
             if cfg.get("resume"):
-                overrides = HydraConfig.get().overrides.task
-                cfg = resumed_config(cfg, overrides)
-                _check_trust(cfg, overrides)
+                cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
             check_config(cfg)
             _check_one_folder(cfg)
             return task(cfg)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if begins and process_rank() == 0 and _holds_only(folder, _records() | _BEGINNINGS):
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, SystemExit):  # by a signal
+                raise
             report(error)
 
     return job
@@ -258,55 +249,6 @@ def _settle_sweep_job(cfg: DictConfig) -> None:
     with read_write(hydra_config), open_dict(hydra_config):
         hydra_config.run.dir = job_dir
     sys.argv[1:] = [*hydra_config.overrides.task, f"paths.output_dir='{job_dir}'"]
-
-
-def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config that the run in ``cfg.resume`` was started with, and on it the overrides given now.
-
-    Raises:
-        UserError: the folder holds no run, or an override would change what the run is (only ``RESUMABLE`` ones may be
-            given).
-    """
-    run_dir = Path(cfg.resume)
-    if not (run_dir / RUN_CONFIG).is_file():
-        raise UserError(f"resume={run_dir}: no run lies there ({RUN_CONFIG} is missing); give the folder of a run")
-    saved = OmegaConf.load(run_dir / RUN_CONFIG)
-    own = OmegaConf.create(moved(OmegaConf.to_container(saved), str(saved.paths.output_dir), str(run_dir)))
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
-        if not key.startswith(RESUMABLE):
-            raise UserError(
-                f"{override}: a resumed run keeps its own settings; only trainer.*, test, data.root and what makes it "
-                "faster or safer may be given. To start a new run from its weights use init_from="
-            )
-        before, after = OmegaConf.select(own, key), OmegaConf.select(cfg, key)
-        if key not in ("resume", "trust") and before != after:
-            log.info("%s: %s -> %s", key, before, after)
-        OmegaConf.update(own, key, after, force_add=True)
-    own.resume = str(run_dir)
-    return own
-
-
-def _check_trust(cfg: DictConfig, given: Sequence[str]) -> None:
-    """Look at what a resumed run's own config builds; what the command line names is the user's own choice.
-
-    Raises:
-        UserError: it is not trusted, and neither is it by ``trust=true``.
-    """
-    from cifar10_tl.trust import check_targets
-
-    if "trust=true" not in (override.lower() for override in given):
-        check_targets(OmegaConf.to_container(cfg), f"{cfg.resume}/{RUN_CONFIG}")
-
-
-def moved(node: Any, old: str, new: str) -> Any:
-    """Plain containers with every path in the folder ``old`` led to ``new``, where a run lies now."""
-    if isinstance(node, dict):
-        return {moved(key, old, new): moved(child, old, new) for key, child in node.items()}
-    if isinstance(node, list):
-        return [moved(child, old, new) for child in node]
-    inside = isinstance(node, str) and (node == old or node.startswith(f"{old}/"))
-    return new + node[len(old) :] if inside else node
 
 
 # ------------------------------------------------------------------------------------------ a mistake as one clear line

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.config import RUN_CONFIG, run_command
+from cifar10_tl.config import run_command
 from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write_text
+from cifar10_tl.resume import RUN_CONFIG
 
 if TYPE_CHECKING:  # torch and Lightning take seconds to import: only once the settings are known to be good
     import lightning.pytorch as pl

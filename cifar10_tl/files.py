@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+if sys.platform != "win32":
+    import fcntl
 
 _UMASK = os.umask(0)  # it can be read only by setting it; once, for threads may write at the same time
 os.umask(_UMASK)
@@ -35,6 +39,35 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what :func:`atomic_write` left in ``folder``, or below it, when a process was killed in the middle."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Gives whether ``folder`` is this process's alone: no other one of this machine is inside such a ``with``.
+
+    True, too, where the platform or the file system has no locks. A killed process gives its claim up.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claimed = True
+    except BlockingIOError:
+        claimed = False
+    except OSError:
+        claimed = True
+    try:
+        yield claimed
+    finally:
+        os.close(descriptor)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,6 +32,9 @@ class Interruption:
     A signal raises :class:`Stopped` at once, but not while training is under way (:attr:`deferring`): then the step is
     done first, see :class:`~cifar10_tl.callbacks.StopOnSignal`. A second SIGINT ends the process on the spot.
 
+    Processes started by another one may get a single Ctrl-C twice, from the terminal and from that process: to them,
+    what comes within a second of the first is the same.
+
     Attributes:
         received: the signal that came, or None.
         deferring: whether to wait for the step's end.
@@ -43,6 +47,7 @@ class Interruption:
         self.deferring = False
         self.forward: Callable[[int], Any] = lambda signum: None
         self._before: dict[signal.Signals, Any] = {}
+        self._received_at = 0.0
 
     def __enter__(self) -> Interruption:
         self._before = {signum: signal.getsignal(signum) for signum in self.signals}
@@ -64,14 +69,18 @@ class Interruption:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            if signum == signal.SIGINT:
+            if signum == signal.SIGINT and not self._is_an_echo():
                 os._exit(128 + signum)
             return
-        self.received = signal.Signals(signum)
+        self.received, self._received_at = signal.Signals(signum), time.monotonic()
         self.forward(signum)
         if not self.deferring:
             raise Stopped(signum)
         log.info("%s: stopping when this step is done and saved; Ctrl-C stops at once", self.received.name)
+
+    def _is_an_echo(self) -> bool:
+        started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
+        return started and time.monotonic() - self._received_at < 1
 
 
 def _in_main_thread() -> bool:

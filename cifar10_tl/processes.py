@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 
 #: What Lightning sets for the processes it starts.
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: What we set: who started them.
+PARENT_VARIABLE = "CIFAR10_TL_PARENT"
+
+
+def started_by_lightning() -> bool:
+    """Whether this process is one that Lightning started from another, rather than a person, torchrun or SLURM."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
 
 
 @contextmanager
@@ -31,14 +38,18 @@ def own_processes() -> Iterator[None]:
     """
     before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
     done = threading.Event()
-    if before["LOCAL_RANK"] not in (None, "0") and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
-        threading.Thread(target=_end_with_parent, args=(os.getppid(), done), daemon=True).start()
+    if started_by_lightning():
+        parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
+        threading.Thread(target=_end_with_parent, args=(parent, done), daemon=True).start()
+    else:
+        os.environ[PARENT_VARIABLE] = str(os.getpid())  # by the time that a child asks for it, this one may be gone
     launcher: Any = subprocess_script
     lightnings_own, launcher._launch_process_observer = launcher._launch_process_observer, _look_after
     try:
         yield
     finally:
         done.set()
+        os.environ.pop(PARENT_VARIABLE, None)
         launcher._launch_process_observer = lightnings_own
     if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -65,24 +76,37 @@ def _look_after(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     threading.Thread(target=_end_with_children, args=(processes,), daemon=True).start()
 
 
-def _end_with_children(processes: Sequence[subprocess.Popen[bytes]], grace: float = 20) -> None:
+def _end_with_children(
+    processes: Sequence[subprocess.Popen[bytes]], grace: float = 20, grace_of_a_signal: float = 10
+) -> None:
     """End this process and its ``processes`` if one of these fails, and this one does not end by itself soon after.
 
-    Most often it does: its next collective operation raises an error, which says more. NCCL's may wait for ever.
+    Most often it does: its next collective operation raises an error, which says more; or it got the same signal. But
+    where processes meet for the first time, and in NCCL's operations, it may wait for ever.
 
     Args:
         processes: that this one started.
         grace: seconds.
+        grace_of_a_signal: seconds, where the process was asked to end.
     """
     while not any(statuses := [process.poll() for process in processes]):
         if all(status == 0 for status in statuses):
             return
         time.sleep(1)
-    time.sleep(grace)
+    stopped = next((status for status in statuses if _is_of_a_signal(status)), None)
+    time.sleep(grace if stopped is None else grace_of_a_signal)
     name_the_killed(processes)
     for process in processes:
         process.kill()
+    if stopped is not None:
+        log.info("stopped by %s", signal.Signals(abs(stopped) % 128).name)
+        os._exit(128 + abs(stopped) % 128)
     _give_up("another process of this run has ended")
+
+
+def _is_of_a_signal(status: int | None) -> bool:
+    """Whether a process ended, well or not, because it was asked to."""
+    return status in {sign for number in (signal.SIGINT, signal.SIGTERM) for sign in (-number, 128 + number)}
 
 
 def _end_with_parent(parent: int, done: threading.Event, grace: float = 10) -> None:

@@ -11,15 +11,18 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.config import RUN_CONFIG, process_rank, run_command
+from cifar10_tl.config import process_rank, run_command
 from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write_text
+from cifar10_tl.files import atomic_write_text, claim, remove_temporary
 from cifar10_tl.interruption import Interruption, Stopped
+from cifar10_tl.resume import RUN_CONFIG, resume_command
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings are known to be good
     import lightning.pytorch as pl
@@ -51,18 +54,21 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not fit the data, the machine or another setting.
     """
-    from cifar10_tl.processes import own_processes
-    from cifar10_tl.runtime import quiet_libraries
-
-    quiet_libraries()
     requeue = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
-    with own_processes(), Interruption(*requeue) as interruption:
+    run_dir = Path(cfg.paths.output_dir)
+    with Interruption(*requeue) as interruption:
         try:
-            return _train(cfg, interruption)
+            from cifar10_tl.processes import own_processes
+            from cifar10_tl.runtime import quiet_libraries
+
+            quiet_libraries()
+            with own_processes(), only_one_run(run_dir):
+                return _train(cfg, interruption)
         except Stopped:
-            if process_rank() > 0:  # Lightning kills a job in which a process of its own ends with anything but 0
-                raise SystemExit(0) from None
-            log.info("go on with: python -m cifar10_tl.train resume=%s", cfg.paths.output_dir)
+            if process_rank() == 0 and (run_dir / RUN_CONFIG).exists():
+                log.info("go on with: %s", resume_command(run_dir))
+            if process_rank() > 0 and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+                raise SystemExit(0) from None  # for these, another status means that the others are to be killed
             raise
 
 
@@ -79,10 +85,14 @@ def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None
             f"paths.output_dir={run_dir}: a run lies there; go on with it by resume={run_dir}, or choose another"
         )
     start = find_resumable(run_dir) if resumes else None
-    if start is not None and process_rank() == 0:
-        make_last(start)
+    if resumes and process_rank() == 0:
+        remove_temporary(run_dir)
+        if start is not None:
+            make_last(start)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
+    if start is not None:
+        check_same_run(start, module)
     if cfg.init_from and start is None:
         module.load_weights_from(Path(cfg.init_from))
     trainer = build_trainer(cfg, start, interruption)
@@ -91,8 +101,8 @@ def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None
     if cfg.data.cache_features:
         datamodule.feature_cache = build_feature_cache(cfg, module, trainer)
     if trainer.is_global_zero:
-        if not resumes:
-            atomic_write_text(run_dir / RUN_CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            atomic_write_text(run_dir / RUN_CONFIG, own_settings(cfg))
         log.info("%s", describe(cfg, module, trainer, start))
 
     clock = time.perf_counter()
@@ -110,15 +120,58 @@ def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None
     return finish(cfg, module, trainer, seconds)
 
 
+@contextmanager
+def only_one_run(run_dir: Path) -> Iterator[None]:
+    """Around a run: no other one may write into its folder meanwhile.
+
+    Raises:
+        UserError: another one does.
+    """
+    with ExitStack() as stack:
+        if process_rank() == 0 and run_dir.is_dir() and not stack.enter_context(claim(run_dir)):
+            raise UserError(f"{run_dir}: another process is at work in this folder; wait for its end, or stop it")
+        yield
+
+
+def own_settings(cfg: DictConfig) -> str:
+    """What the run is, and with which length it was last started: what a resumed run begins with."""
+    return OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None, "trust": False}), resolve=True)
+
+
+def check_same_run(start: Path, module: LitClassifier) -> None:
+    """Complain where the run's settings are no longer those that its checkpoint was made with.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    from cifar10_tl.checkpoints import read_checkpoint
+
+    for key, value in read_checkpoint(start)["hyper_parameters"].items():
+        if key in module.hparams and module.hparams[key] != value:
+            raise UserError(
+                f"{start} was made with {key}={value}, but {RUN_CONFIG} or its data now say {module.hparams[key]}: put "
+                f"that right, or start a new run with init_from={start}"
+            )
+
+
 def was_requeued(run_dir: Path) -> bool:
     """Whether SLURM starts this job again, and it has left a run there."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir / RUN_CONFIG).exists()
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """The best epoch's checkpoint, or the last one where nothing was validated; None where there is none."""
-    found = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    return next((path for path in found if path.is_file()), None)
+    """The best epoch's checkpoint, or the last one where nothing was validated; None where there is no good one."""
+    from cifar10_tl.checkpoints import read_checkpoint
+
+    for path in (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")):
+        if path.is_file():
+            try:
+                read_checkpoint(path)
+            except UserError as error:
+                log.warning("%s", error)
+            else:
+                return path
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- from config to parts
@@ -172,7 +225,8 @@ def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Inte
         callbacks.append(StopOnSignal(interruption))  # behind those whose state it saves
     if not flags["enable_progress_bar"]:
         callbacks = [c for c in callbacks if not isinstance(c, RunProgress)]
-    loggers = instantiate_all(cfg.get("logger"), **resume_point(start)) if not flags["fast_dev_run"] else []
+    begun = (Path(cfg.paths.output_dir) / RUN_CONFIG).is_file()
+    loggers = instantiate_all(cfg.get("logger"), **resume_point(start, begun)) if not flags["fast_dev_run"] else []
     if flags["precision"] == "auto":
         flags["precision"], reason = choose_precision(flags["accelerator"])
         log.info("precision %s: %s", flags["precision"], reason)
@@ -257,12 +311,17 @@ def weight_average(cfg: DictConfig) -> list[Callback]:
     return [WeightEMA(decay)] if decay else []
 
 
-def resume_point(start: Path | None) -> dict[str, int]:
-    """What makes TensorBoard forget the epochs that were logged but not yet in the checkpoint, which come again."""
+def resume_point(start: Path | None, begun: bool) -> dict[str, int]:
+    """What makes TensorBoard forget the epochs that were logged but not yet in the checkpoint, which come again.
+
+    Args:
+        start: the checkpoint, if there is one.
+        begun: whether a run has begun in this folder.
+    """
     from cifar10_tl.checkpoints import read_checkpoint
 
     if start is None:
-        return {}
+        return {"purge_step": 0} if begun else {}
     rows = read_checkpoint(start).get("callbacks", {}).get("History", {}).get("rows", [])
     return {"purge_step": rows[-1]["epoch"] + 1 if rows else 0}
 
@@ -394,7 +453,7 @@ def summary(results: dict[str, Any], run_dir: Path) -> str:
     lines += [
         f"  figures      {run_dir / 'figures'}",
         f"  numbers      {run_dir / 'results.json'}, {run_dir / 'metrics.csv'}",
-        f"  checkpoint   {run_dir / 'checkpoints' / 'best.ckpt'}",
+        f"  checkpoint   {best_checkpoint(run_dir) or 'none'}",
         f"  TensorBoard  tensorboard --host localhost --logdir {run_dir}",
     ]
     return "\n".join(lines)

@@ -106,7 +106,7 @@ def state(run: Path) -> list[tuple[str, bytes]]:
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     moments = checkpoint["optimizer_states"][0]["state"]
     tensors = {f"{i}.{k}": v for i, values in moments.items() for k, v in values.items()} | checkpoint["state_dict"]
-    tensors |= {f"learning.{k}": v for k, v in checkpoint["current_model_state"].items()}
+    tensors |= {f"learning.{k}": v for k, v in checkpoint.get("current_model_state", {}).items()}
     return [(name, t.contiguous().numpy().tobytes()) for name, t in tensors.items()]
 
 

@@ -11,8 +11,9 @@ from conftest import REPOSITORY, compose_train
 from omegaconf import OmegaConf
 
 from cifar10_tl import config
-from cifar10_tl.config import explain, resumed_config
+from cifar10_tl.config import explain
 from cifar10_tl.errors import UserError
+from cifar10_tl.resume import resumed_config
 
 
 def test_a_fault_of_ours_is_no_mistake_of_the_user() -> None:

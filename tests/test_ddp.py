@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,26 +171,37 @@ def test_when_a_process_is_killed_the_job_ends_and_can_be_resumed(tmp_path: Path
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(done + 1)]
 
 
+def epochs_done(run: Path) -> int:
+    return len(rows(run)) if (run / "metrics.csv").exists() else 0
+
+
 def test_two_processes_stop_together_and_go_on_together(tmp_path: Path) -> None:
-    """A signal to the one that the user started."""
-    run = (*FROZEN, *TWO, "data.train_size=2080", "trainer.max_epochs=2")
+    """By a signal to the one that the user started, and by a Ctrl-C, which a terminal sends to both."""
+    run = (*FROZEN, *TWO, "data.train_size=2080", "trainer.max_epochs=3")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        [sys.executable, "-m", "cifar10_tl.train", *run, "paths.output_dir=run"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 143, output
-    assert output.count("go on with: python -m cifar10_tl.train resume=run") == 1
-    assert "Traceback" not in output
+
+    def stop(how: Callable[[int], None], status: int, *arguments: str) -> None:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "cifar10_tl.train", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        done = epochs_done(tmp_path / "run")
+        while epochs_done(tmp_path / "run") == done:
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.05)
+        how(job.pid)
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode == status, output
+        assert output.count("go on with: python -m cifar10_tl.train resume=run") == 1
+        assert "Traceback" not in output
+
+    stop(lambda pid: os.kill(pid, signal.SIGTERM), 143, *run, "paths.output_dir=run")
+    stop(lambda pid: os.killpg(pid, signal.SIGINT), 130, "resume=run")
     start("resume=run", cwd=tmp_path)
     start(*run, "paths.output_dir=whole", cwd=tmp_path)
     for resumed, whole in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):

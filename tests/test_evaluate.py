@@ -20,13 +20,13 @@ from conftest import REPOSITORY
 from omegaconf import DictConfig
 from PIL import Image
 
-from cifar10_tl.config import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.options import data_options
 from cifar10_tl.data.sources import CIFAR10_NAMES
 from cifar10_tl.errors import UserError
 from cifar10_tl.evaluate import as_list, evaluate, main
 from cifar10_tl.models.module import restore
+from cifar10_tl.resume import RUN_CONFIG
 from cifar10_tl.runtime import recorded_precision
 
 FIGURES = {"confusion_matrix", "correct", "incorrect", "reliability", "per_class", "confidence"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +24,14 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import soak
 
+from cifar10_tl.callbacks import RunCheckpoint
 from cifar10_tl.callbacks.stop_on_signal import _requeue
 from cifar10_tl.checkpoints import find_resumable
-from cifar10_tl.config import RUN_CONFIG, _check_trust, resumed_config
 from cifar10_tl.errors import UserError
+from cifar10_tl.files import claim
 from cifar10_tl.interruption import Interruption, Stopped
-from cifar10_tl.train import train, was_requeued
+from cifar10_tl.resume import RUN_CONFIG, resume_command, resumed_config
+from cifar10_tl.train import best_checkpoint, resume_point, train, was_requeued
 from cifar10_tl.trust import is_trusted
 
 Small = Callable[..., DictConfig]
@@ -49,6 +53,7 @@ class Accident(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._now("step", trainer.global_step)
+        self._now("batch", batch_idx)
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._now("validation", trainer.current_epoch)
@@ -81,7 +86,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resume(folder: Path, *overrides: str) -> Any:
-    given = [f"resume={folder}", *overrides]
+    given = [f"resume={folder}", "trust=true", *overrides]  # of the accident
     return train(resumed_config(compose_train(*given), given))
 
 
@@ -164,6 +169,108 @@ def test_a_run_killed_between_the_two_checkpoints_of_its_last_epoch_has_both_in_
     torch.save(content, folder / "checkpoints" / "best.ckpt")
     resume(folder)
     assert soak.state(folder) == soak.state(whole)
+
+
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+def test_no_checkpoint_is_written_between_the_batches_of_one_update(small_cfg: Small, ema: str) -> None:
+    """Its gradients would be lost. Two cuts: Lightning would save at the first batch behind a resume."""
+    run = (*RUN, WITH_ACCIDENT, "trainer.accumulate_grad_batches=2", "checkpoint_every_n_steps=1", f"ema_decay={ema}")
+    uncut, cut = small_cfg(*run, "test=false", run="uncut"), small_cfg(*run, "test=false", run="cut")
+    train(uncut)
+    folder = Path(cut.paths.output_dir)
+    accident(power_cut, "batch", 2)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        train(cut)
+    accident(power_cut, "batch", 3)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        resume(folder)
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    resume(folder)
+    assert soak.state(folder) == soak.state(Path(uncut.paths.output_dir))
+
+
+def test_a_finished_run_that_is_made_longer_and_stopped_goes_on_by_itself(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    left_over = run / "checkpoints" / ".last.ckpt.abc.tmp"
+    left_over.write_bytes(b"half")
+    accident(power_cut, "step", 12)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        resume(run, "trainer.max_epochs=4")
+    assert not left_over.exists()
+    assert not (run / "results.json").exists(), "it would look finished"
+    assert OmegaConf.load(run / RUN_CONFIG).trainer.max_epochs == 4
+    assert resume(run)["epochs"] == 4
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    last, best = (tmp_path / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
+    spoil(last)
+    assert find_resumable(tmp_path) == best
+    assert "last.ckpt is broken: the checksum of" in caplog.text
+    spoil(best)
+    assert best_checkpoint(tmp_path) is None
+    shutil.copy(whole / "checkpoints" / "last.ckpt", last)
+    assert best_checkpoint(tmp_path) == last, "which is tested, then"
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_settings_that_no_longer_fit_the_checkpoint_are_told(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    config = OmegaConf.load(tmp_path / "run" / RUN_CONFIG)
+    config.optimizer.lr = 0.5
+    OmegaConf.save(config, tmp_path / "run" / RUN_CONFIG)
+    with pytest.raises(UserError, match=r"was made with optimizer=.*'lr': 0\.001.* now say .*'lr': 0\.5"):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    """Lightning deletes what was the best when a better one comes."""
+    callback = RunCheckpoint(dirpath=tmp_path, filename="best", monitor="val/acc", mode="max")
+    victim = f"{tmp_path}/../victim.txt"
+    state = callback.state_dict() | {
+        "dirpath": "elsewhere",
+        "best_k_models": {victim: torch.tensor(0.0)},
+        "kth_best_model_path": f"{tmp_path}/..",
+        "best_model_path": "/other/place/best.ckpt",
+    }
+    callback.load_state_dict(state)
+    assert list(callback.best_k_models) == [""]
+    assert callback.kth_best_model_path == ""
+    assert callback.best_model_path == str(tmp_path / "best.ckpt")
+
+
+def test_two_runs_never_write_into_one_folder(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with claim(tmp_path / "run") as claimed:
+        assert claimed
+        with pytest.raises(UserError, match="another process is at work in this folder"):
+            resume(tmp_path / "run")
+    resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run", "a b", "a=b", "a,b", "outputs/runs/2026-01-01_00-00-00_1"])
+def test_what_to_type_to_go_on_is_taken_by_shell_and_hydra(name: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    typed = shlex.split(resume_command(Path(name)))
+    assert typed[:3] == ["python", "-m", "cifar10_tl.train"]
+    (override,) = OverridesParser.create().parse_overrides(typed[3:])
+    assert override.key_or_group == "resume"
+    assert override.value() == name
+
+
+def test_tensorboard_forgets_what_was_logged_before_the_first_checkpoint() -> None:
+    assert resume_point(None, begun=True) == {"purge_step": 0}
+    assert resume_point(None, begun=False) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
@@ -288,10 +395,19 @@ def test_a_checkpoint_larger_than_the_disk_has_room_for(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(small_cfg: Small) -> None:
     cfg = small_cfg("optimizer.lr=1e30", "checkpoint_every_n_steps=1", "scheduler=constant")
-    with pytest.raises(UserError, match=r"the loss is (nan|infinite) at epoch 0, batch 1; the last good checkpoint is"):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at epoch 0, batch 1; the last good checkpoint is"):
         train(cfg)
     saved = torch.load(find_resumable(Path(cfg.paths.output_dir)) or "", weights_only=True)
     assert saved["global_step"] == 1
+
+
+def test_a_validation_that_gives_no_number_stops_the_run_before_it_is_saved(small_cfg: Small) -> None:
+    """The last step of an epoch spoils the weights, and no loss of training tells."""
+    one_step = ("trainer.limit_train_batches=1", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=constant")
+    cfg = small_cfg(*one_step)
+    with pytest.raises(UserError, match=r"the validation loss is nan at epoch 0; there is no checkpoint yet"):
+        train(cfg)
+    assert not (Path(cfg.paths.output_dir) / "results.json").exists()
 
 
 # -------------------------------------------------------------------------------------------------- strangers' folders
@@ -329,16 +445,44 @@ def test_a_folder_that_names_other_code_is_not_resumed_unless_trusted(whole: Pat
     config.callbacks.curves = {"_target_": "os.system", "command": f"touch {tmp_path / 'harm'}"}
     OmegaConf.save(config, run / RUN_CONFIG)
     given = [f"resume={run}"]
-    cfg = resumed_config(compose_train(*given), given)
     with pytest.raises(UserError, match=r"callbacks\.curves\._target_=os\.system; look at it, .* add trust=true"):
-        _check_trust(cfg, given)
-    _check_trust(cfg, [*given, "trust=true"])
+        resumed_config(compose_train(*given), given)
+    assert resumed_config(compose_train(*given), [*given, "trust=true"]).callbacks.curves["_target_"] == "os.system"
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("x: ${oc.create:{_target_:shutil.rmtree,path:/nowhere}}", r"config\.yaml: x holds \$\{\.\.\.\}"),
+        ("x: ${oc.env:HOME}", "holds"),
+        ("x: !!python/object/apply:os.system [ls]", "is damaged"),
+        ("x: [1, 2", "is damaged"),
+        ("x: 1\nx: 2", "is damaged"),
+        ("paths: null", "is damaged"),
+        ("paths: {output_dir: 7}", "is damaged .paths.output_dir is not a text."),
+        ("\0\x81", "is damaged"),
+        (None, "is damaged"),
+    ],
+)
+def test_a_damaged_or_dressed_up_config_is_told_in_a_line(
+    whole: Path, tmp_path: Path, harm: str | None, told: str
+) -> None:
+    lines = (whole / RUN_CONFIG).read_text()
+    if harm is None:
+        lines = ""
+    else:
+        lines = "".join(part for part in lines.splitlines(True) if "accident" not in part and "Accident" not in part)
+        lines = harm if harm.startswith("paths") else f"{lines}{harm}\n"
+    (tmp_path / RUN_CONFIG).write_text(lines)
+    given = [f"resume={tmp_path}"]
+    with pytest.raises(UserError, match=told):
+        resumed_config(compose_train(*given), given)
 
 
 def test_a_longer_run_is_shown_as_a_difference(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    given = [f"resume={whole}", "trainer.max_epochs=5"]
+    given = [f"resume={whole}", "trust=true", "trainer.max_epochs=5"]
     cfg = resumed_config(compose_train(*given), given)
     assert cfg.trainer.max_epochs == 5
     assert "trainer.max_epochs: 2 -> 5" in caplog.text

@@ -22,10 +22,11 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch import Tensor
 
 from cifar10_tl import config
-from cifar10_tl.config import STAMP_VARIABLE, explain, process_rank, resumed_config
+from cifar10_tl.config import STAMP_VARIABLE, explain, process_rank
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.errors import UserError
 from cifar10_tl.models.module import LitClassifier, parameter_groups
+from cifar10_tl.resume import resumed_config
 from cifar10_tl.sharding import BlockwiseFSDP
 from cifar10_tl.train import build_datamodule, build_module, train
 
@@ -369,18 +370,34 @@ def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -
     assert f"error: process 1: the process that started this one ({started.pid}) was killed; go on with resume=" in said
 
 
+def in_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | variables
+    command = [sys.executable, "-c", f"import subprocess, threading\nfrom cifar10_tl import processes\n{code}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_the_one_that_started_it_was_gone_before_it_looked() -> None:
+    done = in_python("processes._end_with_parent(1, threading.Event(), grace=0.1)", LOCAL_RANK="1")
+    assert done.returncode == 1
+    assert "error: process 1: the process that started this one (1) was killed" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "status"), [("send_signal(2)", 130), ("terminate()", 143)])
+def test_a_process_ends_as_one_that_it_started_was_asked_to(how: str, status: int) -> None:
+    """As in a Ctrl-C that comes before they have met."""
+    code = f"children = [subprocess.Popen(['sleep', '300'])]\nchildren[0].{how}\n"
+    done = in_python(f"{code}processes._end_with_children(children, grace_of_a_signal=0.1)")
+    assert done.returncode == status
+    assert "error:" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_process_ends_when_one_that_it_started_is_killed(tmp_path: Path) -> None:
     """Even where nothing else tells it: here it waits for something that never comes."""
-    code = """
-import subprocess, sys, time
-from cifar10_tl import processes
-children = [subprocess.Popen(['sleep', '300']) for _ in range(2)]
-children[1].kill()
-processes._end_with_children(children, grace=0.1)
-"""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    code = "children = [subprocess.Popen(['sleep', '300']) for _ in range(2)]\nchildren[1].kill()\n"
+    done = in_python(f"{code}processes._end_with_children(children, grace=0.1)")
     assert done.returncode == 1
     assert "process 2 of this run" in done.stderr
     assert "was killed by SIGKILL" in done.stderr

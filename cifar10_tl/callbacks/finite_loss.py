@@ -34,6 +34,13 @@ class FiniteLoss(Callback):
         if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
             self._check(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the loss of the validation: the last step of an epoch may have spoiled the weights."""
+        evaluation: Any = pl_module.evaluation
+        if len(evaluation) and not math.isfinite(evaluation.loss):  # the same in all processes
+            what = f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}"
+            raise UserError(f"{what}; {_advice(trainer)}")
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -50,14 +57,15 @@ class FiniteLoss(Callback):
         if trainer.world_size > 1:  # each process sees the losses of its own images
             ago = int(trainer.strategy.reduce(torch.tensor(float(ago), device=values.device), reduce_op="max"))
         if ago:
-            value = float(values[-ago])
-            raise UserError(self._line(trainer, "nan" if math.isnan(value) else "infinite", ago))
+            batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - ago
+            what = f"the loss is {float(values[-ago])} at epoch {trainer.current_epoch}, batch {batch}"
+            raise UserError(f"{what}; {_advice(trainer)}")
 
-    def _line(self, trainer: pl.Trainer, what: str, ago: int) -> str:
-        batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - ago
-        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
-        return (
-            f"the loss is {what} at epoch {trainer.current_epoch}, batch {batch}; {good}. Try a lower optimizer.lr, "
-            "trainer.gradient_clip_val=1 or trainer.precision=32-true; trainer.detect_anomaly=true names the operation"
-        )
+
+def _advice(trainer: pl.Trainer) -> str:
+    last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+    return (
+        f"{good}. Try a lower optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; "
+        "trainer.detect_anomaly=true names the operation"
+    )

@@ -50,6 +50,12 @@ class History(Callback):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars({"train and val": charts})
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where a finished run goes on, its results are those of a shorter one, and no longer its end."""
+        if trainer.is_global_zero:
+            for name in ("results.json", "predictions.csv"):
+                (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the epoch's row: this runs behind validation, and before the checkpoints are written."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

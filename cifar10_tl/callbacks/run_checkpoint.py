@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-from cifar10_tl.config import moved
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -20,10 +19,29 @@ class RunCheckpoint(ModelCheckpoint):
         return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint, its paths led to where the run lies now."""
-        super().load_state_dict(moved(state_dict, state_dict["dirpath"], str(self.dirpath)))
+        """Take the state of a checkpoint, its paths led to where the run lies now.
+
+        Each is taken for the name of a checkpoint in our own folder, whatever it says: Lightning deletes what was
+        best, and a checkpoint from somebody else could name any file.
+        """
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {
+            "dirpath": str(self.dirpath),
+            "best_k_models": {self._own(path): score for path, score in state_dict["best_k_models"].items()},
+            **{key: self._own(state_dict[key]) for key in paths},
+        }
+        super().load_state_dict(state_dict | here)
+
+    def _own(self, path: str) -> str:
+        name = Path(path).name
+        return str(Path(str(self.dirpath)) / name) if name.endswith(".ckpt") else ""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        """Save inside an epoch, but not at its last step: a run resumed from there would not validate that epoch."""
-        if not trainer.is_last_batch:
+        """Save inside an epoch, but only where a run can go on as if it had not stopped.
+
+        Not between the batches of one update, whose gradients no checkpoint holds; and not at the epoch's last step:
+        a run resumed from there would not validate that epoch.
+        """
+        updated = (arguments[-1] + 1) % trainer.accumulate_grad_batches == 0
+        if updated and not trainer.is_last_batch:
             super().on_train_batch_end(trainer, *arguments)
