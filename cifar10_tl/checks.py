@@ -64,7 +64,7 @@ def text(value: Any) -> str | None:
 
 def widths(value: Any) -> str | None:
     """A list of layer widths."""
-    good = isinstance(value, list) and all(whole(1)(v) is None for v in value)
+    good = isinstance(value, list) and all(whole(1, 10**9)(v) is None for v in value)
     return None if good else "a list of whole numbers from 1 on, such as [512]"
 
 
@@ -96,6 +96,22 @@ def trained_file(value: Any) -> str | None:
     return text(value) and "the file of a trained network, such as outputs/runs/<time>/checkpoints/best.ckpt"
 
 
+def texts(value: Any) -> str | None:
+    """A list of texts."""
+    return None if isinstance(value, list) and not any(text(v) for v in value) else "a list of texts, such as [a,b]"
+
+
+def checksum(value: Any) -> str | None:
+    """An md5 in hexadecimal."""
+    good = isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{32}", value)
+    return None if good else "an md5 of 32 hexadecimal digits"
+
+
+def profiler(value: Any) -> str | None:
+    """What Lightning takes for a profiler, or a class of one."""
+    return None if isinstance(value, dict) else one_of(None, "simple", "advanced", "pytorch")(value)
+
+
 def image_names(value: Any) -> str | None:
     """Where the pictures are to be found."""
     names = value if isinstance(value, list) else [value]
@@ -124,6 +140,8 @@ RULES: dict[str, Rule] = {
     "resume": either(null, text),
     "init_from": either(null, text),
     "paths.output_dir": folder_name,
+    "paths.data_dir": folder_name,
+    "paths.cache_dir": folder_name,
     "data.source": text,
     "data.root": folder_name,
     "data.batch_size": whole(1),
@@ -134,16 +152,19 @@ RULES: dict[str, Rule] = {
     "data.cache_features": flag,
     "data.native_size": whole(8, 1024),
     "data.skip_bad": flag,
+    "data.cache_dir": folder_name,
+    "data.mirrors": texts,
+    "data.md5": checksum,
     "data.stall_seconds": number(0, above=True),
-    "data.train_size": whole(1),
-    "data.test_size": whole(1),
+    "data.train_size": whole(1, 10**9),
+    "data.test_size": whole(1, 10**9),
     "data.drawing_seed": whole(0),
     "data.augment.flip": flag,
     "data.augment.crop_padding": whole(0),
     "data.augment.erase": share,
     "data.augment.jitter": share,
     "data.augment.mix": one_of("none", "mixup", "cutmix"),
-    "data.augment.mix_alpha": number(0, 100, above=True),
+    "data.augment.mix_alpha": number(0.01, 100),
     "model.backbone": text,
     "model.weights": either(null, text),
     "model.image_size": whole(8, 4096),
@@ -184,7 +205,7 @@ RULES: dict[str, Rule] = {
         "16-true",
         "bf16",
     ),
-    "trainer.max_epochs": whole(1),
+    "trainer.max_epochs": whole(1, 1_000_000),
     "trainer.max_steps": either(one_of(-1), whole(1)),
     "trainer.max_time": either(null, duration),
     "trainer.limit_train_batches": limit,
@@ -200,6 +221,13 @@ RULES: dict[str, Rule] = {
     "trainer.fast_dev_run": either(flag, whole(1)),
     "trainer.enable_progress_bar": flag,
     "trainer.enable_model_summary": flag,
+    "trainer.num_sanity_val_steps": whole(-1),
+    "trainer.profiler": profiler,
+    **{
+        f"callbacks.{name}.num_images": whole(1)
+        for name in ("sample_inputs", "correct_predictions", "incorrect_predictions")
+    },
+    "callbacks.best_checkpoint.monitor": one_of("val/acc", "val/loss", "train/acc", "train/loss"),
     # predict
     "checkpoint": trained_file,
     "images": image_names,
@@ -218,6 +246,14 @@ RULES: dict[str, Rule] = {
     "doubtful_labels": either(null, text),
     "compare": either(null, run_folders),
 }
+#: What the train command cannot do without; ``~`` and an edited config may have taken it away.
+NEEDED = (
+    *("seed", "test", "compile", "checkpoint_every_n_steps", "init_from", "resume", "paths.output_dir"),
+    *("paths.cache_dir", "data.source", "data.batch_size", "data.cache_features", "model.backbone", "model.weights"),
+    *("model.image_size", "model.head.name", "optimizer.name", "optimizer.lr", "scheduler.name", "trainer.strategy"),
+    *("trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.benchmark", "trainer.deterministic"),
+    *("trainer.fast_dev_run", "trainer.enable_progress_bar", "trainer.max_epochs", "trainer.limit_test_batches"),
+)
 #: Groups that must be there, for a command that has no such thing at all would fail far from here.
 SECTIONS = ("data", "data.augment", "model", "model.head", "optimizer", "scheduler", "trainer", "paths")
 
@@ -237,6 +273,10 @@ def check_config(cfg: DictConfig) -> None:
         found, value = _lookup(plain, key)
         if found and not _left_open(plain, key, value) and (wanted := rule(value)):
             raise UserError(f"{key}={_shown(value)}: should be {wanted}")
+    if {"trainer", "optimizer"} <= plain.keys():
+        for key in NEEDED:
+            if not _lookup(plain, key)[0]:
+                raise UserError(f"{key} is missing, and nothing works without it; give it a value: {key}=...")
     _check_together(plain)
 
 

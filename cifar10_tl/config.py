@@ -40,6 +40,7 @@ STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 LINES_VARIABLE = "CIFAR10_TL_ERROR_LINES"
 #: What lies in the folder of a run that has not taken a step.
 _BEGINNINGS = {RUN_CONFIG, "hparams.yaml", "events"}
+_NO_MEMORY = "MemoryError|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking"
 #: Of Hydra's parser.
 BARE_FLAGS = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version", "--resolve"}
 BARE_FLAGS |= {"-sc", "--shell-completion"}
@@ -82,8 +83,8 @@ def _new_stamp(environment: os._Environ[str]) -> str:
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
 
 
-def _run_dir(resume: str | None) -> str:
-    return resume or f"outputs/runs/{run_stamp()}"
+def _run_dir(resume: object) -> str:
+    return str(resume) if resume else f"outputs/runs/{run_stamp()}"
 
 
 def _sweep_dir(output_dir: str) -> str:
@@ -94,7 +95,7 @@ def _sweep_dir(output_dir: str) -> str:
 
 def _hydra_dir(output_dir: str) -> str:
     """Hydra's own records: where a run lies already (it is resumed, or named by mistake), its records must stay."""
-    return f".hydra/{run_stamp()}" if (Path(output_dir) / RUN_CONFIG).is_file() else ".hydra"
+    return f".hydra/{run_stamp()}" if (Path(str(output_dir)) / RUN_CONFIG).is_file() else ".hydra"
 
 
 def register_resolvers() -> None:
@@ -182,6 +183,8 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
         folder = Path(HydraConfig.get().runtime.output_dir)
         begins = _holds_only(folder, _records())
         try:
+            if HydraConfig.get().job.chdir:
+                raise UserError("hydra.job.chdir=true: paths in settings are relative to where the command is started")
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 _check_sweeper(cfg, HydraConfig.get().sweeper.get("_target_", ""))
                 _settle_sweep_job(cfg)
@@ -267,9 +270,9 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return one_line(f"{error} {cause}")
     if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
         return "a group of settings wants a name, such as logger=none or callbacks=minimal; --help lists them"
-    if isinstance(error, ValueError) and _raised_by_hydra(error):
+    if isinstance(error, ValueError) and _raised_by("hydra", error):
         return one_line(str(error))
-    if isinstance(error, OSError) and error.filename and _raised_by_hydra(error):
+    if isinstance(error, OSError) and error.filename and _raised_by("hydra", error):
         return f"paths.output_dir={error.filename}: {error.strerror}; choose another folder"
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError)):
         return one_line(str(error))
@@ -280,8 +283,12 @@ def explain(error: BaseException, config_name: str) -> str | None:
             f"trainer.devices, trainer.num_nodes: these are not the processes that torchrun or SLURM started. {error} "
             "Give trainer.devices=PROCESSES_A_MACHINE trainer.num_nodes=MACHINES"
         )
+    if isinstance(error, (MemoryError, RuntimeError)) and re.search(_NO_MEMORY, f"{type(error).__name__} {error}"):
+        return "more memory is asked for than this machine has; lower the sizes that were given"
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in str(error):
         return "data.batch_size gives a device one image, too few for BatchNorm: choose 2 or more for each device"
+    if isinstance(error, (ValueError, TypeError)) and _raised_by("lightning", error):
+        return one_line(f"trainer: {error} (HYDRA_FULL_ERROR=1 shows where)")
     if _is_lost(error):
         return (
             "another process of this run has ended, or cannot be reached any more (it may have said why above); "
@@ -292,12 +299,12 @@ def explain(error: BaseException, config_name: str) -> str | None:
     return None
 
 
-def _raised_by_hydra(error: BaseException) -> bool:
-    """Whether Hydra itself found the fault: some of its complaints about overrides are plain ValueErrors."""
+def _raised_by(library: str, error: BaseException) -> bool:
+    """Whether a library itself found the fault: some complaints of Hydra and Lightning are plain ValueErrors."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     while modules and modules[-1] in ("os", "pathlib"):  # called by Hydra
         modules.pop()
-    return bool(modules) and modules[-1].startswith("hydra.")
+    return bool(modules) and modules[-1].startswith(f"{library}.")
 
 
 def one_line(text: str) -> str:
@@ -308,6 +315,8 @@ def one_line(text: str) -> str:
 def _explain_unknown_key(key: str, config_name: str) -> str:
     known = config_keys(config_name)
     section, _, name = key.rpartition(".")
+    if key in known:
+        return f"{key}: no such setting goes with the groups that were chosen (data=, model/head=, scheduler= ...)"
     beside = {k[len(section) + 1 if section else 0 :].split(".")[0]: None for k in known if k.startswith(section)}
     close = difflib.get_close_matches(name, beside, n=1)
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]

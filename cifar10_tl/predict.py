@@ -157,10 +157,12 @@ def write_grid(path: Path, first: Sequence[tuple[Prediction, Pixels]], total: in
     """Draw the first pictures, as the network was given them, with label and probability."""
     import numpy as np
 
-    from cifar10_tl.figures import sample_grid
+    from cifar10_tl.figures import legible, sample_grid
     from cifar10_tl.figures.page import as_percent
 
-    titles = [f"{p.label} {as_percent(p.probability or 0.0)}" for p, _ in first]
+    names = list(first[0][0].probabilities)
+    shown = dict(zip(names, legible(names), strict=True))
+    titles = [[(shown[str(p.label)], f" {as_percent(p.probability or 0.0)}")] for p, _ in first]
     images = np.stack([pixels.transpose(1, 2, 0) for _, pixels in first])
     heading = "Predictions" if len(first) == total else f"Predictions: the first {len(first)} of {total:,} images"
     figure = sample_grid(images, titles, heading=heading)

@@ -47,13 +47,12 @@ def own_processes() -> Iterator[None]:
     lightnings_own, launcher._launch_process_observer = launcher._launch_process_observer, _look_after
     try:
         yield
+        if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     finally:
         done.set()
-        os.environ.pop(PARENT_VARIABLE, None)
         launcher._launch_process_observer = lightnings_own
-    if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        for name in _LAUNCH_VARIABLES:
+        for name in (*_LAUNCH_VARIABLES, PARENT_VARIABLE):
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in before.items() if value is not None})
 

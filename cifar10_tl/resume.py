@@ -38,6 +38,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         UserError: the folder holds no run, its config is damaged or names code that is not trusted, or an override
             would change what the run is (only ``RESUMABLE`` ones may be given).
     """
+    if not isinstance(cfg.resume, str):
+        raise UserError(f"resume={cfg.resume}: should be the folder of a run, such as outputs/runs/<time>")
     run_dir = Path(cfg.resume)
     saved = read_run_config(run_dir)
     if "trust=true" not in (override.lower() for override in overrides):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from cifar10_tl.config import process_rank, run_command
-from cifar10_tl.errors import UserError
+from cifar10_tl.errors import UserError, known_arguments
 from cifar10_tl.files import atomic_write_text, claim, remove_temporary
 from cifar10_tl.interruption import Interruption, Stopped
 from cifar10_tl.resume import RUN_CONFIG, resume_command
@@ -55,8 +55,9 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         UserError: a setting does not fit the data, the machine or another setting.
     """
     requeue = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # not so under nohup
     run_dir = Path(cfg.paths.output_dir)
-    with Interruption(*requeue) as interruption:
+    with Interruption(*requeue, *hang_up) as interruption:
         try:
             from cifar10_tl.processes import own_processes
             from cifar10_tl.runtime import quiet_libraries
@@ -97,6 +98,8 @@ def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None
         module.load_weights_from(Path(cfg.init_from))
     trainer = build_trainer(cfg, start, interruption)
     check_batch_size(cfg.data.batch_size, trainer.world_size)
+    if cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type != "cuda":
+        raise UserError("trainer.sync_batchnorm=true is for GPUs; BatchNorm on a CPU has the statistics of its process")
     speed_up(cfg, module, trainer)
     if cfg.data.cache_features:
         datamodule.feature_cache = build_feature_cache(cfg, module, trainer)
@@ -194,14 +197,14 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     check_weights(cfg.model.backbone, cfg.model.weights)  # now, rather than after the data was fetched
     find_optimizer(cfg.optimizer.name)
     schedule_factor(plain(cfg.scheduler), num_steps=1)
-    return LitClassifier(
-        class_names=datamodule.class_names,
-        native_size=cfg.data.get("native_size", 32),
-        optimizer=plain(cfg.optimizer),
-        scheduler=plain(cfg.scheduler),
-        seed=cfg.seed,
-        **plain(cfg.model),
-    )
+    own = {
+        "class_names": datamodule.class_names,
+        "native_size": cfg.data.get("native_size", 32),
+        "optimizer": plain(cfg.optimizer),
+        "scheduler": plain(cfg.scheduler),
+        "seed": cfg.seed,
+    }
+    return LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
 
 
 def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Interruption | None = None) -> pl.Trainer:
@@ -215,18 +218,25 @@ def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Inte
     import lightning.pytorch as pl
     from hydra.utils import instantiate
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.loggers import Logger
 
     from cifar10_tl.callbacks import FiniteLoss, RunProgress, StopOnSignal
     from cifar10_tl.runtime import AtomicCheckpointIO, choose_precision
 
     flags = instantiate(cfg.trainer, _convert_="all")
-    callbacks = [*instantiate_all(cfg.get("callbacks")), FiniteLoss(), *weight_average(cfg), *step_checkpoint(cfg)]
+    callbacks = [
+        *instantiate_all(cfg, "callbacks", Callback),
+        FiniteLoss(),
+        *weight_average(cfg),
+        *step_checkpoint(cfg),
+    ]
     if interruption is not None:
         callbacks.append(StopOnSignal(interruption))  # behind those whose state it saves
     if not flags["enable_progress_bar"]:
         callbacks = [c for c in callbacks if not isinstance(c, RunProgress)]
     begun = (Path(cfg.paths.output_dir) / RUN_CONFIG).is_file()
-    loggers = instantiate_all(cfg.get("logger"), **resume_point(start, begun)) if not flags["fast_dev_run"] else []
+    loggers = instantiate_all(cfg, "logger", Logger, **resume_point(start, begun)) if not flags["fast_dev_run"] else []
     if flags["precision"] == "auto":
         flags["precision"], reason = choose_precision(flags["accelerator"])
         log.info("precision %s: %s", flags["precision"], reason)
@@ -240,6 +250,7 @@ def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: Inte
             callbacks=callbacks,
             logger=loggers or False,
             default_root_dir=cfg.paths.output_dir,
+            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,  # ours knows its rank, and never pads
         )
@@ -285,12 +296,27 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     log.info("compile %s: %s", str(compiled).lower(), reason)
 
 
-def instantiate_all(group: DictConfig | None, **extra: Any) -> list[Any]:
-    """The objects of a config group, one an entry; an entry that is null is left out."""
+def instantiate_all(cfg: DictConfig, group: str, kind: type[Any], **extra: Any) -> list[Any]:
+    """The objects of a config group, one an entry; an entry that is null is left out.
+
+    Raises:
+        UserError: an entry is none of that ``kind``.
+    """
     from hydra.utils import instantiate
 
-    entries = (group or {}).values()
-    return [instantiate(entry, **extra, _convert_="all") for entry in entries if entry is not None]
+    found = []
+    for name, entry in (cfg.get(group) or {}).items():
+        if entry is None:
+            continue
+        is_config = isinstance(entry, DictConfig) and "_target_" in entry
+        made = instantiate(entry, **extra, _convert_="all") if is_config else entry
+        if not isinstance(made, kind):
+            raise UserError(
+                f"{group}.{name}={made}: this is no {kind.__name__}; _target_ names the class of one, null takes it "
+                "away"
+            )
+        found.append(made)
+    return found
 
 
 def step_checkpoint(cfg: DictConfig) -> list[Callback]:
@@ -446,7 +472,8 @@ def log_hparams(trainer: pl.Trainer, results: dict[str, Any]) -> None:
 def summary(results: dict[str, Any], run_dir: Path) -> str:
     """The closing words of a run."""
     val, test = results["val"], results.get("test")
-    best = f"best epoch {results['best_epoch']}" + (f", val acc {val['acc']:.2%}" if val["acc"] is not None else "")
+    validated = f"best epoch {results['best_epoch']}, val acc {val['acc']:.2%}" if val["acc"] is not None else None
+    best = validated or "nothing was validated"
     lines = ["", f"  {best}"]
     if test:
         lines.append(f"  test acc {test['acc']:.2%}, loss {test['loss']:.4f}, on {test['count']} images")

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a checkout that is not 
 
 Pairs = list[tuple[float, float]]
 BATCH = 128
+TRAINING_IMAGES = 45_000  # of CIFAR-10, without those held out for validation
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,13 @@ def loader(repeats: int, quick: bool) -> Pairs:
     pairs = []
     with torch.no_grad():
         for epoch in range(repeats + 1):
-            a = per_second(lambda epoch=epoch: ours(epoch))
-            b = max(per_second(lambda batches=batches: theirs(batches)) for batches in usual)
-            pairs.append((a, b))
+            pairs.append(
+                in_turn(
+                    epoch,
+                    lambda: per_second(lambda: ours(epoch)),  # noqa: B023
+                    lambda: max(per_second(partial(theirs, batches)) for batches in usual),
+                )
+            )
     return pairs[1:]  # in the first, workers start
 
 
@@ -124,9 +130,12 @@ def step_overhead(repeats: int, quick: bool) -> Pairs:
         )
         module.network = tiny_network()
         batches = ready_batches(datamodule, steps)
-        ours = microseconds(our_fit(cfg, module, datamodule, steps))
-        template = microseconds(template_fit(TemplateModule(tiny_network(), fused=True), batches, steps))
         plain = microseconds(bare_loop(tiny_network(), batches, precision="32-true"))
+        ours, template = in_turn(
+            len(pairs),
+            lambda: microseconds(our_fit(cfg, module, datamodule, steps)),  # noqa: B023
+            lambda: microseconds(template_fit(TemplateModule(tiny_network(), fused=True), batches, steps)),  # noqa: B023
+        )
         pairs.append((ours - plain, template - plain))
     return pairs
 
@@ -138,7 +147,7 @@ def stack(size: int) -> Callable[[int, bool], Pairs]:
         from bare_loop import torchvision_resnet50
         from baselines import TemplateModule, per_image_loader
 
-        steps = {32: 20, 128: 5}[size] // (2 if quick else 1)
+        steps = {32: 30, 128: 12}[size] // (2 if quick else 1)
         pairs = []
         for _ in range(repeats):
             cfg, module, datamodule = parts(f"model.image_size={size}")
@@ -161,28 +170,26 @@ def probe(repeats: int, quick: bool) -> Pairs:
     num_images, size = (500, 64) if quick else (2000, 96)
     with tempfile.TemporaryDirectory() as folder:
         run(small_run(folder))  # imports everything
-    pairs = []
-    for _ in range(repeats):
-        seconds = []
-        for cached in ("false", "true"):
-            with tempfile.TemporaryDirectory() as folder:
-                cfg = compose(
-                    "experiment=probe",
-                    "data=shapes",
-                    f"data.train_size={num_images + 200}",
-                    "data.val_size=200",
-                    "data.test_size=10",
-                    "model.weights=null",
-                    f"model.image_size={size}",
-                    f"data.cache_features={cached}",
-                    f"paths.cache_dir={folder}/cache",
-                    f"paths.output_dir={folder}/run",
-                    "trainer.enable_progress_bar=false",
-                    "test=false",
-                )
-                seconds.append(seconds_of(lambda cfg=cfg: run(cfg)))
-        pairs.append((seconds[0], seconds[1]))
-    return pairs
+
+    def seconds(cached: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = compose(
+                "experiment=probe",
+                "data=shapes",
+                f"data.train_size={num_images + 200}",
+                "data.val_size=200",
+                "data.test_size=10",
+                "model.weights=null",
+                f"model.image_size={size}",
+                f"data.cache_features={cached}",
+                f"paths.cache_dir={folder}/cache",
+                f"paths.output_dir={folder}/run",
+                "trainer.enable_progress_bar=false",
+                "test=false",
+            )
+            return seconds_of(lambda: run(cfg))
+
+    return [in_turn(number, lambda: seconds("false"), lambda: seconds("true")) for number in range(repeats)]
 
 
 def help_text(repeats: int, quick: bool) -> Pairs:
@@ -194,7 +201,7 @@ def help_text(repeats: int, quick: bool) -> Pairs:
         )
 
     sides = (("-m", "cifar10_tl.train", "--help"), ("-c", "import lightning.pytorch"))
-    pairs = [(command(*sides[0]), command(*sides[1])) for _ in range(repeats + 1)]
+    pairs = [in_turn(n, lambda: command(*sides[0]), lambda: command(*sides[1])) for n in range(repeats + 1)]
     return pairs[1:]  # the first fills the disk cache
 
 
@@ -216,13 +223,14 @@ def predict(repeats: int, quick: bool) -> Pairs:
         def speed(classifier: Any) -> float:
             return per_second(lambda: len(classifier.probabilities(pixels)))
 
-        pairs = [(speed(exported), speed(eager)) for _ in range(repeats + 1)]
+        pairs = [in_turn(n, lambda: speed(exported), lambda: speed(eager)) for n in range(repeats + 1)]
     return pairs[1:]
 
 
 def memory(repeats: int, quick: bool) -> Pairs:
     """Peak resident memory of a process that does nothing else."""
-    return [(float(child("--side", "memory-fit")), float(child("--side", "memory-loop"))) for _ in range(repeats)]
+    sides = (lambda: float(child("--side", "memory-fit")), lambda: float(child("--side", "memory-loop")))
+    return [in_turn(number, *sides) for number in range(repeats)]
 
 
 def memory_fit() -> float:
@@ -616,6 +624,9 @@ def report(arguments: argparse.Namespace, repeats: int) -> int:
                 continue
             results[name] = summarise(pairs, rows[name].unit)
             print(line(name, rows[name], results[name]), flush=True)
+            if arguments.gpu:
+                results[name]["epoch_seconds"] = TRAINING_IMAGES / results[name]["a"]
+                print(f"    an epoch of {TRAINING_IMAGES:,} images takes a {results[name]['epoch_seconds']:.2f} s")
             if arguments.json:
                 Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -1,7 +1,4 @@
-"""The rows of ``python scripts/benchmark.py --gpu``: our fit beside a bare loop, real beside synthetic images, scaling.
-
-An epoch of CIFAR-10's 45,000 training images takes 45,000 / (images/s) seconds.
-"""
+"""The rows of ``python scripts/benchmark.py --gpu``: our fit beside a bare loop, real images beside synthetic ones."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmark import Pairs, Row, images_per_second, our_fit, parts, ready_batches, synchronize, warm_up
+from benchmark import Pairs, Row, images_per_second, in_turn, our_fit, parts, ready_batches, synchronize, warm_up
 
 SIZES, BATCHES = (32, 128, 224), (128, 512)
 GOALS = {32: 0.93, 128: 0.98, 224: 0.98}
@@ -38,16 +35,21 @@ def fit(size: int, batch: int, compiled: bool) -> Callable[[int, bool], Pairs]:
             few = [(x.to(device), y.to(device)) for x, y in ready_batches(datamodule, 10)]
             if compiled:
                 network.compile()
-            ours = images_per_second(our_fit(cfg, module, datamodule, steps), batch)
-            batches = (few[step % len(few)] for step in range(steps))
-            times = bare_loop(
-                network,
-                batches,
-                precision="bf16-mixed",
-                warm_up=warm_up(steps),
-                synchronize=lambda: synchronize(device),
-            )
-            pairs.append((ours, images_per_second(times, batch)))
+
+            def ours() -> float:
+                return images_per_second(our_fit(cfg, module, datamodule, steps), batch)  # noqa: B023
+
+            def plain() -> float:
+                times = bare_loop(
+                    network,  # noqa: B023
+                    (few[step % len(few)] for step in range(steps)),  # noqa: B023
+                    precision="bf16-mixed",
+                    warm_up=warm_up(steps),
+                    synchronize=lambda: synchronize(device),
+                )
+                return images_per_second(times, batch)
+
+            pairs.append(in_turn(len(pairs), ours, plain))
         return pairs
 
     return measure
@@ -58,16 +60,14 @@ def real(size: int, on_device: bool) -> Callable[[int, bool], Pairs]:
 
     def measure(repeats: int, quick: bool) -> Pairs:
         steps, batch = STEPS[size] // (4 if quick else 1), 512
-        pairs = []
-        for _ in range(repeats):
-            speeds = []
-            for synthetic in (False, True):
-                cfg, module, datamodule = gpu_parts(size, batch, True, f"data.on_device={str(on_device).lower()}")
-                if synthetic:
-                    use_one_batch(datamodule)
-                speeds.append(images_per_second(our_fit(cfg, module, datamodule, steps), batch))
-            pairs.append((speeds[0], speeds[1]))
-        return pairs
+
+        def speed(synthetic: bool) -> float:
+            cfg, module, datamodule = gpu_parts(size, batch, True, f"data.on_device={str(on_device).lower()}")
+            if synthetic:
+                use_one_batch(datamodule)
+            return images_per_second(our_fit(cfg, module, datamodule, steps), batch)
+
+        return [in_turn(number, lambda: speed(False), lambda: speed(True)) for number in range(repeats)]
 
     return measure
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from cifar10_tl.callbacks import ConfusionMatrix, SampleInputs, Throughput
-from cifar10_tl.callbacks.sample_inputs import _title
+from cifar10_tl.callbacks.sample_inputs import _lines
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.evaluation import Evaluation
 from cifar10_tl.train import STEP_HOOKS, skip_idle_hooks, train
@@ -73,9 +73,9 @@ def test_nothing_is_drawn_where_it_should_not_be(tmp_path: Path, module: Any, st
 
 def test_mixed_inputs_are_titled_with_both_shares() -> None:
     names = ["a", "b", "c"]
-    assert _title(torch.tensor(2), names) == "c"
-    assert _title(torch.tensor([0.3, 0.7, 0.0]), names) == "b 70 % + a 30 %"
-    assert _title(torch.tensor([0.0, 1.0, 0.0]), names) == "b"
+    assert _lines(torch.tensor(2), names) == [("c", "")]
+    assert _lines(torch.tensor([0.3, 0.7, 0.0]), names) == [("b", " 70 %"), ("a", " 30 %")]
+    assert _lines(torch.tensor([0.0, 1.0, 0.0]), names) == [("b", "")]
 
 
 def steps(callback: Throughput, trainer: Any, module: Any, count: int) -> None:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
 from conftest import REPOSITORY, compose_train
 from omegaconf import OmegaConf
+
+from cifar10_tl.data import sources
+from cifar10_tl.models import heads
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -45,16 +53,40 @@ def test_make_targets_that_are_named_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
-def test_the_head_of_the_readme_works_as_it_is_written() -> None:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
+def pasted(name: str, module: ModuleType | None = None) -> Any:
+    """The class of the README's example, its block put as it is at the end of ``module`` or into an empty file."""
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if f"class {name}" in b)
+    space = dict(vars(module)) if module else {}
+    exec(block, space)
+    return space[name]
 
-    code = re.search(r"```python\n(class CosineHead.*?)```", README, flags=re.S)
-    assert code
-    space = {"torch": torch, "F": F, "nn": nn, "Tensor": Tensor}
-    exec(code[1], space)
-    assert space["CosineHead"](16, 3)(torch.randn(2, 16, 4, 4)).shape == (2, 3)
+
+def test_the_head_of_the_readme_works_as_it_is_written() -> None:
+    assert pasted("CosineHead", heads)(16, 3)(torch.randn(2, 16, 4, 4)).shape == (2, 3)
+
+
+def test_the_data_set_of_the_readme_works_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FewImages:
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            self.data = np.zeros((20 if train else 10, 32, 32, 3), np.uint8)
+            self.targets = list(range(len(self.data)))
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", FewImages)
+    source = pasted("Cifar100", sources)("data")
+    source.prepare()
+    splits = source.load()
+    assert {name: tuple(split.images.shape) for name, split in splits.items()} == {
+        "train": (20, 3, 32, 32),
+        "test": (10, 3, 32, 32),
+    }
+    assert len(source.class_names) == 100
+
+
+def test_the_callback_of_the_readme_works_as_it_is_written() -> None:
+    callback = pasted("StopWhenGood")(0.9)
+    trainer, module = SimpleNamespace(should_stop=False), SimpleNamespace(evaluation=SimpleNamespace(accuracy=0.95))
+    callback.on_validation_end(trainer, module)
+    assert trainer.should_stop
 
 
 def test_help_names_the_groups_that_there_are() -> None:

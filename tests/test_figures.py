@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from cifar10_tl.figures import confusion_matrix, curves, prediction_grid, sample_grid
+from cifar10_tl.figures import confusion_matrix, curves, legible, prediction_grid, sample_grid
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ODD = ["$x_1$ & $", "a_b^c", r"$\alpha {$", "naïve λ", "猫", "two\nlines", "%", "", "W" * 60, "<b>&amp;"]
@@ -343,3 +343,18 @@ def test_the_inputs_are_not_changed() -> None:
     confusion_matrix(counts, long_names(20), heading="h")
     np.testing.assert_array_equal(images, before[0])
     np.testing.assert_array_equal(counts, before[1])
+
+
+def test_names_that_the_font_cannot_write_are_told_apart_by_number() -> None:
+    names = ["猫", "狗", "Katze 猫", "_"]
+    assert legible(names) == ["class 0", "class 1", "Katze 猫", "class 3"]
+    written = strings(confusion_matrix(np.eye(4, dtype=int), names, heading="h"))
+    assert {"class 0", "class 1", "Katze □"} <= set(written)
+
+
+def test_mixed_pictures_have_a_line_a_class_and_its_share_is_never_shortened() -> None:
+    lines = [("Rhododendron " * 4, " 81 %"), ("hexagon", " 19 %")]
+    written = strings(sample_grid(pictures(2), [lines, "cat"], heading="h"))
+    assert "hexagon 19 %" in written
+    assert [text for text in written if text.startswith("Rhodo") and text.endswith("… 81 %".strip("…"))]
+    assert "cat" in written

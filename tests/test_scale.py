@@ -177,6 +177,7 @@ def test_shards_keep_their_weight_decay() -> None:
 def test_fsdp_says_where_it_does_not_apply(tmp_path: Path, overrides: list[str], part: str) -> None:
     with pytest.raises(UserError, match=part):
         train(compose_train(*PLAIN, "trainer=fsdp", "trainer.devices=1", *overrides, f"paths.output_dir={tmp_path}"))
+    assert not {"LOCAL_RANK", "MASTER_PORT"} & os.environ.keys(), "what comes next starts its own processes"
 
 
 def train_sharded_on_the_cpu(*runs: list[str]) -> None:

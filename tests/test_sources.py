@@ -81,6 +81,12 @@ def test_without_a_network_the_line_names_the_file_the_place_and_other_ways(tmp_
         assert part in line
 
 
+def test_a_wrong_archive_in_its_place_is_mentioned(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"put it at .*, where a file with another md5 lies now"):
+        Cifar10(str(tmp_path), ["http://127.0.0.1:9/cifar-10-python.tar.gz"], "0" * 32, 1.0).prepare()
+
+
 def test_an_archive_of_something_else_is_refused(archive, serve: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
     with pytest.raises(UserError, match="holds no CIFAR-10"):
@@ -159,11 +165,33 @@ def test_files_that_are_no_image_are_named_or_left_out(pictures: Path, caplog: p
     (pictures / "train" / "ant" / "notes.txt").write_text("no image")
     whole = (pictures / "train" / "bee" / "1.png").read_bytes()
     (pictures / "train" / "bee" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"2 files of train are no image: .*notes\.txt, .*cut\.png.*skip_bad=true"):
+    with pytest.raises(
+        UserError, match=r"2 files of train cannot be used: .*notes\.txt \(no image of.*cut\.png \(.*skip_bad=true"
+    ):
         folder(pictures).prepare()
-    splits = folder(pictures, skip_bad=True).load()
-    assert len(splits["train"].labels) == 14
-    assert "2 files of train are no image" in caplog.text
+    for _ in range(2):  # decoded, and from the cache
+        caplog.clear()
+        source = folder(pictures, skip_bad=True)
+        source.prepare()
+        assert len(source.load()["train"].labels) == 14
+        assert caplog.text.count("2 files of train cannot be used and left out") == 1
+    with pytest.raises(UserError, match="2 files of train cannot be used"):
+        folder(pictures).load()
+
+
+def test_links_are_followed_and_hidden_files_passed_over(pictures: Path, tmp_path: Path) -> None:
+    ant = pictures / "train" / "ant"
+    (ant / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (32, 32)).save(ant / ".ipynb_checkpoints" / "0-checkpoint.png")
+    Image.new("RGB", (32, 32)).save(ant / ".hidden.png")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "elsewhere" / "a.png")
+    (ant / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(ant)
+    assert len(folder(pictures).load()["train"].labels) == 15
+    (ant / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"1 file of train cannot be used: .*gone\.png \(No such file"):
+        folder(pictures).prepare()
 
 
 def test_a_validation_folder_is_used(pictures: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cifar10_tl import figures
 from cifar10_tl.callbacks.publish import publish
+from cifar10_tl.errors import UserError
 from cifar10_tl.evaluation import Evaluation
 
 
@@ -28,6 +29,8 @@ class EvaluationFigure(Callback):
     title: str  # of the figure
 
     def __init__(self, every_n_seconds: float = 30.0) -> None:
+        if not isinstance(every_n_seconds, (int, float)):
+            raise UserError(f"every_n_seconds={every_n_seconds}: should be a number of seconds")
         self.every_n_seconds = every_n_seconds
         self._drawn_at = float("-inf")
         self._put_off: tuple[Evaluation, int] | None = None

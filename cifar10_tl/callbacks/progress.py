@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cifar10_tl.data.augment import Batch
+from cifar10_tl.errors import UserError
 
 
 class RunProgress(ProgressBar):
@@ -22,6 +23,8 @@ class RunProgress(ProgressBar):
 
     def __init__(self, refresh_seconds: float = 1.0) -> None:
         super().__init__()
+        if not isinstance(refresh_seconds, (int, float)):
+            raise UserError(f"refresh_seconds={refresh_seconds}: should be a number of seconds")
         self.refresh_seconds = refresh_seconds
         self._bar: tqdm[Any] | None = None
         self._refreshed_at, self._images = 0.0, 0

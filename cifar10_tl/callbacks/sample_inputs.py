@@ -24,15 +24,17 @@ class SampleInputs(Callback):
         if trainer.global_step or batch_idx or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         images = batch.images[: self.num_images].permute(0, 2, 3, 1).cpu().numpy()
-        titles = [_title(t, pl_module.class_names) for t in batch.targets[: self.num_images].cpu()]  # type: ignore[arg-type]
+        names = figures.legible(pl_module.class_names)  # type: ignore[arg-type]
+        titles = [_lines(target, names) for target in batch.targets[: self.num_images].cpu()]
         figure = figures.sample_grid(images, titles, heading="Training images as the network gets them")
         publish(trainer, "inputs/train", figure, step=0)
 
 
-def _title(target: Tensor, class_names: list[str]) -> str:
-    """A class name, or where images were mixed the two larger shares."""
+def _lines(target: Tensor, class_names: list[str]) -> list[tuple[str, str]]:
+    """A class name, or where images were mixed the two with the larger shares, and these."""
     if target.ndim == 0:
-        return class_names[int(target)]
+        return [(class_names[int(target)], "")]
     shares, labels = target.topk(2)
-    parts = [f"{class_names[i]} {100 * p:.0f} %" for p, i in zip(shares.tolist(), labels.tolist(), strict=True)]
-    return " + ".join(parts if shares[1] > 0.005 else [class_names[int(labels[0])]])
+    if shares[1] <= 0.005:
+        return [(class_names[int(labels[0])], "")]
+    return [(class_names[i], f" {100 * p:.0f} %") for p, i in zip(shares.tolist(), labels.tolist(), strict=True)]

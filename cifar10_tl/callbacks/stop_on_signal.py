@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -25,8 +26,8 @@ class StopOnSignal(Callback):
     """Ends the run at the end of the step in which a signal came, with all of it in ``checkpoints/last.ckpt``.
 
     Where the signal comes in an epoch's last step, or behind it, the epoch is validated and saved first. Several
-    processes stop at the same step: they ask each other at every ``ask_every``-th one, for a signal reaches them at
-    different times. Lightning on its own would ask in every step, and have the device wait for the answer.
+    processes stop at the same step: they ask each other at about every ``ask_every``-th batch, for a signal reaches
+    them at different times. Lightning on its own would ask in every step, and have the device wait for the answer.
 
     A SLURM job that is told to make room (SIGUSR1, see scripts/slurm.sh) is put back into the queue, too.
     """
@@ -49,9 +50,9 @@ class StopOnSignal(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Save and stop, if it is time."""
-        between_updates = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        ask = trainer.world_size == 1 or (batch_idx + 1) % self.ask_every == 0
-        if trainer.is_last_batch or not between_updates or not ask or not self._agreed(trainer):
+        an_update = trainer.accumulate_grad_batches
+        every = an_update if trainer.world_size == 1 else an_update * math.ceil(self.ask_every / an_update)
+        if trainer.is_last_batch or (batch_idx + 1) % every or not self._agreed(trainer):
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
         self._stop(trainer, f"at epoch {trainer.current_epoch}, step {trainer.global_step}")

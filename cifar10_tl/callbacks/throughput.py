@@ -143,7 +143,8 @@ class Throughput(Callback):
         if seconds > LONG_RUN_SECONDS and trainer.is_global_zero:
             log.info(
                 "At this rate the run will take about %s on this CPU. What suits a CPU: experiment=quickstart "
-                "(minutes), a smaller model.image_size, or fewer images (data.image_limit).",
+                "(minutes), experiment=probe (one pass through the network), a smaller model.image_size, or fewer "
+                "images (data.image_limit).",
                 timedelta(seconds=round(seconds)),
             )
 

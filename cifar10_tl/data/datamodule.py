@@ -15,7 +15,7 @@ from cifar10_tl.data.augment import Augment, Batch, augment, choose_view, hash32
 from cifar10_tl.data.features import FeatureCache
 from cifar10_tl.data.sampler import BatchLoader, BatchOrder
 from cifar10_tl.data.sources import SOURCES
-from cifar10_tl.errors import UserError
+from cifar10_tl.errors import UserError, known_arguments
 
 
 class Split(Dataset[Batch]):
@@ -98,11 +98,11 @@ class CIFAR10DataModule(pl.LightningDataModule):
         **source_options: Any,
     ) -> None:
         super().__init__()
-        self.augment = Augment(**(augment or {}))
+        self.augment = Augment(**known_arguments(Augment, augment or {}, "data.augment"))
         self.save_hyperparameters({**self._plain(locals()), "augment": asdict(self.augment)}, logger=False)
         if source not in SOURCES:
             raise UserError(f"data.source={source}: there are {', '.join(SOURCES)}")
-        self.source = SOURCES[source](**source_options)
+        self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}
         self.feature_cache: FeatureCache | None = None
@@ -131,6 +131,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
         size, classes = self.hparams["val_size"], len(self.class_names)
         if isinstance(size, float):
             size = max(classes, round(size * len(train)))
+        if len(train) < 2 * classes:
+            raise UserError(f"{len(train)} training images of {classes} classes: too few to train and validate with")
         if not classes <= size <= len(train) - classes:
             raise UserError(
                 f"data.val_size={self.hparams['val_size']} of {len(train)} training images: "

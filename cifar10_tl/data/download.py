@@ -167,6 +167,8 @@ def _fetch_any(urls: Sequence[str], wanted: _Wanted, hint: str) -> None:
     reasons = "; ".join(f"{_host(url)}: {reason}" for url, reason in failed.items()) or "no mirror given"
     name, place = wanted.destination.name, wanted.destination.absolute()
     message = f"could not download {name} ({reasons}); bring {name} with md5 {wanted.md5} and put it at {place}"
+    if wanted.destination.is_file():
+        message += ", where a file with another md5 lies now"
     raise DownloadError(f"{message}. {hint}" if hint else message)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -172,54 +173,70 @@ class Folder:
 
     def load(self) -> dict[str, ImageSet]:
         """The splits that the folder has, each sorted by class and then by file name."""
-        return {split: self._cached(split) for split in self._splits()}
+        splits = {}
+        for split in self._splits():
+            images, labels, bad = self._cached(split)
+            self._report_bad(bad, split)
+            splits[split] = ImageSet(images, labels)
+        return splits
 
     def _splits(self) -> list[str]:
         return [s for s in ("train", "val", "test") if (self.root / s).is_dir()]
 
-    def _cached(self, split: str) -> ImageSet:
+    def _cached(self, split: str) -> _Decoded:
         files = self._files(split)
         cache = self.cache_dir / f"{self.root.name}-{split}-{self._checksum(files)}.npz"
-        image_set = _read_cache(cache)
-        if image_set is None:
-            image_set = self._decode(split, files)
+        found = _read_cache(cache)
+        if found is None:
+            found = self._decode(split, files)
             with atomic_write(cache) as file:
-                np.savez(file, images=image_set.images.numpy(), labels=image_set.labels.numpy())
-        return image_set
+                images, labels, bad = found
+                np.savez(file, images=images.numpy(), labels=labels.numpy(), bad=np.array(bad, dtype=np.str_))
+        return found
 
     def _files(self, split: str) -> list[tuple[Path, int]]:
         found = []
         for label, name in enumerate(self.class_names):
-            files = sorted(p for p in (self.root / split / name).rglob("*") if p.is_file())
-            found += [(p, label) for p in files if not p.name.startswith(".")]
+            found += [(path, label) for path in sorted(_visible_files(self.root / split / name))]
         return found
 
     def _checksum(self, files: Sequence[tuple[Path, int]]) -> str:
-        listing = [[str(p.relative_to(self.root)), (s := p.stat()).st_size, s.st_mtime_ns] for p, _ in files]
-        key = json.dumps([2, self.native_size, self.skip_bad, listing])  # 2: the version of the decoding below
+        stats = [(p.relative_to(self.root), p.stat() if p.exists() else None) for p, _ in files]
+        listing = [[str(path), stat and stat.st_size, stat and stat.st_mtime_ns] for path, stat in stats]
+        key = json.dumps([3, self.native_size, listing])  # 3: the version of the decoding below
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def _decode(self, split: str, files: Sequence[tuple[Path, int]]) -> ImageSet:
+    def _decode(self, split: str, files: Sequence[tuple[Path, int]]) -> _Decoded:
         images, labels, bad = [], [], []
         for path, label in tqdm(files, desc=f"decoding {split}", unit=" images", disable=None, leave=False):
             try:
                 images.append(decode_image(path, self.native_size))
                 labels.append(label)
-            except BadImageError:
-                bad.append(str(path))
-        self._report_bad(bad, split)
+            except BadImageError as error:
+                bad.append(f"{path} ({error})")
+        if not self.skip_bad:
+            self._report_bad(bad, split)
         if len(set(labels)) < len(self.class_names):
             empty = [n for i, n in enumerate(self.class_names) if i not in set(labels)]
             raise UserError(f"{self.root / split}: no image of {', '.join(empty)}")
-        return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+        return _Decoded(torch.from_numpy(np.stack(images)), torch.tensor(labels), bad)
 
     def _report_bad(self, bad: Sequence[str], split: str) -> None:
         if not bad:
             return
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        count = "1 file" if len(bad) == 1 else f"{len(bad)} files"
         if not self.skip_bad:
-            raise UserError(f"{len(bad)} files of {split} are no image: {shown}. data.skip_bad=true leaves them out")
-        log.warning("%d files of %s are no image and left out: %s", len(bad), split, shown)
+            raise UserError(f"{count} of {split} cannot be used: {shown}. data.skip_bad=true leaves out such files")
+        log.warning("%s of %s cannot be used and left out: %s", count, split, shown)
+
+
+class _Decoded(NamedTuple):
+    """A split's images and labels, and a word on each file that is no good."""
+
+    images: Tensor
+    labels: Tensor
+    bad: list[str]
 
 
 class BadImageError(ValueError):
@@ -292,12 +309,23 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
 
-def _read_cache(path: Path) -> ImageSet | None:
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Every file below ``folder`` but those with a hidden folder or name; links are followed, each folder once."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(place, f)) not in seen]
+        paths = (Path(place) / name for name in files if name[0] != ".")
+        yield from (path for path in paths if path.is_file() or not path.exists())  # a broken link is told as any other
+
+
+def _read_cache(path: Path) -> _Decoded | None:
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:  # a zip file: each array's checksum is checked
-            return ImageSet(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+            images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+            return _Decoded(images, labels, arrays["bad"].tolist())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         log.warning("%s is broken; decoding the pictures again", path)
         return None

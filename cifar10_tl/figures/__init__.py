@@ -12,6 +12,7 @@ from cifar10_tl.figures.confusion import confusion_matrix
 from cifar10_tl.figures.corruption import corruption_curves
 from cifar10_tl.figures.grids import prediction_grid, sample_grid
 from cifar10_tl.figures.lines import curves
+from cifar10_tl.figures.page import legible
 
 __all__ = [
     "class_bars",
@@ -19,6 +20,7 @@ __all__ = [
     "confusion_matrix",
     "corruption_curves",
     "curves",
+    "legible",
     "prediction_grid",
     "reliability_diagram",
     "sample_grid",

@@ -21,6 +21,7 @@ from cifar10_tl.figures.page import (
     as_percent,
     clean,
     fit,
+    legible,
     new_page,
     text_width,
     write,
@@ -47,6 +48,7 @@ def class_bars(precision: Floats, recall: Floats, f1: Floats, class_names: Seque
     """
     if not len(precision) == len(recall) == len(f1) == len(class_names):
         raise ValueError(f"{len(precision)}, {len(recall)} and {len(f1)} values for {len(class_names)} classes")
+    class_names = legible(class_names)
     order = np.arange(len(f1)) if len(f1) <= _MOST else np.argsort(f1, kind="stable")[:_MOST]
     note = "bar and number: F1    ◂ precision    ▸ recall"
     if len(f1) > _MOST:

@@ -23,6 +23,7 @@ from cifar10_tl.figures.page import (
     as_percent,
     clean,
     fit,
+    legible,
     new_page,
     text_width,
     write,
@@ -48,6 +49,7 @@ def confusion_matrix(counts: NDArray[np.integer[Any]], class_names: Sequence[str
     """
     counts = np.asarray(counts)
     _check_counts(counts, len(class_names))
+    class_names = legible(class_names)
     # An empty row is divided by 1, not by 0: its shares are 0 and numpy has nothing to warn about.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     plan = _plan_matrix(class_names)

@@ -25,6 +25,7 @@ from cifar10_tl.figures.page import (
     as_percent,
     clean,
     fit,
+    legible,
     new_page,
     text_width,
     write,
@@ -33,12 +34,19 @@ from cifar10_tl.figures.page import (
 Labels = Sequence[int] | NDArray[np.integer[Any]]
 
 
-def sample_grid(images: NDArray[np.uint8], titles: Sequence[str], *, heading: str, columns: int = 8) -> Figure:
+def sample_grid(
+    images: NDArray[np.uint8],
+    titles: Sequence[str | Sequence[tuple[str, str]]],
+    *,
+    heading: str,
+    columns: int = 8,
+) -> Figure:
     """Show pictures in a grid, each with its title below.
 
     Args:
         images: Pictures as the network sees them, uint8 ``[N, H, W, 3]``; with N = 0 the page says so.
-        titles: N titles; one too wide for its cell is shortened with an ellipsis.
+        titles: N titles, or for each picture several lines of a name and what stands behind it; a name too wide for
+            its cell is shortened with an ellipsis.
         heading: Text above the grid.
         columns: Pictures in a row, at least 1.
 
@@ -48,7 +56,10 @@ def sample_grid(images: NDArray[np.uint8], titles: Sequence[str], *, heading: st
     _same_length(len(images), titles=titles)
     if not len(images):
         return new_page(MIN_WIDTH, 0, heading, "no images to show")[0]
-    captions = [[_Line(title)] for title in titles]
+    captions = [
+        [_Line(title)] if isinstance(title, str) else [_Line(name, after=after) for name, after in title]
+        for title in titles
+    ]
     return _grid(images, captions, None, picture=0.96, columns=columns, heading=heading)
 
 
@@ -83,6 +94,7 @@ def prediction_grid(
     if not len(images):
         return new_page(MIN_WIDTH, 0, heading, empty_text)[0]
     _check_predictions(true, predicted, table, len(class_names))
+    class_names = legible(class_names)
     rows = zip(true, predicted, table, strict=True)
     captions = [_prediction_lines(int(t), int(p), row, class_names) for t, p, row in rows]
     frames = [BLUE if right else ORANGE for right in true == predicted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -91,6 +92,11 @@ def clean(text: str) -> str:
     """One line of characters that the font has: the others would draw as a box too, with a warning each."""
     font = get_font(findfont(FONT))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in " ".join(text.split()))
+
+
+def legible(names: Sequence[str]) -> list[str]:
+    """Class names as they are, but for those of which the font has no letter: ``class 3`` can be told apart."""
+    return [f"class {i}" if not clean(name).strip("□_- .") and name.strip() else name for i, name in enumerate(names)]
 
 
 @lru_cache(maxsize=8192)

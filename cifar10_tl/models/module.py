@@ -159,7 +159,13 @@ class LitClassifier(pl.LightningModule):
         Raises:
             UserError: the file is no checkpoint of such a network.
         """
-        state = {k.removeprefix("network."): v for k, v in read_state_dict(checkpoint).items()}
+        content = read_state_dict(checkpoint)
+        if not any(name.startswith("network.") for name in content):
+            raise UserError(
+                f"init_from={checkpoint} is no checkpoint of this project; the weights of a ResNet are given by "
+                "model.weights=FILE"
+            )
+        state = {k.removeprefix("network."): v for k, v in content.items()}
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         load_backbone_state(self.network.backbone, backbone, f"init_from={checkpoint}")
         own = self.network.head.state_dict()
@@ -292,12 +298,12 @@ class LitClassifier(pl.LightningModule):
             *parameter_groups("backbone", self.network.backbone, lr * backbone_lr_scale, self._decayed),
             *parameter_groups("head", self.network.head, lr, self._decayed),
         ]
-        if "fused" in inspect.signature(optimizer_class).parameters:
+        if "fused" in inspect.signature(optimizer_class).parameters and not settings.get("foreach"):
             settings.setdefault("fused", True)
         try:
             optimizer = optimizer_class(groups, **settings)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer {name}: {error}") from error
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"optimizer {name}: {error} (~optimizer.KEY takes away what it does not know)") from error
         if self.hparams["scheduler"]["name"] == "constant":
             return optimizer
         schedule = schedule_factor(self.hparams["scheduler"], int(self.trainer.estimated_stepping_batches))
@@ -340,10 +346,13 @@ def schedule_factor(settings: Mapping[str, Any], num_steps: int) -> Callable[[in
     half a cosine (https://arxiv.org/abs/1608.03983).
 
     Raises:
-        UserError: there is no schedule of that name.
+        UserError: there is no schedule of that name, or it has no such setting.
     """
     if settings["name"] not in ("constant", "cosine"):
         raise UserError(f"scheduler.name={settings['name']}: there are constant, cosine")
+    known = {"constant": {"name"}, "cosine": {"name", "warmup", "final"}}[settings["name"]]
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(f"scheduler.{unknown[0]}: scheduler={settings['name']} has {', '.join(sorted(known))}")
     if settings["name"] == "constant":
         return lambda step: 1.0
     warmup, final = round(settings.get("warmup", 0.0) * num_steps), settings.get("final", 0.0)
