@@ -87,3 +87,16 @@ def make_last(path: Path) -> None:
     if path != last:
         with path.open("rb") as source, atomic_write(last) as target:
             shutil.copyfileobj(source, target)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The best epoch's checkpoint, or the last one where nothing was validated; None where there is no good one."""
+    for path in (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")):
+        if path.is_file():
+            try:
+                read_checkpoint(path)
+            except UserError as error:
+                log.warning("%s", error)
+            else:
+                return path
+    return None

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs to read: results.json, the HPARAMS of TensorBoard, the closing summary."""
+"""What runs and evaluations leave for programs to read, and where a result came from."""
 
 from __future__ import annotations
 

@@ -347,8 +347,8 @@ def small_run(folder: str, *overrides: str) -> Any:
 
 def parts(*overrides: str) -> tuple[Any, Any, Any]:
     """Config, module and data of our defaults, but for random weights and 32 px, with the images drawn."""
+    from cifar10_tl.parts import build_datamodule, build_module
     from cifar10_tl.runtime import quiet_libraries
-    from cifar10_tl.train import build_datamodule, build_module
 
     quiet_libraries()
     folder = tempfile.mkdtemp(dir=os.environ["BENCHMARK_FOLDER"])
@@ -403,7 +403,7 @@ def ready_batches(datamodule: Any, steps: int) -> list[tuple[Any, Any]]:
 def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int) -> list[float]:
     """The time at the end of each step of Trainer.fit, with all that the train command puts around it."""
     from cifar10_tl.interruption import Interruption
-    from cifar10_tl.train import build_trainer, speed_up
+    from cifar10_tl.parts import build_trainer, speed_up
 
     if steps > len(datamodule.splits["train"]) // cfg.data.batch_size:
         raise ValueError(f"{steps} steps are more than an epoch: its end would be timed, too")

@@ -15,7 +15,8 @@ from cifar10_tl.callbacks import ConfusionMatrix, SampleInputs, Throughput
 from cifar10_tl.callbacks.sample_inputs import _lines
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.evaluation import Evaluation
-from cifar10_tl.train import STEP_HOOKS, skip_idle_hooks, train
+from cifar10_tl.parts import STEP_HOOKS, skip_idle_hooks
+from cifar10_tl.train import train
 
 
 def fake_trainer(root: Path, **state: Any) -> Any:

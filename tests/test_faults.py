@@ -26,12 +26,13 @@ import soak
 
 from cifar10_tl.callbacks import RunCheckpoint
 from cifar10_tl.callbacks.stop_on_signal import _requeue
-from cifar10_tl.checkpoints import find_resumable
+from cifar10_tl.checkpoints import best_checkpoint, find_resumable
 from cifar10_tl.errors import UserError
 from cifar10_tl.files import claim
 from cifar10_tl.interruption import Interruption, Stopped
+from cifar10_tl.parts import resume_point
 from cifar10_tl.resume import RUN_CONFIG, resume_command, resumed_config
-from cifar10_tl.train import best_checkpoint, resume_point, train, was_requeued
+from cifar10_tl.train import train, was_requeued
 from cifar10_tl.trust import is_trusted
 
 Small = Callable[..., DictConfig]

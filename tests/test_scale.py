@@ -26,9 +26,10 @@ from cifar10_tl.config import STAMP_VARIABLE, explain, process_rank
 from cifar10_tl.data.augment import Batch
 from cifar10_tl.errors import UserError
 from cifar10_tl.models.module import LitClassifier, parameter_groups
+from cifar10_tl.parts import build_datamodule, build_module
 from cifar10_tl.resume import resumed_config
 from cifar10_tl.sharding import BlockwiseFSDP
-from cifar10_tl.train import build_datamodule, build_module, train
+from cifar10_tl.train import train
 
 #: No dropout, whose masks are each process's own.
 PLAIN = (*SMALL, "model.head.dropout=0", "callbacks=minimal", "logger=none", "trainer.deterministic=true")
@@ -141,7 +142,7 @@ def test_where_batchnorm_learns_two_processes_differ_by_its_statistics_and_nothi
     two = (*run, "trainer=ddp_cpu", "trainer.devices=2", f"paths.output_dir={tmp_path / 'two'}")
     in_processes(2, train_in_process, two)
     train_in_process((*run, f"paths.output_dir={tmp_path / 'one'}"))
-    monkeypatch.setattr("cifar10_tl.models.module.LitClassifier", SharesOfTwo)
+    monkeypatch.setattr("cifar10_tl.parts.LitClassifier", SharesOfTwo)
     train_in_process((*run, f"paths.output_dir={tmp_path / 'halves'}"))
     one, two_, halves = (rows(tmp_path / name) for name in ("one", "two", "halves"))
     for key in ("train/loss", "val/loss"):
