@@ -152,6 +152,7 @@ def _from_checkpoint(path: Path, device: str) -> Classifier:
     try:
         place = torch.device(_fastest_device() if device == "auto" else device)
         module.to(place)
+        module.network.lay_out_for(place)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
 

@@ -142,6 +142,7 @@ class Passes:
 
     def __init__(self, trainer: pl.Trainer, module: LitClassifier, batch_size: int) -> None:
         self.trainer, self.module, self.batch_size = trainer, module, batch_size
+        module.network.lay_out_for(self.device)
 
     def __call__(self, split: Split, description: str) -> Evaluation:
         """The evaluation of all images of ``split``, in order; ``description`` is shown meanwhile."""

@@ -157,6 +157,7 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     """
     device = trainer.strategy.root_device
     allow_tf32(device)
+    module.network.lay_out_for(device)
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
         module.network.compile()

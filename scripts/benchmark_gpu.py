@@ -32,6 +32,7 @@ def fit(size: int, batch: int, compiled: bool) -> Callable[[int, bool], Pairs]:
         for _ in range(repeats):
             cfg, module, datamodule = gpu_parts(size, batch, compiled)
             network = copy.deepcopy(module.network).to(device)
+            network.lay_out_for(device)
             few = [(x.to(device), y.to(device)) for x, y in ready_batches(datamodule, 10)]
             if compiled:
                 network.compile()

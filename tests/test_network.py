@@ -33,6 +33,17 @@ def test_preprocessing_is_resize_and_the_weights_own_normalisation(images: torch
     assert torch.allclose(got, wanted, atol=2e-5)
 
 
+def test_weights_are_laid_out_as_the_device_reads_them() -> None:
+    for device, dense in (("cpu", torch.contiguous_format), ("cuda", torch.channels_last)):
+        made = network(32)
+        before = {name: value.clone() for name, value in made.state_dict().items()}
+        made.lay_out_for(torch.device(device))
+        kernels = [p for p in made.parameters() if p.ndim == 4 and min(p.shape) > 1]  # those of 1x1 are both
+        assert kernels
+        assert all(p.is_contiguous(memory_format=dense) for p in kernels)
+        assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
 def test_making_images_smaller_uses_antialiasing() -> None:
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::2] = 255

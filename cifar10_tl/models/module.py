@@ -97,7 +97,7 @@ class LitClassifier(pl.LightningModule):
             interpolation=interpolation,
             mean=mean,
             std=std,
-        ).to(memory_format=torch.channels_last)
+        )
         # looked at now: FSDP makes every parameter a shard of one axis before it asks for the optimizer
         self._decayed = {p for p in self.network.parameters() if p.ndim > 1}
         self.evaluation: Evaluation | None = None  # of the latest pass over val or test

@@ -55,6 +55,15 @@ class TransferResNet(nn.Module):
         self.scale: Tensor
         self.shift: Tensor
 
+    def lay_out_for(self, device: torch.device) -> None:
+        """Keep the weights as the device's convolutions read them: in channels_last on a GPU, else as they are.
+
+        Activations are in channels_last everywhere. On a CPU, oneDNN brings weights to a form of its own in any case,
+        and an optimizer's step over weights in channels_last costs a copy of them, of their gradients and its moments.
+        """
+        if device.type == "cuda":
+            self.to(memory_format=torch.channels_last)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits float [N, K] of uint8 images [N, 3, H, W]."""
         return self.head(self.features(images))
