@@ -52,14 +52,14 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     from cifar10_tl.models.module import restore
     from cifar10_tl.report import describe, write_corruption
     from cifar10_tl.results import environment, write_json, write_predictions
-    from cifar10_tl.runtime import allow_tf32, quiet_libraries
+    from cifar10_tl.runtime import quiet_libraries, tune_for
 
     quiet_libraries()
     clock = time.perf_counter()
     module = restore(Path(cfg.checkpoint))
     datamodule = build_datamodule(cfg, module)
     run = Passes(build_trainer(cfg), module, datamodule.hparams["batch_size"])
-    allow_tf32(run.device)  # as in training
+    tune_for(run.device, module.network)  # as in training
     datamodule.prepare_data()
     datamodule.setup()
     split = datamodule.splits[cfg.split]
@@ -142,7 +142,6 @@ class Passes:
 
     def __init__(self, trainer: pl.Trainer, module: LitClassifier, batch_size: int) -> None:
         self.trainer, self.module, self.batch_size = trainer, module, batch_size
-        module.network.lay_out_for(self.device)
 
     def __call__(self, split: Split, description: str) -> Evaluation:
         """The evaluation of all images of ``split``, in order; ``description`` is shown meanwhile."""

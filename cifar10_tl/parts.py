@@ -23,7 +23,7 @@ from cifar10_tl.interruption import Interruption
 from cifar10_tl.models.backbone import check_weights
 from cifar10_tl.models.module import LitClassifier, find_optimizer, schedule_factor
 from cifar10_tl.resume import RUN_CONFIG
-from cifar10_tl.runtime import AtomicCheckpointIO, allow_tf32, choose_compile, choose_precision
+from cifar10_tl.runtime import AtomicCheckpointIO, choose_compile, choose_precision, tune_for
 
 log = logging.getLogger(__name__)
 
@@ -151,13 +151,12 @@ def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trai
 
 
 def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> None:
-    """Choose the faster kernels of the trainer's device, and compile the network where that helps.
+    """Choose what is faster on the trainer's device, and compile the network where that helps.
 
     ``Module.compile`` compiles in place: names in checkpoints stay as they are.
     """
     device = trainer.strategy.root_device
-    allow_tf32(device)
-    module.network.lay_out_for(device)
+    tune_for(device, module.network)
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
         module.network.compile()

@@ -48,7 +48,9 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     files = find_files(cfg.images, run_dir)
 
     from cifar10_tl.classifier import load_classifier
+    from cifar10_tl.memory import keep_freed_memory
 
+    keep_freed_memory()
     classify = load_classifier(cfg.checkpoint, cfg.device)
     if cfg.top_k > len(classify.class_names):
         raise UserError(f"top_k={cfg.top_k}: {cfg.checkpoint} knows {len(classify.class_names)} classes")

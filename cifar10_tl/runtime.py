@@ -16,6 +16,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from cifar10_tl.checks import RULES
 from cifar10_tl.errors import UserError
 from cifar10_tl.files import atomic_write
+from cifar10_tl.memory import keep_freed_memory
+from cifar10_tl.models.network import TransferResNet
 
 #: Of no use to someone who runs our commands: each is about a choice made here on purpose.
 _WARNINGS = (
@@ -92,10 +94,16 @@ def _has_triton(device: torch.device) -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def allow_tf32(device: torch.device) -> None:
-    """Let float32 products on a GPU use TensorFloat-32; convolutions do so by PyTorch's own default."""
+def tune_for(device: torch.device, network: TransferResNet) -> None:
+    """Choose what is faster for ``network`` on ``device``: the layout of its weights, TensorFloat-32, memory kept.
+
+    TensorFloat-32 is for float32 products on a GPU; convolutions use it by PyTorch's own default.
+    """
+    network.lay_out_for(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def recorded_precision(checkpoint: Path) -> str | None:

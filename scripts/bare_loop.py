@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,27 +27,33 @@ def bare_loop(
     warm_up: int = 0,
     synchronize: Callable[[], Any] = lambda: None,
 ) -> list[float]:
-    """A plain PyTorch training loop: fused Adam, autocast where the precision is bf16-mixed, nothing else.
+    """A plain PyTorch training loop, see :func:`bare_steps`.
 
     Returns:
         The time at the end of each step; at step ``warm_up`` and at the last one the device has done its work, too.
     """
+    times = []
+    for step, _ in enumerate(bare_steps(network, batches, precision=precision)):
+        if step == warm_up:
+            synchronize()
+        times.append(time.perf_counter())
+    synchronize()
+    times[-1] = time.perf_counter()
+    return times
+
+
+def bare_steps(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str) -> Iterator[None]:
+    """The steps of plain PyTorch, one an item: fused Adam, autocast where the precision is bf16-mixed, nothing else."""
     network.train()
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    times = []
     for images, labels in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss = F.cross_entropy(network(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if len(times) == warm_up:
-            synchronize()
-        times.append(time.perf_counter())
-    synchronize()
-    times[-1] = time.perf_counter()
-    return times
+        yield
 
 
 def bare_loop_from_memory(num_images: int, steps: int, batch: int, *, precision: str) -> list[float]:

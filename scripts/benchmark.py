@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,23 +92,20 @@ def loader(repeats: int, quick: bool) -> Pairs:
 
 
 def fit_overhead(repeats: int, quick: bool) -> Pairs:
-    """Trainer.fit as the command runs it, against a loop over batches that lie ready in memory."""
+    """Trainer.fit as the command runs it; after each of its steps, one of a loop over batches that lie ready."""
     import copy
 
-    from bare_loop import bare_loop
+    from bare_loop import bare_steps
 
     steps = 8 if quick else 30
     pairs = []
     for _ in range(repeats):
         cfg, module, datamodule = parts()
         network, batches = copy.deepcopy(module.network), ready_batches(datamodule, steps)
-        pairs.append(
-            in_turn(
-                len(pairs),
-                lambda: images_per_second(our_fit(cfg, module, datamodule, steps), BATCH),  # noqa: B023
-                lambda: images_per_second(bare_loop(network, batches, precision=precision()), BATCH),  # noqa: B023
-            )
-        )
+        plain = bare_steps(network, batches, precision=precision())
+        seconds: list[float] = []
+        fit = our_fit(cfg, module, datamodule, steps, lambda: seconds.append(seconds_of(lambda: next(plain))))  # noqa: B023
+        pairs.append((images_per_second(fit, BATCH), images_per_second([*accumulate(seconds)], BATCH)))
     return pairs
 
 
@@ -141,28 +138,37 @@ def step_overhead(repeats: int, quick: bool) -> Pairs:
 
 
 def stack(size: int) -> Callable[[int, bool], Pairs]:
-    """Everything together: our defaults against a template's, at an image size."""
+    """Everything together: our defaults against a template's, at an image size; processes of their own, as in life."""
 
     def measure(repeats: int, quick: bool) -> Pairs:
-        from bare_loop import torchvision_resnet50
-        from baselines import TemplateModule, per_image_loader
+        def side(name: str) -> float:
+            return float(child("--side", f"{name}-{size}", *(["--quick"] if quick else [])))
 
-        steps = {32: 30, 128: 12}[size] // (2 if quick else 1)
-        pairs = []
-        for _ in range(repeats):
-            cfg, module, datamodule = parts(f"model.image_size={size}")
-            images, labels = numpy_images(datamodule)
-            loaders = [per_image_loader(images, labels, size, workers, BATCH) for workers in (0, 2)]
-
-            def usual(loaders: list[Any] = loaders) -> float:
-                fits = (template_fit(TemplateModule(torchvision_resnet50()), loader, steps) for loader in loaders)
-                return max(images_per_second(times, BATCH) for times in fits)
-
-            ours = lambda: images_per_second(our_fit(cfg, module, datamodule, steps), BATCH)  # noqa: B023, E731
-            pairs.append(in_turn(len(pairs), ours, usual))
-        return pairs
+        return [in_turn(number, lambda: side("ours"), lambda: side("template")) for number in range(repeats)]
 
     return measure
+
+
+def stack_ours(size: int, quick: bool) -> float:
+    """Our side of ``stack``, in images/s."""
+    cfg, module, datamodule = parts(f"model.image_size={size}")
+    return images_per_second(our_fit(cfg, module, datamodule, stack_steps(size, quick)), BATCH)
+
+
+def stack_template(size: int, quick: bool) -> float:
+    """The other side of ``stack``, in images/s."""
+    from bare_loop import torchvision_resnet50
+    from baselines import TemplateModule, per_image_loader
+
+    images, labels = numpy_images(parts()[2])
+    loaders = [per_image_loader(images, labels, size, workers, BATCH) for workers in (0, 2)]
+    fits = (template_fit(TemplateModule(torchvision_resnet50()), x, stack_steps(size, quick)) for x in loaders)
+    return max(images_per_second(times, BATCH) for times in fits)
+
+
+def stack_steps(size: int, quick: bool) -> int:
+    """Steps of a fit in ``stack``."""
+    return {32: 30, 128: 12}[size] // (2 if quick else 1)
 
 
 def probe(repeats: int, quick: bool) -> Pairs:
@@ -233,14 +239,14 @@ def memory(repeats: int, quick: bool) -> Pairs:
     return [in_turn(number, *sides) for number in range(repeats)]
 
 
-def memory_fit() -> float:
+def memory_fit(quick: bool) -> float:
     """Our side of ``memory``, in MB."""
     cfg, module, datamodule = parts("data.train_size=5000")
     our_fit(cfg, module, datamodule, 6)
     return peak_mb()
 
 
-def memory_loop() -> float:
+def memory_loop(quick: bool) -> float:
     """The other side of ``memory``: such a network and as many images, but no Lightning, and nothing of ours."""
     import torch
     from bare_loop import bare_loop_from_memory
@@ -302,7 +308,12 @@ ROWS = {
         "peak memory of our Trainer.fit, ResNet50 at 32 px", "of a bare PyTorch loop", "MB", 1.15, False, memory
     ),
 }
-SIDES = {"memory-fit": memory_fit, "memory-loop": memory_loop}
+SIDES: dict[str, Callable[[bool], float]] = {
+    "memory-fit": memory_fit,
+    "memory-loop": memory_loop,
+    **{f"ours-{size}": partial(stack_ours, size) for size in (32, 128)},
+    **{f"template-{size}": partial(stack_template, size) for size in (32, 128)},
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- both sides
@@ -400,9 +411,15 @@ def ready_batches(datamodule: Any, steps: int) -> list[tuple[Any, Any]]:
     return found[:steps]
 
 
-def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int) -> list[float]:
-    """The time at the end of each step of Trainer.fit, with all that the train command puts around it."""
+def our_fit(
+    cfg: Any, module: Any, datamodule: Any, steps: int, between: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """The time at the end of each step of Trainer.fit, with all that the train command puts around it.
+
+    ``between`` is called after each step, and takes no time.
+    """
     from cifar10_tl.interruption import Interruption
+    from cifar10_tl.models.network import TransferResNet
     from cifar10_tl.parts import build_trainer, speed_up
 
     if steps > len(datamodule.splits["train"]) // cfg.data.batch_size:
@@ -410,9 +427,9 @@ def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int) -> list[float]:
     cfg.trainer.limit_train_batches = steps
     with Interruption() as interruption:
         trainer = build_trainer(cfg, interruption=interruption)
-        if hasattr(module.network, "backbone"):
+        if isinstance(module.network, TransferResNet):
             speed_up(cfg, module, trainer)
-        return clocked(trainer, steps, lambda: trainer.fit(module, datamodule=datamodule))
+        return clocked(trainer, steps, lambda: trainer.fit(module, datamodule=datamodule), between)
 
 
 def template_fit(module: Any, batches: Any, steps: int) -> list[float]:
@@ -433,18 +450,25 @@ def template_fit(module: Any, batches: Any, steps: int) -> list[float]:
     return clocked(trainer, steps, lambda: trainer.fit(module, loader))
 
 
-def clocked(trainer: Any, steps: int, fit: Callable[[], Any]) -> list[float]:
-    """The time at the end of each training step of ``fit``; where the clock starts and stops, the device is done."""
+def clocked(trainer: Any, steps: int, fit: Callable[[], Any], between: Callable[[], Any] = lambda: None) -> list[float]:
+    """The time at the end of each training step of ``fit``; where the clock starts and stops, the device is done.
+
+    The clock stands still while ``between`` is called, after each step.
+    """
     import lightning.pytorch as pl
 
     class Clock(pl.Callback):
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.between = 0.0
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if len(self.times) in (warm_up(steps), steps - 1):
                 synchronize(pl_module.device)
-            self.times.append(time.perf_counter())
+            now = time.perf_counter()
+            self.times.append(now - self.between)
+            between()
+            self.between += time.perf_counter() - now
 
     clock = Clock()
     trainer.callbacks.append(clock)
@@ -581,7 +605,7 @@ def main() -> int:
     repeats = arguments.repeats or (3 if arguments.quick else 5)
     os.environ.setdefault("BENCHMARK_FOLDER", tempfile.gettempdir())
     if arguments.side:
-        return result_line(SIDES[arguments.side]())
+        return result_line(SIDES[arguments.side](arguments.quick))
     if arguments.row:
         return result_line(all_rows(arguments.gpu)[arguments.row].measure(repeats, arguments.quick))
     try:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cifar10_tl.errors import UserError
-from cifar10_tl.runtime import allow_tf32, choose_compile, choose_precision
+from cifar10_tl.models.module import LitClassifier
+from cifar10_tl.runtime import choose_compile, choose_precision, tune_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -69,10 +70,14 @@ def test_compiling_without_a_compiler_is_refused_with_the_way_on(monkeypatch: py
         choose_compile(True, CUDA)
 
 
-def test_float32_products_are_faster_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_gets_what_is_faster_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    allow_tf32(CPU)
-    assert asked == []
-    allow_tf32(CUDA)
-    assert asked == ["high"]
+    monkeypatch.setattr("cifar10_tl.runtime.keep_freed_memory", lambda: asked.append("memory"))
+    network = LitClassifier(["a", "b"], backbone="resnet18", weights=None, image_size=32).network
+    tune_for(CPU, network)
+    assert asked == ["memory"]
+    assert network.backbone.layer1[0].conv1.weight.is_contiguous()
+    tune_for(CUDA, network)
+    assert asked == ["memory", "high"]
+    assert network.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
