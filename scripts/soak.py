@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import os
 import random
 import signal
@@ -128,6 +129,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
     """What TensorBoard shows of the training loss."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # else it tells of each restart
     events = EventAccumulator(str(run))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
