@@ -12,9 +12,9 @@ _LARGEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Let this process keep the memory of tensors it has freed, for those that come next; False where it cannot.
 
-    Otherwise glibc asks the system for each buffer of 32 MiB or more anew, which fills it with zeros, page by page:
-    in fp32 at 128 px that takes as long as training itself (see docs/performance.md). For a process that is about
-    tensors on a CPU: its memory stays at its peak to its end.
+    Otherwise glibc asks the system for each buffer of 32 MiB or more anew, which fills it with zeros, page by page: a
+    step of ResNet50 in fp32 at 128 px takes 1.7 times as long for it (see docs/performance.md). For a process that is
+    about tensors on a CPU: its memory stays at its peak to its end.
 
     Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD. Other C libraries than glibc are left as they are.
     """
