@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.tensorboard.summary import hparams
 
 from cifar10_tl.callbacks import History, Throughput
 from cifar10_tl.callbacks.publish import tensorboard_writers
 from cifar10_tl.checkpoints import read_checkpoint
 from cifar10_tl.models.module import LitClassifier
+from cifar10_tl.parts import plain
 from cifar10_tl.results import environment, flat, write_json, write_predictions
 
 
@@ -33,7 +34,6 @@ def results_of_fit(
     throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())  # type: ignore[attr-defined]
     best_epoch = read_checkpoint(best)["epoch"] if best else None
     best_row = next((row for row in history.rows if row["epoch"] == best_epoch), {})
-    container: Any = OmegaConf.to_container(cfg, resolve=True)
     return {
         "val": {key: best_row.get(f"val/{key}") for key in ("acc", "loss", "count")},
         "best_epoch": best_epoch,
@@ -41,7 +41,7 @@ def results_of_fit(
         "seconds": {"fit": throughput.earlier_seconds + seconds, "first_step": throughput.first_step_seconds},
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),
-        "config": container,
+        "config": plain(cfg),
         "environment": environment(
             trainer.strategy.root_device, trainer.world_size, str(trainer.precision_plugin.precision)
         ),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmark import Pairs, Row, images_per_second, in_turn, our_fit, parts, ready_batches, synchronize, warm_up
+from benchmark_sides import Pairs, Row, images_per_second, in_turn, our_fit, parts, ready_batches, synchronize, warm_up
 
 SIZES, BATCHES = (32, 128, 224), (128, 512)
 GOALS = {32: 0.93, 128: 0.98, 224: 0.98}

@@ -13,7 +13,9 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import bare_loop
 import benchmark
+import benchmark_cpu
 import benchmark_gpu
+import benchmark_sides
 
 SCRIPT = REPOSITORY / "scripts" / "benchmark.py"
 
@@ -25,13 +27,13 @@ def test_the_ratio_is_the_median_of_the_repeats_ratios() -> None:
 
 def test_the_first_steps_do_not_count() -> None:
     times = [100.0, 105.0, *(106.0 + step for step in range(9))]  # two slow steps, then one a second
-    assert benchmark.images_per_second(times, 10) == 10.0
-    assert benchmark.microseconds(times) == 1e6
+    assert benchmark_sides.images_per_second(times, 10) == 10.0
+    assert benchmark_sides.microseconds(times) == 1e6
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(0.97, "met"), (0.96, "MISSED")])
 def test_a_row_tells_both_sides_and_whether_the_goal_is_met(ratio: float, verdict: str) -> None:
-    row = benchmark.ROWS["fit_overhead"]
+    row = benchmark_cpu.CPU_ROWS["fit_overhead"]
     told = benchmark.line("fit_overhead", row, benchmark.summarise([(ratio, 1.0)], row.unit))
     assert row.a in told
     assert row.b in told
@@ -39,7 +41,7 @@ def test_a_row_tells_both_sides_and_whether_the_goal_is_met(ratio: float, verdic
 
 
 def test_the_goals_are_those_that_were_set() -> None:
-    goals = {name: (row.goal, row.at_least) for name, row in benchmark.ROWS.items()}
+    goals = {name: (row.goal, row.at_least) for name, row in benchmark_cpu.CPU_ROWS.items()}
     assert goals == {
         "loader": (8, True),
         "fit_overhead": (0.97, True),
@@ -58,7 +60,7 @@ def test_the_goals_are_those_that_were_set() -> None:
 
 def test_the_bare_loop_learns() -> None:
     """A baseline that did not do the work would flatter us."""
-    network = benchmark.tiny_network()
+    network = benchmark_sides.tiny_network()
     before = [p.detach().clone() for p in network.parameters()]
     images = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
     times = bare_loop.bare_loop(network, [(images, torch.arange(8))] * 3, precision="32-true")
@@ -74,18 +76,18 @@ def test_our_fit_and_the_template_take_the_steps_they_are_timed_for(
 
     monkeypatch.setenv("BENCHMARK_FOLDER", str(tmp_path))
     sizes = ("data.train_size=1064", "data.batch_size=16", "trainer.precision=32-true", "trainer.accelerator=cpu")
-    cfg, module, datamodule = benchmark.parts(*sizes)
-    module.network = benchmark.tiny_network()
-    assert len(benchmark.our_fit(cfg, module, datamodule, 4)) == 4
+    cfg, module, datamodule = benchmark_sides.parts(*sizes)
+    module.network = benchmark_sides.tiny_network()
+    assert len(benchmark_sides.our_fit(cfg, module, datamodule, 4)) == 4
     with pytest.raises(ValueError, match="its end would be timed"):
-        benchmark.our_fit(cfg, module, datamodule, 5)
-    template = TemplateModule(benchmark.tiny_network())
-    assert len(benchmark.template_fit(template, benchmark.ready_batches(datamodule, 6), 6)) == 6
+        benchmark_sides.our_fit(cfg, module, datamodule, 5)
+    template = TemplateModule(benchmark_sides.tiny_network())
+    assert len(benchmark_sides.template_fit(template, benchmark_sides.ready_batches(datamodule, 6), 6)) == 6
 
 
 def test_the_synthetic_batch_comes_as_often_as_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BENCHMARK_FOLDER", str(tmp_path))
-    _, _, datamodule = benchmark.parts("data.train_size=1064", "data.batch_size=16")
+    _, _, datamodule = benchmark_sides.parts("data.train_size=1064", "data.batch_size=16")
     benchmark_gpu.use_one_batch(datamodule, "cpu")
     batches = list(datamodule.train_dataloader())
     assert len(batches) == 4
@@ -117,7 +119,7 @@ def test_mistakes_are_told_in_a_line(
 def test_the_sides_take_turns_in_going_first() -> None:
     order: list[str] = []
     for number in (0, 1):
-        assert benchmark.in_turn(number, lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0) == (
+        assert benchmark_sides.in_turn(number, lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0) == (
             1.0,
             2.0,
         )
@@ -126,7 +128,7 @@ def test_the_sides_take_turns_in_going_first() -> None:
 
 def test_every_row_stands_in_the_document() -> None:
     document = (REPOSITORY / "docs" / "performance.md").read_text()
-    for name in benchmark.ROWS:
+    for name in benchmark_cpu.CPU_ROWS:
         assert f"`{name}`" in document
 
 
