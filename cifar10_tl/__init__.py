@@ -7,12 +7,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+
 #: Loaded when first asked for (PEP 562), so that ``--help`` need not wait for torch.
 _LAZY = {
     "CIFAR10DataModule": "cifar10_tl.data.datamodule",
-    "LitClassifier": "cifar10_tl.models.module",
+    "LitClassifier": "cifar10_tl.models.lit_classifier",
     "TransferResNet": "cifar10_tl.models.network",
-    "load_classifier": "cifar10_tl.classifier",
+    "load_classifier": "cifar10_tl.inference",
 }
 
 

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.config import run_command
-from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write_text
-from cifar10_tl.resume import RUN_CONFIG
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.launcher import run_command
+from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.io import atomic_write_text
 
 if TYPE_CHECKING:  # torch and Lightning take seconds to import: only once the settings are known to be good
     import lightning.pytorch as pl
 
-    from cifar10_tl.data.datamodule import CIFAR10DataModule, Split
-    from cifar10_tl.evaluation import Evaluation
-    from cifar10_tl.models.module import LitClassifier
+    from cifar10_tl.data.batch import Split
+    from cifar10_tl.data.datamodule import CIFAR10DataModule
+    from cifar10_tl.metrics.evaluation import Evaluation
+    from cifar10_tl.models.lit_classifier import LitClassifier
+
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +49,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     """Metrics, figures and predictions of ``cfg.checkpoint``; see :func:`evaluate`."""
-    from cifar10_tl.calibration import fit_temperature
-    from cifar10_tl.evaluation_figures import write_figures
-    from cifar10_tl.models.module import restore
-    from cifar10_tl.report import describe, write_corruption
-    from cifar10_tl.results import environment, write_json, write_predictions
-    from cifar10_tl.runtime import quiet_libraries, tune_for
+    from cifar10_tl.engine.checkpoints import restore
+    from cifar10_tl.engine.hardware import quiet_libraries, tune_for
+    from cifar10_tl.engine.results import describe, environment, write_corruption, write_json, write_predictions
+    from cifar10_tl.metrics.calibration import fit_temperature
+    from cifar10_tl.plots.evaluation import write_figures
 
     quiet_libraries()
     clock = time.perf_counter()
     module = restore(Path(cfg.checkpoint))
     datamodule = build_datamodule(cfg, module)
-    run = Passes(build_trainer(cfg), module, datamodule.hparams["batch_size"])
+    run = Evaluator(build_trainer(cfg), module, datamodule.hparams["batch_size"])
     tune_for(run.device, module.network)  # as in training
     datamodule.prepare_data()
     datamodule.setup()
@@ -104,9 +105,10 @@ def all_metrics(evaluation: Evaluation, temperature: float) -> dict[str, Any]:
     }
 
 
-def further_results(cfg: DictConfig, run: Passes, split: Split, evaluation: Evaluation) -> dict[str, Any]:
+def further_results(cfg: DictConfig, run: Evaluator, split: Split, evaluation: Evaluation) -> dict[str, Any]:
     """What else is asked for: the scores over several views, and those on images made worse."""
-    from cifar10_tl.variants import robustness, views_averaged
+    from cifar10_tl.metrics.corruptions import robustness
+    from cifar10_tl.metrics.tta import views_averaged
 
     found: dict[str, Any] = {}
     if cfg.tta != "none":
@@ -122,7 +124,7 @@ def read_ground_truth(cfg: DictConfig, split: Split, num_classes: int) -> dict[s
     Raises:
         UserError: a file is missing, broken, or not about these images.
     """
-    from cifar10_tl.ground_truth import DoubtfulLabels, HumanLabels
+    from cifar10_tl.metrics.ground_truth import DoubtfulLabels, HumanLabels
 
     found: dict[str, Callable[[Evaluation], Any]] = {}
     if cfg.human_labels:
@@ -134,10 +136,7 @@ def read_ground_truth(cfg: DictConfig, split: Split, num_classes: int) -> dict[s
     return found
 
 
-# -------------------------------------------------------------------------------------------------- network and data
-
-
-class Passes:
+class Evaluator:
     """Runs the network over images, by the steps that test a network after training: the numbers are the same."""
 
     def __init__(self, trainer: pl.Trainer, module: LitClassifier, batch_size: int) -> None:
@@ -145,13 +144,13 @@ class Passes:
 
     def __call__(self, split: Split, description: str) -> Evaluation:
         """The evaluation of all images of ``split``, in order; ``description`` is shown meanwhile."""
-        from cifar10_tl.callbacks import EvaluationProgress
-        from cifar10_tl.data.sampler import BatchLoader, BatchOrder
+        from cifar10_tl.callbacks import EvaluationProgressBar
+        from cifar10_tl.data.batch import BatchLoader, BatchSampler
 
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EvaluationProgress):
+            if isinstance(callback, EvaluationProgressBar):
                 callback.description = description
-        order = BatchOrder(len(split), self.batch_size, shuffle=False)
+        order = BatchSampler(len(split), self.batch_size, shuffle=False)
         loader = BatchLoader(split, order, pin_memory=self.device.type == "cuda")
         self.trainer.test(self.module, dataloaders=loader, verbose=False)
         evaluation = self.module.evaluation
@@ -174,8 +173,9 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Lightning's Trainer on one device, writing nothing."""
     import lightning.pytorch as pl
 
-    from cifar10_tl.callbacks import EvaluationProgress
-    from cifar10_tl.runtime import choose_precision, recorded_precision
+    from cifar10_tl.callbacks import EvaluationProgressBar
+    from cifar10_tl.engine.checkpoints import recorded_precision
+    from cifar10_tl.engine.hardware import choose_precision
 
     precision, accelerator = cfg.trainer.precision, cfg.trainer.accelerator
     if precision == "auto":
@@ -191,7 +191,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
             enable_checkpointing=False,
             enable_progress_bar=False,  # Lightning's; ours is a callback
             enable_model_summary=False,
-            callbacks=[EvaluationProgress()] if cfg.trainer.enable_progress_bar else [],
+            callbacks=[EvaluationProgressBar()] if cfg.trainer.enable_progress_bar else [],
             default_root_dir=cfg.paths.output_dir,
         )
     except (TypeError, ValueError) as error:
@@ -204,9 +204,8 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
     Raises:
         UserError: its classes are not those of the checkpoint, or a setting does not fit the data.
     """
-    from cifar10_tl.checkpoints import read_checkpoint
-    from cifar10_tl.data.datamodule import CIFAR10DataModule
-    from cifar10_tl.data.options import data_options
+    from cifar10_tl.data.datamodule import CIFAR10DataModule, data_options
+    from cifar10_tl.engine.checkpoints import read_checkpoint
 
     trained_with = read_checkpoint(Path(cfg.checkpoint)).get("datamodule_hyper_parameters", {})
     given: Any = OmegaConf.to_container(cfg.data, resolve=True)
@@ -224,12 +223,9 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
     return datamodule
 
 
-# ------------------------------------------------------------------------------------------------------------ runs
-
-
 def compare_runs(cfg: DictConfig) -> dict[str, Any]:
     """Set the runs of ``cfg.compare`` side by side: on the terminal, in comparison.csv and in comparison.md."""
-    from cifar10_tl.comparison import HEADER, Comparison, read_run
+    from cifar10_tl.engine.comparison import HEADER, Comparison, read_run
 
     comparison = Comparison([read_run(Path(folder)) for folder in cfg.compare])
     run_dir = Path(cfg.paths.output_dir)

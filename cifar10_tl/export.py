@@ -21,29 +21,36 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from omegaconf import DictConfig
 
 from cifar10_tl import __version__
-from cifar10_tl.config import run_command
-from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.launcher import run_command
+from cifar10_tl.io import atomic_write
 
 if TYPE_CHECKING:  # seconds to import: only once the settings are known to be good
     import torch
     from torch import Tensor
 
-    from cifar10_tl.models.module import LitClassifier
+    from cifar10_tl.models.lit_classifier import LitClassifier
+
 
 log = logging.getLogger(__name__)
+
 
 #: Logits may differ by this much, and by this share of the largest logit more. Float32 sums in another order differ by
 #: 1e-6 to 3e-4, as much as float32 and float64 do. Another resize makes 1e-2 and more in a network that has learned.
 TOLERANCE, RELATIVE_TOLERANCE = 1e-3, 1e-4
+
+
 #: The compared images go through the file in batches of these sizes, so that one with a fixed N is found out.
 BATCH_SIZES = (1, 7, *7 * [8])
+
+
 #: Said by torch while it exports an LSTM; none of it is about the file.
 _CHATTER = (
     r"The tensor attributes .*_flat_weights.* were assigned during export.*",
     r"_check_is_size will be removed in a future PyTorch release.*",
     r"No complete tensor found in the group!.*",
 )
+
 
 #: From images, uint8 [N, 3, S, S], to logits, float32 [N, K].
 Model = Callable[["Tensor"], "Tensor"]
@@ -89,8 +96,8 @@ def export(cfg: DictConfig) -> Parity:
     output = output_file(cfg)
     check_installed(cfg.format)
 
-    from cifar10_tl.models.module import restore
-    from cifar10_tl.runtime import quiet_libraries
+    from cifar10_tl.engine.checkpoints import restore
+    from cifar10_tl.engine.hardware import quiet_libraries
 
     quiet_libraries()
     quiet_exporter()
@@ -165,9 +172,6 @@ def summary(output: Path, module: LitClassifier, parity: Parity, origin: str) ->
     )
 
 
-# --------------------------------------------------------------------------------------------------------- the formats
-
-
 def write_onnx(network: torch.nn.Module, example: Tensor, metadata: Mapping[str, Any], file: IO[bytes]) -> None:
     """Write ``network`` as ONNX; the metadata_props hold ``metadata``, what is no text as JSON."""
     import torch
@@ -225,9 +229,6 @@ FORMATS = {
     "onnx": Format(".onnx", ("onnx", "onnxruntime", "onnxscript"), write_onnx, read_onnx),
     "torch_export": Format(".pt2", (), write_torch_export, read_torch_export),
 }
-
-
-# ------------------------------------------------------------------------------------------------------------ the proof
 
 
 def write_verified(
@@ -290,9 +291,6 @@ def compare(expected: Tensor, logits: Tensor) -> Parity:
     return Parity(difference, allowed, count, count - int(differing.sum()), int(contradicted.sum()))
 
 
-# ------------------------------------------------------------------------------------------------- images to compare on
-
-
 def comparison_images(folder: str | None, checkpoint: Path, size: int) -> tuple[Tensor, str]:
     """Images uint8 [sum(BATCH_SIZES), 3, size, size], and a word on where they come from.
 
@@ -315,9 +313,9 @@ def comparison_images(folder: str | None, checkpoint: Path, size: int) -> tuple[
 
 def own_images(checkpoint: Path, size: int) -> tuple[Tensor | None, str]:
     """Test images of the data that ``checkpoint`` was trained on, None where they are not here; and its source."""
-    from cifar10_tl.checkpoints import read_checkpoint
     from cifar10_tl.data.datamodule import CIFAR10DataModule
     from cifar10_tl.data.sources import Folder
+    from cifar10_tl.engine.checkpoints import read_checkpoint
 
     settings = read_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
     name = settings.get("source", "unknown")
@@ -341,7 +339,7 @@ def read_pictures(folder: Path, size: int) -> Tensor:
     import numpy as np
     import torch
 
-    from cifar10_tl.data.sources import IMAGE_SUFFIXES, BadImageError, decode_image
+    from cifar10_tl.data.images import IMAGE_SUFFIXES, BadImageError, decode_image
 
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:

@@ -20,18 +20,26 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cifar10_tl.config import run_command
-from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.launcher import run_command
+from cifar10_tl.io import atomic_write
 
 if TYPE_CHECKING:  # torch takes seconds to import: only once the settings are known to be good
-    from cifar10_tl.classifier import Classifier, Pixels, Prediction
+    from cifar10_tl.inference import Classifier, Pixels, Prediction
+
 
 log = logging.getLogger(__name__)
 
+
 TABLE, GRID = "predictions.csv", "predictions.png"
+
+
 SOME_UNREADABLE = 3  # exit status
+
+
 _IN_GRID = 64
+
+
 _LISTED = 20  # unreadable files in the log; all are in the table
 
 
@@ -47,8 +55,8 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     run_dir = Path(cfg.paths.output_dir)
     files = find_files(cfg.images, run_dir)
 
-    from cifar10_tl.classifier import load_classifier
-    from cifar10_tl.memory import keep_freed_memory
+    from cifar10_tl.engine.hardware import keep_freed_memory
+    from cifar10_tl.inference import load_classifier
 
     keep_freed_memory()
     classify = load_classifier(cfg.checkpoint, cfg.device)
@@ -73,9 +81,6 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     write_grid(run_dir / GRID, first, len(files) - len(unreadable))
     log.info("%s", summary(labels, unreadable, run_dir))
     return unreadable
-
-
-# ------------------------------------------------------------------------------------------------------ finding files
 
 
 def find_files(images: str | Sequence[str], run_dir: Path) -> list[str]:
@@ -118,9 +123,6 @@ def _nothing_there(name: str) -> str:
     return "no file matches the pattern" if glob.has_magic(name) else "there is no such file or folder"
 
 
-# ------------------------------------------------------------------------------------------------- what a run leaves
-
-
 @contextmanager
 def table_writer(path: Path, classify: Classifier, top_k: int) -> Iterator[Callable[[Prediction], None]]:
     """A function that adds a prediction to the table, which takes the name ``path`` when all are there.
@@ -159,8 +161,8 @@ def write_grid(path: Path, first: Sequence[tuple[Prediction, Pixels]], total: in
     """Draw the first pictures, as the network was given them, with label and probability."""
     import numpy as np
 
-    from cifar10_tl.figures import legible, sample_grid
-    from cifar10_tl.figures.page import as_percent
+    from cifar10_tl.plots import legible, sample_grid
+    from cifar10_tl.plots.style import as_percent
 
     names = list(first[0][0].probabilities)
     shown = dict(zip(names, legible(names), strict=True))

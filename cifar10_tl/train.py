@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.config import process_rank, run_command
-from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write_text, claim, remove_temporary
-from cifar10_tl.interruption import Interruption, Stopped
-from cifar10_tl.resume import RUN_CONFIG, resume_command
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.launcher import run_command
+from cifar10_tl.config.resume import resume_command
+from cifar10_tl.config.run_dir import RUN_CONFIG, process_rank
+from cifar10_tl.engine.processes import SignalHandler, Stopped
+from cifar10_tl.io import atomic_write_text, claim, remove_temporary
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings are known to be good
-    from cifar10_tl.models.module import LitClassifier
+    from cifar10_tl.models.lit_classifier import LitClassifier
+
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +44,10 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     requeue = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
     hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # not so under nohup
     run_dir = Path(cfg.paths.output_dir)
-    with Interruption(*requeue, *hang_up) as interruption:
+    with SignalHandler(*requeue, *hang_up) as interruption:
         try:
-            from cifar10_tl.processes import own_processes
-            from cifar10_tl.runtime import quiet_libraries
+            from cifar10_tl.engine.hardware import quiet_libraries
+            from cifar10_tl.engine.processes import own_processes
 
             quiet_libraries()
             with own_processes(), only_one_run(run_dir):
@@ -58,12 +60,10 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
             raise
 
 
-def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None:
+def _train(cfg: DictConfig, interruption: SignalHandler) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
-    from cifar10_tl.checkpoints import best_checkpoint, find_resumable, make_last
-    from cifar10_tl.outcome import results_of_fit, results_of_test, summary, write_results
-    from cifar10_tl.parts import (
+    from cifar10_tl.engine.builder import (
         build_datamodule,
         build_feature_cache,
         build_module,
@@ -71,6 +71,8 @@ def _train(cfg: DictConfig, interruption: Interruption) -> dict[str, Any] | None
         describe,
         speed_up,
     )
+    from cifar10_tl.engine.checkpoints import best_checkpoint, find_resumable, make_last
+    from cifar10_tl.engine.results import results_of_fit, results_of_test, summary, write_results
 
     pl.seed_everything(cfg.seed, verbose=False)
     run_dir = Path(cfg.paths.output_dir)
@@ -142,7 +144,7 @@ def check_same_run(start: Path, module: LitClassifier) -> None:
     Raises:
         UserError: naming the first difference.
     """
-    from cifar10_tl.checkpoints import read_checkpoint
+    from cifar10_tl.engine.checkpoints import read_checkpoint
 
     for key, value in read_checkpoint(start)["hyper_parameters"].items():
         if key in module.hparams and module.hparams[key] != value:

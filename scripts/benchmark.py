@@ -112,7 +112,7 @@ def machine() -> Iterator[str]:
     """Versions and hardware."""
     import torch
 
-    from cifar10_tl.results import environment
+    from cifar10_tl.engine.results import environment
 
     found = environment(torch.device("cuda" if has_gpu() else "cpu"), max(1, torch.cuda.device_count()), precision())
     yield ", ".join(f"{name} {version}" for name, version in found["versions"].items())

@@ -102,8 +102,8 @@ def step_overhead(repeats: int, quick: bool) -> Pairs:
         cfg, module, datamodule = parts(
             f"data.batch_size={size}",
             f"data.train_size={size * steps + 1000}",
-            "data.augment.flip=false",  # the template's batches lie ready
-            "data.augment.crop_padding=0",
+            "data.augment.horizontal_flip=false",  # the template's batches lie ready
+            "data.augment.random_crop_padding=0",
             "trainer.precision=32-true",
         )
         module.network = tiny_network()

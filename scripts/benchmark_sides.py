@@ -51,8 +51,8 @@ def compose(*overrides: str, name: str = "train") -> Any:
     """The config of a command."""
     import hydra
 
-    from cifar10_tl.checks import check_config
-    from cifar10_tl.config import CONFIG_DIR, register_resolvers
+    from cifar10_tl.config.run_dir import CONFIG_DIR, register_resolvers
+    from cifar10_tl.config.validation import check_config
 
     register_resolvers()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -86,8 +86,8 @@ def small_run(folder: str, *overrides: str) -> Any:
 
 def parts(*overrides: str) -> tuple[Any, Any, Any]:
     """Config, module and data of our defaults, but for random weights and 32 px, with the images drawn."""
-    from cifar10_tl.parts import build_datamodule, build_module
-    from cifar10_tl.runtime import quiet_libraries
+    from cifar10_tl.engine.builder import build_datamodule, build_module
+    from cifar10_tl.engine.hardware import quiet_libraries
 
     quiet_libraries()
     folder = tempfile.mkdtemp(dir=os.environ["BENCHMARK_FOLDER"])
@@ -116,7 +116,7 @@ def parts(*overrides: str) -> tuple[Any, Any, Any]:
 
 def precision() -> str:
     """What trainer.precision=auto stands for here."""
-    from cifar10_tl.runtime import choose_precision
+    from cifar10_tl.engine.hardware import choose_precision
 
     return choose_precision("auto")[0]
 
@@ -146,14 +146,14 @@ def our_fit(
 
     ``between`` is called after each step, and takes no time.
     """
-    from cifar10_tl.interruption import Interruption
+    from cifar10_tl.engine.builder import build_trainer, speed_up
+    from cifar10_tl.engine.processes import SignalHandler
     from cifar10_tl.models.network import TransferResNet
-    from cifar10_tl.parts import build_trainer, speed_up
 
     if steps > len(datamodule.splits["train"]) // cfg.data.batch_size:
         raise ValueError(f"{steps} steps are more than an epoch: its end would be timed, too")
     cfg.trainer.limit_train_batches = steps
-    with Interruption() as interruption:
+    with SignalHandler() as interruption:
         trainer = build_trainer(cfg, interruption=interruption)
         if isinstance(module.network, TransferResNet):
             speed_up(cfg, module, trainer)

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a checkout that is not installed
 
-from cifar10_tl.config import CONFIG_DIR
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.run_dir import CONFIG_DIR
 from cifar10_tl.data.sources import prepare_cifar10
-from cifar10_tl.errors import UserError
 
 
 def main() -> int:

@@ -26,6 +26,6 @@ done
 "$python" - "$sweep" <<'END'
 import sys
 from pathlib import Path
-from cifar10_tl.comparison import describe_sweep
+from cifar10_tl.engine.comparison import describe_sweep
 print(describe_sweep(Path(sys.argv[1])))
 END

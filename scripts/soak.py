@@ -113,7 +113,7 @@ def state(run: Path) -> list[tuple[str, bytes]]:
 
 def rows(run: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv but for what tells of speed."""
-    from cifar10_tl.callbacks.history import SPEED
+    from cifar10_tl.callbacks.metrics_logger import SPEED
 
     with (run / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in SPEED} for row in csv.DictReader(file)]

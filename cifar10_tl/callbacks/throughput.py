@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from cifar10_tl.data.augment import Batch
+from cifar10_tl.data.batch import Batch
 
 log = logging.getLogger(__name__)
+
 
 LONG_RUN_SECONDS = 3600
 

@@ -7,30 +7,15 @@ integer hash. So a run draws the same on one process or many, and after any stop
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-
-
-class Batch(NamedTuple):
-    """What a step gets.
-
-    Attributes:
-        images: uint8 [N, 3, H, W].
-        targets: int64 [N] classes, or float32 [N, K] class probabilities where images were mixed.
-        indices: int64 [N], the place of each image in its source.
-        features: of a frozen backbone, where they are cached: float [N, ...], from a loader [N, V, ...] of V views.
-    """
-
-    images: Tensor
-    targets: Tensor
-    indices: Tensor
-    features: Tensor | None = None
+from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.keyed_rng import KeyedRNG
 
 
 @dataclass(frozen=True)
@@ -38,18 +23,18 @@ class Augment:
     """Settings of :func:`augment`.
 
     Attributes:
-        flip: mirror left to right, with probability 1/2.
-        crop_padding: pixels of reflected border before a random crop of the old size.
-        erase: probability that a random rectangle (2 to 33 % of the area) becomes grey.
-        jitter: brightness, contrast and saturation each change by a factor from [1 - jitter, 1 + jitter].
+        horizontal_flip: mirror left to right, with probability 1/2.
+        random_crop_padding: pixels of reflected border before a random crop of the old size.
+        random_erasing: probability that a random rectangle (2 to 33 % of the area) becomes grey.
+        color_jitter: brightness, contrast and saturation each change by a factor from [1 - jitter, 1 + jitter].
         mix: "none", "mixup" (https://arxiv.org/abs/1710.09412) or "cutmix" (https://arxiv.org/abs/1905.04899).
         mix_alpha: both parameters of the Beta distribution of the second image's share.
     """
 
-    flip: bool = False
-    crop_padding: int = 0
-    erase: float = 0.0
-    jitter: float = 0.0
+    horizontal_flip: bool = False
+    random_crop_padding: int = 0
+    random_erasing: float = 0.0
+    color_jitter: float = 0.0
     mix: Literal["none", "mixup", "cutmix"] = "none"
     mix_alpha: float = 1.0
 
@@ -61,13 +46,13 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
     half W divides, that is the image half a *global* batch on: the pairs do not depend on the number of processes.
     """
     images, targets, indices, _ = batch
-    draw = _Draw(seed, epoch, indices)
-    if settings.flip or settings.crop_padding:
+    draw = KeyedRNG(seed, epoch, indices)
+    if settings.horizontal_flip or settings.random_crop_padding:
         images = _flip_and_crop(images, draw, settings)
-    if settings.jitter:
-        images = _jitter(images, draw, settings.jitter)
-    if settings.erase:
-        images = _erase(images, draw, settings.erase)
+    if settings.color_jitter:
+        images = _jitter(images, draw, settings.color_jitter)
+    if settings.random_erasing:
+        images = _erase(images, draw, settings.random_erasing)
     if settings.mix != "none":
         images, targets = _mix(images, targets, draw, settings, num_classes)
     return Batch(images, targets, indices)
@@ -79,70 +64,20 @@ def choose_view(batch: Batch, *, flip: bool, seed: int, epoch: int) -> Batch:
     assert features is not None
     if not flip:
         return batch._replace(features=features[:, 0])
-    mirrored = _mirrored(_Draw(seed, epoch, indices))
+    mirrored = _mirrored(KeyedRNG(seed, epoch, indices))
     images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return Batch(
         images, targets, indices, features[torch.arange(len(features), device=features.device), mirrored.long()]
     )
 
 
-def hash32(*keys: int | Tensor) -> Tensor | int:
-    """A 32-bit hash of whole numbers or int64 tensors, which are broadcast; "lowbias32" over each key in turn.
-
-    Source: https://nullprogram.com/blog/2018/07/31/. Products overflow 63 bits, but their low 32 bits are right.
-    """
-    state: int | Tensor = 0x9E3779B9
-    for key in keys:
-        state = (state ^ key) & _MASK
-        state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
-        state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
-        state = (state ^ (state >> 16)) & _MASK
-    return state
-
-
-class _Draw:
-    """Numbers for each image of a batch, named by what they are for."""
-
-    _NAMES = (
-        "flip",
-        "top",
-        "left",
-        "brightness",
-        "contrast",
-        "saturation",
-        "erase",
-        "area",
-        "aspect",
-        "y",
-        "x",
-        "mix",
-    )
-
-    def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
-        self._seed, self._epoch, self._indices = seed, epoch, indices
-
-    @cached_property
-    def _key(self) -> int | Tensor:
-        return hash32(hash32(self._seed, self._epoch), self._indices)
-
-    def uniform(self, name: str) -> Tensor:
-        """float32 [N] in [0, 1)."""
-        bits = hash32(self._key, self._NAMES.index(name))
-        assert isinstance(bits, Tensor)
-        return (bits >> 8).float() * 2.0**-24  # float32 holds 24 bits exactly
-
-    def integer(self, name: str, end: int) -> Tensor:
-        """int64 [N] in [0, end)."""
-        return (self.uniform(name) * end).long()
-
-
-def _flip_and_crop(images: Tensor, draw: _Draw, settings: Augment) -> Tensor:
+def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
     """Both in one gather: each pixel of the result knows the row and the column it comes from."""
     _, channels, height, width = images.shape
-    padding = settings.crop_padding
+    padding = settings.random_crop_padding
     rows = torch.arange(height, device=images.device).expand(len(images), -1)
     columns = torch.arange(width, device=images.device).expand(len(images), -1)
-    if settings.flip:
+    if settings.horizontal_flip:
         columns = torch.where(_mirrored(draw)[:, None], width - 1 - columns, columns)
     if padding:
         rows = _reflect(rows + draw.integer("top", 2 * padding + 1)[:, None] - padding, height)
@@ -151,7 +86,7 @@ def _flip_and_crop(images: Tensor, draw: _Draw, settings: Augment) -> Tensor:
     return images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
 
 
-def _mirrored(draw: _Draw) -> Tensor:
+def _mirrored(draw: KeyedRNG) -> Tensor:
     return draw.uniform("flip") < 0.5
 
 
@@ -160,7 +95,7 @@ def _reflect(positions: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - positions.abs()).abs()
 
 
-def _jitter(images: Tensor, draw: _Draw, strength: float) -> Tensor:
+def _jitter(images: Tensor, draw: KeyedRNG, strength: float) -> Tensor:
     """Brightness, contrast and saturation, in torchvision's definitions of them, but each image by its own factors."""
 
     def factor(name: str) -> Tensor:
@@ -176,7 +111,7 @@ def _grey(images: Tensor) -> Tensor:
     return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
 
 
-def _erase(images: Tensor, draw: _Draw, probability: float) -> Tensor:
+def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:
     """Random erasing (https://arxiv.org/abs/1708.04896) with grey, the middle of the range."""
     area = 0.02 + 0.31 * draw.uniform("area")
     aspect = 0.3 ** (1 - 2 * draw.uniform("aspect"))  # from 0.3 to 1/0.3, even on a logarithmic scale
@@ -185,7 +120,7 @@ def _erase(images: Tensor, draw: _Draw, probability: float) -> Tensor:
     return images.masked_fill(box & chosen[:, None, None, None], 128)
 
 
-def _boxes(images: Tensor, draw: _Draw, height_share: Tensor, width_share: Tensor) -> Tensor:
+def _boxes(images: Tensor, draw: KeyedRNG, height_share: Tensor, width_share: Tensor) -> Tensor:
     """Bool [N, 1, H, W]: a rectangle in each image, wholly inside it, sides given as shares of the image's."""
     inside = []
     for size, share, name in ((images.shape[2], height_share, "y"), (images.shape[3], width_share, "x")):
@@ -196,7 +131,7 @@ def _boxes(images: Tensor, draw: _Draw, height_share: Tensor, width_share: Tenso
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
 
 
-def _mix(images: Tensor, targets: Tensor, draw: _Draw, settings: Augment, num_classes: int) -> tuple[Tensor, Tensor]:
+def _mix(images: Tensor, targets: Tensor, draw: KeyedRNG, settings: Augment, num_classes: int) -> tuple[Tensor, Tensor]:
     half = len(images) // 2
     second = images.roll(-half, 0)
     share = _beta(draw.uniform("mix"), settings.mix_alpha)

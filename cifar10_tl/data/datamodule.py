@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from cifar10_tl.data.augment import Augment, Batch, augment, choose_view, hash32
-from cifar10_tl.data.features import FeatureCache
-from cifar10_tl.data.sampler import BatchLoader, BatchOrder
+from cifar10_tl.config.errors import UserError, known_arguments
+from cifar10_tl.data.augment import Augment, augment, choose_view
+from cifar10_tl.data.batch import Batch, BatchLoader, BatchSampler, Split
+from cifar10_tl.data.feature_cache import FeatureCache
+from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.data.sources import SOURCES
-from cifar10_tl.errors import UserError, known_arguments
-
-
-class Split(Dataset[Batch]):
-    """Images of one split in memory, fetched a whole batch at once.
-
-    Attributes:
-        images: uint8 [N, 3, H, W].
-        labels: int64 [N].
-        indices: int64 [N], the place of each image in its source: its name in augmentation, figures and tables.
-        views: of the images' features, where they are cached: tensors [N, ...].
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, views: Sequence[Tensor] = ()
-    ) -> None:
-        self.images, self.labels, self.views = images, labels, views
-        self.indices = torch.arange(len(labels)) if indices is None else indices
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, places: Tensor) -> Batch:
-        places = places.to(self.images.device, non_blocking=True)
-        # not images[places], which copies byte by byte: 400 us for 128 images, rather than 15
-        images, labels, indices, *views = (
-            tensor.index_select(0, places) for tensor in (self.images, self.labels, self.indices, *self.views)
-        )
-        return Batch(images, labels, indices, torch.stack(views, 1) if views else None)
-
-    def to(self, device: torch.device) -> Split:
-        """The split with its tensors on ``device``."""
-        views = [view.to(device) for view in self.views]
-        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), views)
-
-    def subset(self, places: Tensor) -> Split:
-        """The images at ``places`` (int64 [n]), their indices kept."""
-        return Split(self.images[places], self.labels[places], self.indices[places])
-
-    def by_index(self, indices: Tensor) -> Tensor:
-        """The images with these ``indices`` (int64 [n], sorted or not): uint8 [n, 3, H, W]."""
-        return self.images[torch.searchsorted(self.indices, indices)]
 
 
 class CIFAR10DataModule(pl.LightningDataModule):
@@ -170,7 +130,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
     def _loader(self, name: str, batch_size: int, *, shuffle: bool) -> BatchLoader:
         split = self._with_features(name)
         rank = self.trainer.global_rank if self.trainer else 0
-        order = BatchOrder(
+        order = BatchSampler(
             len(split),
             batch_size,
             shuffle=shuffle,
@@ -186,7 +146,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split = self.splits[name]
         if self.feature_cache is None:
             return split
-        mirrored = name == "train" and self.augment.flip
+        mirrored = name == "train" and self.augment.horizontal_flip
         views = self.feature_cache.views(name, split.images, mirrored=mirrored)
         return Split(split.images, split.labels, split.indices, views)
 
@@ -209,7 +169,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """``batch`` as the network sees it in this epoch."""
         if batch.features is not None:
-            return choose_view(batch, flip=self.augment.flip, seed=self.hparams["seed"], epoch=epoch)
+            return choose_view(batch, flip=self.augment.horizontal_flip, seed=self.hparams["seed"], epoch=epoch)
         return augment(batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
 
 
@@ -227,3 +187,25 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=generator)
     chosen = [shuffled[labels[shuffled] == label][:n] for label, n in enumerate(take.tolist())]
     return torch.cat(chosen).sort().values
+
+
+def data_options(given: Mapping[str, Any], trained_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the DataModule: ``given`` as a whole where it names a source, else on top of ``trained_with``.
+
+    Raises:
+        UserError: a source has no such setting, or there is none.
+    """
+    overrides = {key: value for key, value in given.items() if value is not None}
+    options = overrides if "source" in overrides else {**trained_with, **overrides}
+    source = options.get("source")
+    if source is None:
+        raise UserError(
+            "the checkpoint does not say what data it was trained with: give data=cifar10, folder or shapes"
+        )
+    if source not in SOURCES:
+        raise UserError(f"data.source={source}: there are {', '.join(SOURCES)}")
+    known = {*inspect.signature(SOURCES[source]).parameters, *inspect.signature(CIFAR10DataModule).parameters}
+    for key in options:
+        if key not in known:
+            raise UserError(f"data.{key}: data={source} has no such setting; data=... replaces the data set as a whole")
+    return options

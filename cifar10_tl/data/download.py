@@ -19,17 +19,25 @@ from urllib import request
 
 from tqdm import tqdm
 
-from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.io import atomic_write
 
 if sys.platform != "win32":
     import fcntl
 
+
 log = logging.getLogger(__name__)
 
+
 MAX_BYTES = 1 << 30  # six times CIFAR-10
+
+
 BRISK_RATE = 100_000  # bytes/s below which another mirror is tried first: CIFAR-10 in half an hour
+
+
 PATIENT_RATE = 4_000  # bytes/s below which even the last mirror is given up; CIFAR-10's home gives 70 000
+
+
 _Piece = tuple[bytes, int | None]  # bytes of a body, and its whole size if announced
 
 

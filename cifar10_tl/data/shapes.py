@@ -16,7 +16,10 @@ from torch import Tensor
 
 PlaneFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
+
 MIN_IMAGE_SIZE = 8
+
+
 BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose tensors stay within the processor's cache
 
 
@@ -63,9 +66,6 @@ def _draw_block(rng: np.random.Generator, image_size: int) -> tuple[Tensor, Tens
     _paint_shapes(canvas, labels, rng)
     _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # hides a part of many shapes
     return _photograph(canvas, rng), labels
-
-
-# Outlines: signed distances in a unit frame, which each shape roughly fills.
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -122,9 +122,6 @@ def _fold(x: Tensor, y: Tensor, sectors: int) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin().abs()
 
 
-# Patterns: values from -1 to 1 with a period of about 2 pi.
-
-
 def _stripes(x: Tensor, y: Tensor) -> Tensor:
     return x.sin()
 
@@ -161,13 +158,18 @@ SHAPES = {
     "cross": ShapeClass(_cross, _stripes, (0, 1, -1)),
     "heart": ShapeClass(_heart, _blotches, (1, 1, 1)),
 }
+
+
 CLASS_NAMES: tuple[str, ...] = tuple(SHAPES)
+
+
 OUTLINES = [shape.outline for shape in SHAPES.values()]
+
+
 PATTERNS = [shape.pattern for shape in SHAPES.values()]
+
+
 TINTS = torch.tensor([shape.tint for shape in SHAPES.values()])
-
-
-# Painting: a canvas is a block of images, float32 [B, 3, S, S] from 0 to 1, and changed in place.
 
 
 def _draw_background(rng: np.random.Generator, image_size: int) -> Tensor:
@@ -231,9 +233,6 @@ def _blur(canvas: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(canvas, (1, 1, 1, 1), mode="replicate")
     rows = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
     return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
-
-
-# Helpers on blocks: coordinates are [B, S, S] or broadcast to it.
 
 
 def _grid(image_size: int) -> tuple[Tensor, Tensor]:

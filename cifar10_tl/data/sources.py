@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,19 +17,19 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.download import exclusive, extract_tar, fetch
+from cifar10_tl.data.images import BadImageError, decode_image
 from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.data.shapes import draw_shapes
-from cifar10_tl.errors import UserError
-from cifar10_tl.files import atomic_write
+from cifar10_tl.io import atomic_write
 
 log = logging.getLogger(__name__)
+
 
 CIFAR10_NAMES: tuple[str, ...] = (
     "airplane",
@@ -44,7 +43,6 @@ CIFAR10_NAMES: tuple[str, ...] = (
     "ship",
     "truck",
 )
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class ImageSet(NamedTuple):
@@ -66,9 +64,6 @@ class Source(Protocol):
 
     def load(self) -> dict[str, ImageSet]:
         """The splits "train" and "test", and "val" if the source has one of its own."""
-
-
-# ----------------------------------------------------------------------------------------------------------- CIFAR-10
 
 
 class Cifar10:
@@ -129,9 +124,6 @@ def _is_whole(root: str) -> bool:
     except RuntimeError:  # torchvision's word for a missing or changed file
         return False
     return True
-
-
-# ------------------------------------------------------------------------------------------------------------- folder
 
 
 class Folder:
@@ -239,72 +231,6 @@ class _Decoded(NamedTuple):
     bad: list[str]
 
 
-class BadImageError(ValueError):
-    """A file that is no picture, cut off, too large or not to be read; the text, of one line, says which."""
-
-
-def decode_image(path: Path | str, size: int) -> NDArray[np.uint8]:
-    """A picture file as uint8 [3, size, size], see :func:`to_pixels`. Training and prediction both read files by it.
-
-    Raises:
-        BadImageError: the file is no image, is cut off, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns from its limit on, and refuses from twice the limit on.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of broken EXIF, passed over below
-            with Image.open(path) as picture:
-                return to_pixels(picture, size)
-    except UnidentifiedImageError as error:
-        raise BadImageError("no image of a kind that Pillow reads") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImageError(f"too large, not decoded: {error}") from error
-    except Exception as error:  # a broken file fails in many ways, each kind of image in its own
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadImageError(" ".join(reason.split())) from error
-
-
-def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """A picture as RGB, uint8 [3, size, size], as the network is trained on.
-
-    It is turned upright where its EXIF says so. What is transparent becomes white. 16-bit grey is scaled to 8 bits,
-    not cut off; floats are taken to lie in [0, 1]. Colour profiles are not applied, and of several frames the first
-    counts. A picture of another size is squeezed to the square with Pillow's bicubic, which averages over the pixels
-    that are lost (antialiasing).
-    """
-    rgb = _rgb(_eight_bit(_upright(picture)))
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb).transpose(2, 0, 1)
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    picture.load()
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow has no one error for broken EXIF, and the picture is none the worse for it
-        return picture
-
-
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Pillow's own conversion would cut off all above 255."""
-    if picture.mode != "F" and not picture.mode.startswith("I"):
-        return picture
-    highest = 1.0 if picture.mode == "F" else 65535.0  # Pillow reads 16-bit files as "I;16" or "I"
-    shares = np.nan_to_num((np.asarray(picture, dtype=np.float32) / highest).clip(0, 1))
-    return Image.fromarray((255 * shares).round().astype(np.uint8))
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
-    page = Image.new("RGB", picture.size, "white")
-    page.paste(rgba, mask=rgba.getchannel("A"))
-    return page
-
-
 def _subfolders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
@@ -329,9 +255,6 @@ def _read_cache(path: Path) -> _Decoded | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         log.warning("%s is broken; decoding the pictures again", path)
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------- shapes
 
 
 class Shapes:

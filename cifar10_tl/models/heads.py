@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cifar10_tl.errors import UserError
+from cifar10_tl.config.errors import UserError
 
 
 class LinearHead(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cifar10_tl.errors import UserError
+from cifar10_tl.config.errors import UserError
 from cifar10_tl.models.backbone import Backbone
 from cifar10_tl.models.heads import LSTMHead, pools
 from cifar10_tl.models.resize import Resize

@@ -1,0 +1,193 @@
+"""Everything that is read from the logits of a pass over val or test. Knows no Lightning and no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
+
+from cifar10_tl.metrics.calibration import brier_score, expected_calibration_error
+from cifar10_tl.metrics.intervals import wilson_interval
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome for N images and K classes, in the order of the images' indices.
+
+    Attributes:
+        logits: float32 [N, K].
+        labels: int64 [N], the true classes.
+        indices: int64 [N], rising: the place of each image in its source.
+        class_names: of the K classes.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    indices: Tensor
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, indices: Tensor, class_names: Sequence[str]) -> Evaluation:
+        """From outputs in any order.
+
+        Raises:
+            ValueError: an image is there twice, or the lengths differ.
+        """
+        if not len(logits) == len(labels) == len(indices):
+            raise ValueError(f"{len(logits)} logits, {len(labels)} labels and {len(indices)} indices")
+        order = indices.argsort()
+        if (indices[order].diff() == 0).any():
+            raise ValueError("an image was evaluated twice")
+        return cls(logits[order], labels[order], indices[order], tuple(class_names))
+
+    @classmethod
+    def mean_of(cls, views: Sequence[Evaluation]) -> Evaluation:
+        """From several views of the same images, their probabilities averaged.
+
+        Raises:
+            ValueError: the views are of other images or classes.
+        """
+        first = views[0]
+        for view in views[1:]:
+            same = torch.equal(view.indices, first.indices) and torch.equal(view.labels, first.labels)
+            if not same or view.class_names != first.class_names:
+                raise ValueError("the views are not of the same images")
+        # the softmax of a logarithm of probabilities is these probabilities; no small one is lost on the way
+        logs = torch.stack([view.logits.double().log_softmax(1) for view in views]).logsumexp(0)
+        return cls((logs - math.log(len(views))).float(), first.labels, first.indices, first.class_names)
+
+    def scaled(self, temperature: float) -> Evaluation:
+        """The same predictions, with the probabilities that another ``temperature`` gives."""
+        return replace(self, logits=self.logits / temperature)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """float32 [N, K], rows sum to one."""
+        return self.logits.softmax(1)
+
+    @cached_property
+    def predictions(self) -> Tensor:
+        """int64 [N], the class of the largest logit."""
+        return self.logits.argmax(1)
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Share of images whose prediction is right; NaN without images."""
+        return float((self.predictions == self.labels).double().mean())
+
+    @cached_property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats; NaN without images."""
+        return float(F.cross_entropy(self.logits.double(), self.labels))
+
+    @cached_property
+    def confusion_matrix(self) -> Tensor:
+        """int64 [K, K]: entry (i, j) counts images of class i that were predicted as j."""
+        return multiclass_confusion_matrix(self.logits, self.labels, num_classes=self.num_classes)
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracy, loss and the number of images."""
+        return {"acc": self.accuracy, "loss": self.loss, "count": len(self)}
+
+    def scores(self) -> dict[str, Any]:
+        """:meth:`metrics`, and the other numbers that are one for all classes; there must be images.
+
+        ``acc_interval`` is Wilson's, of 95 %. ``nll`` is the loss under its other name.
+        """
+        top2 = multiclass_accuracy(self.probabilities, self.labels, self.num_classes, average="micro", top_k=2)
+        right = int((self.predictions == self.labels).sum())
+        return {
+            **self.metrics(),
+            "acc_interval": list(wilson_interval(right, len(self))),
+            "top2_acc": _rounded(top2),
+            "macro_f1": _rounded(multiclass_f1_score(self.predictions, self.labels, self.num_classes, "macro")),
+            "nll": self.loss,
+            **self.calibration(),
+        }
+
+    def calibration(self) -> dict[str, float]:
+        """Brier score and expected calibration error, see :mod:`cifar10_tl.calibration`."""
+        return {
+            "brier": brier_score(self.probabilities, self.labels),
+            "ece": _rounded(expected_calibration_error(self.probabilities, self.labels)),
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """For each class its name, precision, recall, F1 and number of images; 0 where a share is of nothing."""
+        scores = [
+            metric(self.predictions, self.labels, self.num_classes, average="none")
+            for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
+        ]
+        counts = self.confusion_matrix.sum(1).tolist()
+        rows = zip(self.class_names, *scores, counts, strict=True)
+        return [
+            {"class": name, "precision": _rounded(p), "recall": _rounded(r), "f1": _rounded(f), "count": count}
+            for name, p, r, f, count in rows
+        ]
+
+    def confused_pairs(self, most: int = 10) -> list[dict[str, Any]]:
+        """The classes taken for one another most often: how many images of the true class, and which share of it."""
+        wrong = self.confusion_matrix.clone().fill_diagonal_(0)
+        order = wrong.flatten().argsort(descending=True, stable=True)[:most].tolist()
+        pairs = [divmod(place, self.num_classes) for place in order]
+        return [
+            {
+                "true": self.class_names[i],
+                "predicted": self.class_names[j],
+                "count": int(wrong[i, j]),
+                "share": int(wrong[i, j]) / int(self.confusion_matrix[i].sum()),
+            }
+            for i, j in pairs
+            if wrong[i, j]
+        ]
+
+    def confident_mistakes(self, most: int = 10) -> list[dict[str, Any]]:
+        """The mistakes that the network was surest of; ``index`` is the image's place in its source."""
+        return [
+            {
+                "index": int(self.indices[place]),
+                "true": self.class_names[self.labels[place]],
+                "predicted": self.class_names[self.predictions[place]],
+                "probability": _rounded(self.probabilities[place].max()),
+            }
+            for place in self.mistakes(most).tolist()
+        ]
+
+    def correct(self, most: int) -> Tensor:
+        """Places of up to ``most`` images predicted rightly, spread evenly over the images (int64)."""
+        places = (self.predictions == self.labels).nonzero().flatten()
+        if len(places) <= most:
+            return places
+        return places[torch.linspace(0, len(places) - 1, most).round().long()]
+
+    def mistakes(self, most: int) -> Tensor:
+        """Places of up to ``most`` images predicted wrongly, the most confident mistakes first (int64)."""
+        places = (self.predictions != self.labels).nonzero().flatten()
+        confidence = self.probabilities.max(1).values[places]
+        return places[confidence.argsort(descending=True, stable=True)][:most]
+
+
+def _rounded(value: Tensor | float) -> float:
+    """A float32 as a Python float, without the digits that it does not hold."""
+    return float(f"{float(value):.7g}")

@@ -1,0 +1,312 @@
+"""The system around the network: loss, steps, optimizer, and what is measured."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.feature_cache import tensors_checksum
+from cifar10_tl.data.keyed_rng import hash32
+from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.models.backbone import Backbone
+from cifar10_tl.models.heads import build_head, pools
+from cifar10_tl.models.network import TransferResNet
+from cifar10_tl.models.optim import find_optimizer, parameter_groups, schedule_factor
+from cifar10_tl.models.weights import (
+    check_weights,
+    fetch_weights,
+    load_backbone_state,
+    load_weights,
+    normalisation,
+    read_state_dict,
+)
+
+log = logging.getLogger(__name__)
+
+
+class LitClassifier(pl.LightningModule):
+    """A :class:`TransferResNet` that learns by categorical cross-entropy.
+
+    All arguments are plain values, and travel in every checkpoint: ``LitClassifier.load_from_checkpoint(path)`` needs
+    nothing else. Published weights are fetched and loaded when a fit starts, never when a checkpoint is restored.
+
+    What is reported as loss, of train, val and test alike, is the plain cross-entropy, so that the curves can be
+    compared; label smoothing acts on the loss that is minimised only. Where images are mixed, the training accuracy
+    counts the class with the larger share.
+
+    Args:
+        class_names: of the K classes, in the order of the logits.
+        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        weights: a name of torchvision's (such as IMAGENET1K_V2), a file, or None for random weights.
+        image_size: pixels; images are brought to it inside the network.
+        native_size: pixels; the side of the images that the network is trained on and given.
+        interpolation: "bicubic" or "bilinear".
+        freeze: "none", or "backbone": only the head learns.
+        stem: "imagenet" or "cifar", see :class:`Backbone`.
+        head: ``{"name": "dense", ...}``, see :mod:`cifar10_tl.models.heads`.
+        label_smoothing: share of the target probability spread over all classes, in [0, 1).
+        optimizer: ``{"name": a class of torch.optim, "lr": ..., "backbone_lr_scale": ..., its other arguments}``.
+        scheduler: ``{"name": "constant"}`` or ``{"name": "cosine", "warmup": share of steps, "final": share of lr}``.
+        seed: of dropout.
+
+    Raises:
+        UserError: a value is not among the possible ones.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        backbone: str = "resnet50",
+        weights: str | None = None,
+        image_size: int = 224,
+        native_size: int = 32,
+        interpolation: str = "bicubic",
+        freeze: str = "none",
+        stem: str = "imagenet",
+        head: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        optimizer: Mapping[str, Any] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        class_names, head = list(class_names), dict(head or {"name": "dense"})
+        optimizer = dict(optimizer or {"name": "Adam", "lr": 1e-3, "backbone_lr_scale": 0.1})
+        scheduler = dict(scheduler or {"name": "constant"})
+        self.save_hyperparameters(logger=False)
+        self.class_names, self.label_smoothing = class_names, label_smoothing
+        trunk = Backbone(backbone, stem=stem, frozen=freeze == "backbone")
+        mean, std = normalisation(backbone, weights)
+        self.network = TransferResNet(
+            trunk,
+            build_head(head, trunk.num_features, len(class_names)),
+            native_size=native_size,
+            image_size=image_size,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+        )
+        # looked at now: FSDP makes every parameter a shard of one axis before it asks for the optimizer
+        self._decayed = {p for p in self.network.parameters() if p.ndim > 1}
+        self.evaluation: Evaluation | None = None  # of the latest pass over val or test
+        self.restored_epoch: int | None = None  # whose weights these are, if they came from a checkpoint
+        self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._totals = torch.zeros(3, dtype=torch.float64)  # of this epoch: loss, hits and number of images
+        self._has_weights = weights is None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits float [N, K] of uint8 images [N, 3, H, W]."""
+        return self.network(images)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if batch.features is None:
+            return self.network(batch.images).float()
+        return self.network.head(batch.features).float()
+
+    # ------------------------------------------------------------------------------------ features of a frozen backbone
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head reads of uint8 images [N, 3, H, W], in the trainer's precision, on the CPU.
+
+        The mode of the network stays as it is: a frozen backbone is in eval mode always, and the head has its dropout.
+        """
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return self.network.head_input(images.to(self.device)).cpu()
+
+    def features_description(self) -> dict[str, Any]:
+        """All that :meth:`features` depends on besides the images, as plain values."""
+        names = ("backbone", "stem", "image_size", "interpolation")
+        return {
+            **{name: self.hparams[name] for name in names},
+            "precision": str(self.trainer.precision_plugin.precision),
+            "pooled": pools(self.network.head),
+            "weights": tensors_checksum(self.network.backbone.state_dict()),
+            "normalisation": tensors_checksum({"scale": self.network.scale, "shift": self.network.shift}),
+        }
+
+    # ------------------------------------------------------------------------------------------ where weights come from
+
+    def prepare_data(self) -> None:
+        """Fetch published weights, in one process a machine, if this fit starts from them."""
+        if self._wants_weights():
+            check_weights(self.hparams["backbone"], self.hparams["weights"])
+            fetch_weights(self.hparams["backbone"], self.hparams["weights"])
+
+    def setup(self, stage: str) -> None:
+        """Load the weights that a fit starts from."""
+        if self._wants_weights():
+            load_weights(self.network.backbone, self.hparams["backbone"], self.hparams["weights"])
+            self._has_weights = True
+
+    def _wants_weights(self) -> bool:
+        return self.trainer.state.fn == "fit" and not self._has_weights and not self.trainer.ckpt_path
+
+    def load_weights_from(self, checkpoint: Path) -> None:
+        """Start from the weights in another run's checkpoint; the head is left out where its shapes differ.
+
+        Raises:
+            UserError: the file is no checkpoint of such a network.
+        """
+        content = read_state_dict(checkpoint)
+        if not any(name.startswith("network.") for name in content):
+            raise UserError(
+                f"init_from={checkpoint} is no checkpoint of this project; the weights of a ResNet are given by "
+                "model.weights=FILE"
+            )
+        state = {k.removeprefix("network."): v for k, v in content.items()}
+        backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        load_backbone_state(self.network.backbone, backbone, f"init_from={checkpoint}")
+        own = self.network.head.state_dict()
+        head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+        if head.keys() == own.keys() and all(v.shape == own[k].shape for k, v in head.items()):
+            self.network.head.load_state_dict(head)
+        else:
+            log.info("%s has another head: only its backbone is taken", checkpoint)
+        self._has_weights = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the running totals of an epoch that was left in its middle."""
+        self._has_weights = True
+        self.restored_epoch = checkpoint["epoch"]
+        totals = checkpoint.get("train_totals")
+        if totals is not None and self._is_rank_zero():
+            self._totals = totals.to(self._totals.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the running totals of all processes; Lightning calls this in each of them."""
+        checkpoint["train_totals"] = self._summed(self._totals).cpu()
+
+    def _is_rank_zero(self) -> bool:
+        return self._trainer is None or self._trainer.is_global_zero
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """Bring the totals, perhaps those of an epoch to go on with, to the device; and the loader to its position.
+
+        Lightning restores the position when it makes the loader, but for the number of steps, which the schedule asks
+        for, the loader is made before the checkpoint is read: the position is still to be restored.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
+        has_float64 = self.device.type != "mps"
+        self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the totals anew; not called where an epoch is resumed in its middle."""
+        self._totals.zero_()
+        self.evaluation = None  # that of another epoch
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Key dropout by the batch, so that a resumed run draws what the uninterrupted one would have."""
+        seed = int(hash32(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
+        # not torch.manual_seed: where CUDA was never used it keeps a stack trace of each call, 2 ms and for ever
+        (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss to minimise; what is reported is added up on the device, for no step waits for a number."""
+        logits = self._logits(batch)
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        with torch.no_grad():
+            reported = loss if not self.label_smoothing else F.cross_entropy(logits, batch.targets)
+            labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
+            loss_total, hits, count = self._totals.unbind()
+            loss_total.add_(reported, alpha=len(labels))
+            hits.add_((logits.argmax(1) == labels).sum())
+            count.add_(len(labels))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Make the epoch's means known to callbacks that watch a metric."""
+        self.log_dict(self.training_metrics(), logger=False)
+
+    def training_metrics(self) -> dict[str, float]:
+        """Mean loss and accuracy over this epoch so far, of all processes; to be called in each of them."""
+        loss, hits, count = self._summed(self._totals).tolist()
+        return {"train/loss": loss / max(count, 1), "train/acc": hits / max(count, 1)}
+
+    def running_metrics(self) -> dict[str, float]:
+        """Mean loss and accuracy over this epoch so far, of this process alone; waits for the device."""
+        loss, hits, count = self._totals.tolist()
+        return {"loss": loss / max(count, 1), "acc": hits / max(count, 1)}
+
+    def _summed(self, totals: Tensor) -> Tensor:
+        if self._trainer is None or self.trainer.world_size == 1:
+            return totals
+        summed: Any = self.trainer.strategy.reduce(totals.clone(), reduce_op="sum")
+        return summed
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the logits; everything is read from them once they are all there."""
+        if len(batch.images):  # the last batch of a rank may be empty: see BatchSampler
+            self._eval_outputs.append((self._logits(batch), batch.targets, batch.indices))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather every process's logits into :attr:`evaluation`, and make its loss and accuracy known."""
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self._finish_evaluation("test")
+
+    def _finish_evaluation(self, stage: str) -> None:
+        logits, labels, indices = self._gathered_outputs()
+        self.evaluation = Evaluation.of(logits, labels, indices, self.class_names)
+        # every process has all the logits, and so the same numbers: nothing to reduce
+        metrics = {f"{stage}/loss": self.evaluation.loss, f"{stage}/acc": self.evaluation.accuracy}
+        self.log_dict(metrics, logger=False, batch_size=1)
+
+    def _gathered_outputs(self) -> list[Tensor]:
+        """Logits, labels and indices of all images, on the CPU."""
+        outputs, self._eval_outputs = self._eval_outputs, []
+        if outputs:
+            own = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
+        else:  # fewer images than processes
+            own = [torch.zeros(0, len(self.class_names)), *torch.zeros(2, 0, dtype=torch.long)]
+        if self.trainer.world_size == 1:
+            return own
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, own)  # the ranks' counts differ
+        return [torch.cat(parts) for parts in zip(*gathered, strict=True)]
+
+    # --------------------------------------------------------------------------------------------------- optimization
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over up to four groups (backbone and head, with and without decay), and its schedule if any."""
+        settings = dict(self.hparams["optimizer"])
+        name, backbone_lr_scale = settings.pop("name"), settings.pop("backbone_lr_scale", 1.0)
+        optimizer_class = find_optimizer(name)
+        lr = settings["lr"]
+        groups = [
+            *parameter_groups("backbone", self.network.backbone, lr * backbone_lr_scale, self._decayed),
+            *parameter_groups("head", self.network.head, lr, self._decayed),
+        ]
+        if "fused" in inspect.signature(optimizer_class).parameters and not settings.get("foreach"):
+            settings.setdefault("fused", True)
+        try:
+            optimizer = optimizer_class(groups, **settings)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"optimizer {name}: {error} (~optimizer.KEY takes away what it does not know)") from error
+        if self.hparams["scheduler"]["name"] == "constant":
+            return optimizer
+        schedule = schedule_factor(self.hparams["scheduler"], int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+        }

@@ -1,0 +1,179 @@
+"""torchvision's ResNet up to its last feature map, and where its weights come from."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models import WeightsEnum, get_model_weights
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.models.backbone import _LEFT_OUT, Backbone
+
+#: Every ImageNet weights of torchvision's ResNets was trained on images normalised by these.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalisation(name: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, 0 to 1, that these weights were trained with.
+
+    A file does not tell; then, and for random weights, they are ImageNet's.
+    """
+    if is_published(name, weights):
+        transforms = _published(name, weights).transforms()
+        return tuple(transforms.mean), tuple(transforms.std)
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def is_published(name: str, weights: str | None) -> bool:
+    """Whether ``weights`` is a name of torchvision's, rather than a file or null."""
+    # not DEFAULT: what it stands for changes from release to release
+    return weights in get_model_weights(name).__members__ and weights != "DEFAULT"
+
+
+def _published(name: str, weights: str | None) -> WeightsEnum:
+    return get_model_weights(name)[str(weights)]
+
+
+def check_weights(name: str, weights: str | None) -> None:
+    """Complain early of weights that cannot be loaded.
+
+    Raises:
+        UserError: ``weights`` is neither a name of torchvision's nor an existing file.
+    """
+    if weights is None or is_published(name, weights) or Path(weights).is_file():
+        return
+    names = ", ".join(w for w in get_model_weights(name).__members__ if w != "DEFAULT")
+    raise UserError(f"model.weights={weights}: neither a file nor one of {names}; null starts from random weights")
+
+
+def fetch_weights(name: str, weights: str | None) -> None:
+    """Download torchvision's weights into its cache, where they are not there yet; to be called once a machine.
+
+    Raises:
+        UserError: the download failed, or its checksum is wrong.
+    """
+    if is_published(name, weights):
+        _published_state(name, weights)
+
+
+def load_weights(backbone: Backbone, name: str, weights: str | None) -> None:
+    """Give ``backbone`` the weights that torchvision publishes by this name, or a file's; None leaves it as it is.
+
+    Raises:
+        UserError: as :func:`fetch_weights`, or the file does not hold this backbone's weights.
+    """
+    if weights is None:
+        return
+    state = _published_state(name, weights) if is_published(name, weights) else read_state_dict(Path(weights))
+    load_backbone_state(backbone, state, str(weights))
+
+
+def _published_state(name: str, weights: str | None) -> Mapping[str, Tensor]:
+    entry = _published(name, weights)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    if file.is_file():
+        _check_digest(file)
+    try:
+        state: Mapping[str, Tensor] = entry.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+        )
+    except OSError as error:  # URLError, HTTPError and timeouts among them
+        raise UserError(
+            f"cannot download {entry.url} ({error}): bring that file from a machine with a network and put it at "
+            f"{file}, or start from random weights with model.weights=null"
+        ) from error
+    except RuntimeError as error:  # torch.hub's word for a download with a wrong checksum
+        raise UserError(f"{entry.url} gave another file than torchvision published: {error}") from error
+    return state
+
+
+def _check_digest(file: Path) -> None:
+    """Torch checks the checksum of a download, but not of a file that lies in its cache already."""
+    expected = file.stem.rsplit("-", 1)[-1]
+    if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(expected):
+        raise UserError(f"{file} is not the file that torchvision published: delete it and start again")
+
+
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """The tensors in a ``.safetensors`` or PyTorch file; no code in it is run.
+
+    Raises:
+        UserError: the file holds something else, or is broken.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise UserError(f"{path} is broken or no safetensors file: {error}") from error
+    content = load_safely(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path} holds no state dict (names and tensors)")
+    return {str(k).removeprefix("module."): v for k, v in content.items()}
+
+
+def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copy a state dict, of the trunk or of a whole ResNet, into ``backbone``.
+
+    Raises:
+        UserError: names are missing, unexpected or of another shape; they are named.
+    """
+    own = backbone.state_dict()
+    given = {k: v for k, v in state.items() if k.split(".")[0] not in _LEFT_OUT}
+    faults = {
+        "missing": [k for k in own if k not in given and not k.endswith("num_batches_tracked")],
+        "unexpected": [k for k in given if k not in own],
+        "of another shape": [
+            f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+            for k, v in given.items()
+            if k in own and v.shape != own[k].shape
+        ],
+    }
+    if found := [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys]:
+        raise UserError(f"{origin} does not fit this backbone; {'; '.join(found)}")
+    backbone.load_state_dict(given, strict=False)  # files older than 2018 lack num_batches_tracked
+
+
+def _some(keys: list[str], most: int = 4) -> str:
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+
+
+def load_safely(path: Path) -> Any:
+    """The tensors and plain values in a file of ``torch.save``, on the CPU; code that the file names is not run.
+
+    Raises:
+        UserError: the file is missing, cut off, of another kind, or names code.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch would not notice a flipped bit
+            with zipfile.ZipFile(path) as archive:
+                if spoiled := archive.testzip():
+                    raise UserError(f"{path} is broken: the checksum of {spoiled} in it is another")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles; whether it can be read is all that matters
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read safely: it is broken, of another kind, or names code to be run"
+        ) from error
+    except Exception as error:  # a file cut off fails in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]  # torch adds advice
+        raise UserError(f"{path} is broken or of another kind: {reason}") from error

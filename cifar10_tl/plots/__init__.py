@@ -1,0 +1,27 @@
+"""Figures for TensorBoard and the output folder: arrays in, `matplotlib.figure.Figure` out.
+
+Nothing here opens a pyplot figure, writes a file or changes rcParams, so it is safe inside a training loop.
+The pages are laid out by hand: one axes whose unit is the inch, texts measured before they are placed,
+pictures composed into one image. No text is cut off, and it draws several times faster than subplots with
+a layout engine.
+"""
+
+from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
+from cifar10_tl.plots.confusion_matrix import confusion_matrix
+from cifar10_tl.plots.corruption import corruption_curves
+from cifar10_tl.plots.curves import curves
+from cifar10_tl.plots.image_grid import prediction_grid, sample_grid
+from cifar10_tl.plots.per_class import class_bars
+from cifar10_tl.plots.style import legible
+
+__all__ = [
+    "class_bars",
+    "confidence_histogram",
+    "confusion_matrix",
+    "corruption_curves",
+    "curves",
+    "legible",
+    "prediction_grid",
+    "reliability_diagram",
+    "sample_grid",
+]

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.batch import Batch, Split
+from cifar10_tl.data.datamodule import CIFAR10DataModule, stratified
+
+AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3}
+
+
+def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options) -> CIFAR10DataModule:
+    options = {
+        "train_size": 200,
+        "test_size": 60,
+        "val_size": 40,
+        "batch_size": 32,
+        "augment": AUGMENT,
+    } | options
+    data = CIFAR10DataModule(source="shapes", **options)
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank,
+        world_size=world_size,
+        training=True,
+        current_epoch=epoch,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    data.setup()
+    return data
+
+
+def training_batches(data: CIFAR10DataModule) -> list[Batch]:
+    loader = data.train_dataloader()
+    loader.order.set_epoch(data.trainer.current_epoch)  # type: ignore[union-attr]
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def test_validation_is_stratified_disjoint_and_seeded() -> None:
+    data = datamodule()
+    train, val, test = (data.splits[s] for s in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (160, 40, 60)
+    assert torch.bincount(val.labels).tolist() == [4] * 10
+    assert sorted([*train.indices.tolist(), *val.indices.tolist()]) == list(range(200))
+    assert torch.equal(val.indices, datamodule(seed=7).splits["val"].indices), "seed must not move the split"
+    assert not torch.equal(val.indices, datamodule(split_seed=1).splits["val"].indices)
+
+
+def test_global_batches_are_the_same_pixel_for_pixel_on_one_and_two_processes() -> None:
+    alone = training_batches(datamodule(epoch=3))
+    ranks = [training_batches(datamodule(rank=r, world_size=2, epoch=3)) for r in (0, 1)]
+    assert len(alone) == 5
+    for step, whole in enumerate(alone):
+        for rank in (0, 1):
+            assert torch.equal(ranks[rank][step].images, whole.images[rank::2])
+            assert torch.equal(ranks[rank][step].targets, whole.targets[rank::2])
+
+
+def test_another_epoch_has_another_order_and_other_changes() -> None:
+    first, second = training_batches(datamodule(epoch=0)), training_batches(datamodule(epoch=1))
+    assert not torch.equal(first[0].indices, second[0].indices)
+    by_index = {int(i): image for b in first for i, image in zip(b.indices, b.images, strict=True)}
+    same = [torch.equal(by_index[int(i)], x) for b in second for i, x in zip(b.indices, b.images, strict=True)]
+    assert np.mean(same) < 0.1
+
+
+def test_going_on_inside_an_epoch_gives_the_same_batches() -> None:
+    data = datamodule(epoch=2)
+    whole = training_batches(data)
+    loader = data.train_dataloader()
+    loader.order.set_epoch(2)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    fresh = datamodule(epoch=2)
+    resumed = fresh.train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    resumed.order.set_epoch(2)
+    rest = [fresh.on_after_batch_transfer(b, 0) for b in resumed]
+    assert len(rest) == 3
+    for a, b in zip(rest, whole[2:], strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_evaluation_batches_are_left_as_they_are() -> None:
+    data = datamodule()
+    data.trainer.training = False  # type: ignore[union-attr]
+    batches = [data.on_after_batch_transfer(b, 0) for b in data.val_dataloader()]
+    assert torch.equal(torch.cat([b.images for b in batches]), data.splits["val"].images)
+    assert sum(len(b.images) for b in data.test_dataloader()) == 60
+
+
+def test_image_limit_holds_after_the_split_and_in_proportion() -> None:
+    splits = datamodule(image_limit=30).splits
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [30, 30, 30]
+    assert torch.bincount(splits["train"].labels).tolist() == [3] * 10
+    assert set(splits["val"].indices.tolist()) < set(datamodule().splits["val"].indices.tolist())
+
+
+def test_fewer_images_than_a_batch_make_one_batch() -> None:
+    data = datamodule(image_limit=21, batch_size=64, rank=1, world_size=2)
+    batches = training_batches(data)
+    assert [len(b.images) for b in batches] == [10]
+
+
+@pytest.mark.parametrize("val_size", [9, 191])
+def test_a_val_size_that_leaves_a_class_out_is_refused(val_size: int) -> None:
+    with pytest.raises(UserError, match=f"data.val_size={val_size} .* choose 10 to 190"):
+        datamodule(val_size=val_size)
+
+
+def test_images_are_found_by_their_index() -> None:
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 2, 2)
+    split = Split(images, torch.arange(5), torch.tensor([3, 8, 9, 20, 31]))
+    assert split.by_index(torch.tensor([20, 3]))[:, 0, 0, 0].tolist() == [3, 0]
+
+
+def test_stratified_takes_each_class_in_proportion() -> None:
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    places = stratified(labels, 15, seed=0)
+    assert torch.bincount(labels[places]).tolist() == [
+        9,
+        5,
+        1,
+    ]  # 9, 4.5 and 1.5: the first remainder of .5 wins
+    assert places.tolist() == sorted(set(places.tolist()))
+    assert len(stratified(labels, 100, seed=0)) == 100
+
+
+def test_hyperparameters_are_plain_and_complete() -> None:
+    data = datamodule(batch_size=16)
+    again = CIFAR10DataModule(**data.hparams)
+    assert again.hparams == data.hparams
+    assert data.hparams["batch_size"] == 16
+    assert data.hparams["train_size"] == 200
+    assert data.hparams["augment"]["random_crop_padding"] == 4
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(UserError, match="there are cifar10, folder, shapes"):
+        CIFAR10DataModule(source="mnist")

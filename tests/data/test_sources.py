@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.images import decode_image
+from cifar10_tl.data.sources import CIFAR10_NAMES, Cifar10, Folder, Shapes
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, np.ndarray]]:
+    """A small archive of CIFAR-10's layout, with torchvision told its checksums, and what is in it."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (7, 4, 3072), dtype=np.uint8)
+    labels = generator.integers(0, 10, (7, 4))
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
+    files = {n: pickle.dumps({"data": x, "labels": y.tolist()}) for n, x, y in zip(names, images, labels, strict=True)}
+    files["batches.meta"] = pickle.dumps({"label_names": list(CIFAR10_NAMES)})
+    path = tmp_path / "served" / "cifar-10-python.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    sums = {name: md5(content) for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    return path, {"images": images.reshape(7, 4, 3, 32, 32), "labels": labels}
+
+
+@pytest.fixture
+def serve(archive: tuple[Path, object]):
+    """The address of a server on this machine that has the archive."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(archive[0].parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/{archive[0].name}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_cifar10_is_fetched_and_read_as_it_is(archive, serve: str, tmp_path: Path) -> None:
+    path, wanted = archive
+    source = Cifar10(str(tmp_path / "data"), [serve], md5(path.read_bytes()), 5.0)
+    source.prepare()
+    splits = source.load()
+    assert torch.equal(splits["train"].images, torch.from_numpy(wanted["images"][:5].reshape(-1, 3, 32, 32)))
+    assert torch.equal(splits["test"].images, torch.from_numpy(wanted["images"][5]))
+    assert splits["train"].labels.tolist() == wanted["labels"][:5].flatten().tolist()
+    assert splits["test"].images.dtype == torch.uint8
+    path.unlink()  # a second call must not need the network, nor the archive
+    (tmp_path / "data" / path.name).unlink()
+    source.prepare()
+
+
+def test_without_a_network_the_line_names_the_file_the_place_and_other_ways(tmp_path: Path) -> None:
+    source = Cifar10(str(tmp_path), ["http://127.0.0.1:9/cifar-10-python.tar.gz"], "0" * 32, 1.0)
+    with pytest.raises(UserError) as caught:
+        source.prepare()
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in ("cifar-10-python.tar.gz", str(tmp_path), "data=shapes", "data=folder"):
+        assert part in line
+
+
+def test_a_wrong_archive_in_its_place_is_mentioned(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"put it at .*, where a file with another md5 lies now"):
+        Cifar10(str(tmp_path), ["http://127.0.0.1:9/cifar-10-python.tar.gz"], "0" * 32, 1.0).prepare()
+
+
+def test_an_archive_of_something_else_is_refused(archive, serve: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
+    with pytest.raises(UserError, match="holds no CIFAR-10"):
+        Cifar10(str(tmp_path / "data"), [serve], md5(archive[0].read_bytes()), 5.0).prepare()
+
+
+# ------------------------------------------------------------------------------------------------------------- folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three classes; PNG of the native size, a larger JPEG, a grey WebP; and their colours."""
+    root = tmp_path / "pictures"
+    for split, count in (("train", 4), ("test", 2)):
+        for label, name in enumerate(("bee", "ant", "wasp")):
+            for i in range(count):
+                folder = root / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), (60 * label, 10 * i, 0)).save(folder / f"{i}.png")
+    Image.new("RGB", (64, 50), (250, 0, 0)).save(root / "train" / "ant" / "large.jpg", quality=95)
+    Image.new("L", (32, 32), 77).save(root / "train" / "wasp" / "grey.webp", lossless=True)
+    return root
+
+
+def folder(root: Path, **options) -> Folder:
+    return Folder(str(root), cache_dir=str(root.parent / "cache"), **options)
+
+
+def test_a_folder_is_read_by_class_and_file_name(pictures: Path) -> None:
+    source = folder(pictures)
+    assert source.class_names == ("ant", "bee", "wasp")
+    splits = source.load()
+    assert set(splits) == {"train", "test"}
+    train = splits["train"]
+    assert train.images.shape == (14, 3, 32, 32)
+    assert train.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 5
+    assert train.images[1, :, 0, 0].tolist() == [60, 10, 0]  # ant/1.png
+    assert (train.images[4, 0].int() - 250).abs().max() <= 3  # ant/large.jpg, resized
+    assert (train.images[13] == 77).all()  # wasp/grey.webp as three equal channels
+
+
+def test_resizing_averages_rather_than_skips_pixels(tmp_path: Path) -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[::2] = 255  # finer than the small image can show: without antialiasing it would be black or white
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    small = decode_image(tmp_path / "stripes.png", 16)
+    assert small.shape == (3, 16, 16)
+    assert np.abs(small.astype(int) - 127).max() < 12
+
+
+def test_the_cache_is_used_and_rebuilt_when_stale_or_broken(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cifar10_tl.data.sources as sources
+
+    decoded: list[Path] = []
+    monkeypatch.setattr(sources, "decode_image", lambda path, size: decoded.append(path) or decode_image(path, size))
+    first = folder(pictures).load()
+    assert len(decoded) == 14 + 6
+    again = folder(pictures).load()
+    assert len(decoded) == 20
+    assert torch.equal(first["train"].images, again["train"].images)
+
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(pictures / "train" / "ant" / "new.png")  # stale
+    assert len(folder(pictures).load()["train"].labels) == 15
+    assert len(decoded) == 20 + 15
+
+    for cache in (pictures.parent / "cache").iterdir():  # broken: cut off, and one byte changed
+        content = bytearray(cache.read_bytes())
+        content[len(content) // 2] ^= 1
+        cache.write_bytes(content if "test" in cache.name else content[:-500])
+    assert len(folder(pictures).load()["train"].labels) == 15
+    assert len(decoded) == 35 + 15 + 6
+    assert not list((pictures.parent / "cache").glob("*.tmp"))
+
+
+def test_files_that_are_no_image_are_named_or_left_out(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (pictures / "train" / "ant" / "notes.txt").write_text("no image")
+    whole = (pictures / "train" / "bee" / "1.png").read_bytes()
+    (pictures / "train" / "bee" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        UserError, match=r"2 files of train cannot be used: .*notes\.txt \(no image of.*cut\.png \(.*skip_bad=true"
+    ):
+        folder(pictures).prepare()
+    for _ in range(2):  # decoded, and from the cache
+        caplog.clear()
+        source = folder(pictures, skip_bad=True)
+        source.prepare()
+        assert len(source.load()["train"].labels) == 14
+        assert caplog.text.count("2 files of train cannot be used and left out") == 1
+    with pytest.raises(UserError, match="2 files of train cannot be used"):
+        folder(pictures).load()
+
+
+def test_links_are_followed_and_hidden_files_passed_over(pictures: Path, tmp_path: Path) -> None:
+    ant = pictures / "train" / "ant"
+    (ant / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (32, 32)).save(ant / ".ipynb_checkpoints" / "0-checkpoint.png")
+    Image.new("RGB", (32, 32)).save(ant / ".hidden.png")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "elsewhere" / "a.png")
+    (ant / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(ant)
+    assert len(folder(pictures).load()["train"].labels) == 15
+    (ant / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"1 file of train cannot be used: .*gone\.png \(No such file"):
+        folder(pictures).prepare()
+
+
+def test_a_validation_folder_is_used(pictures: Path) -> None:
+    (pictures / "test").rename(pictures / "val")
+    import shutil
+
+    shutil.copytree(pictures / "val", pictures / "test")
+    assert set(folder(pictures).load()) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "test").rename(root / "tests"), "there is no folder test"),
+        (
+            lambda root: (root / "test" / "ant").rename(root / "test" / "fly"),
+            "differ in their classes: ant, fly",
+        ),
+        (lambda root: [f.unlink() for f in (root / "test" / "ant").iterdir()], "no image of ant"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_explained(pictures: Path, spoil, message: str) -> None:
+    spoil(pictures)
+    with pytest.raises(UserError, match=message):
+        folder(pictures).prepare()
+
+
+def test_one_class_is_not_enough(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds 1 class"):
+        folder(tmp_path)
+
+
+def test_shapes_draw_train_and_test_apart() -> None:
+    splits = Shapes(train_size=50, test_size=20).load()
+    assert splits["train"].images.shape == (50, 3, 32, 32)
+    assert splits["test"].images.shape == (20, 3, 32, 32)
+    assert not torch.equal(splits["train"].images[:20], splits["test"].images)
+    assert not torch.equal(Shapes(50, 20, drawing_seed=1).load()["train"].images, splits["train"].images)

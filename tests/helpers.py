@@ -1,0 +1,102 @@
+"""Constants and functions that several test files share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL_IMAGES = Path(os.environ.get("CIFAR10_TL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+#: The smallest run that has everything: ResNet18 at 32 px on a few built-in images.
+SMALL = (
+    "experiment=quickstart",
+    "model.backbone=resnet18",
+    "model.head.hidden=[32]",
+    "data.train_size=400",
+    "data.test_size=100",
+    "data.val_size=80",
+    "data.batch_size=64",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.precision=32-true",
+    "trainer.enable_progress_bar=false",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def compose_train(*overrides: str) -> DictConfig:
+    """The config of the train command with these overrides, as Hydra composes it, checked."""
+    from hydra import compose, initialize_config_dir
+
+    from cifar10_tl.config.run_dir import CONFIG_DIR, register_resolvers
+    from cifar10_tl.config.validation import check_config
+
+    register_resolvers()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides))
+    check_config(cfg)
+    return cfg
+
+
+class StepLosses(Callback):
+    """Keeps the loss of each training step of the latest run."""
+
+    seen: ClassVar[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(outputs["loss"].item())
+
+
+class Accident(Callback):
+    """Lets something happen at a moment of the run, once."""
+
+    happens: ClassVar[Callable[[], Any] | None] = None
+    at: ClassVar[tuple[str, int]] = ("step", 0)
+
+    def _now(self, place: str, number: int) -> None:
+        action = Accident.happens
+        if action is not None and Accident.at == (place, number):
+            Accident.happens = None
+            action()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._now("step", trainer.global_step)
+        self._now("batch", batch_idx)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._now("validation", trainer.current_epoch)
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._now("test", batch_idx)
+
+
+class Watcher(Callback):
+    """A user's callback with one hook of a step, and one set on the object alone."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+        self.on_after_backward = lambda trainer, module: self.called.append("after backward")  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.called.append("batch end")
+
+
+class Weights(Callback):
+    """Keeps the network's state behind each step."""
+
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
