@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.run_dir import RUN_CONFIG
-from cifar10_tl.io import atomic_write_text
+from cifar10_tl.io import atomic_write, atomic_write_text
 
 if TYPE_CHECKING:  # torch and Lightning take seconds to import: only once the settings are known to be good
     import lightning.pytorch as pl
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # torch and Lightning take seconds to import: only once the s
 
 
 log = logging.getLogger(__name__)
+
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     from cifar10_tl.engine.hardware import quiet_libraries, tune_for
     from cifar10_tl.engine.results import describe, environment, write_corruption, write_json, write_predictions
     from cifar10_tl.metrics.calibration import fit_temperature
-    from cifar10_tl.plots.evaluation import write_figures
+    from cifar10_tl.plots import evaluation_figures, to_png
 
     quiet_libraries()
     clock = time.perf_counter()
@@ -83,7 +85,10 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         "environment": environment(run.device, 1, run.precision),
     }
     run_dir = Path(cfg.paths.output_dir)
-    write_figures(run_dir / "figures", results, evaluation, evaluation.scaled(temperature), split)
+    where = f"{SPLIT_NAMES[cfg.split]}, epoch {module.restored_epoch}"
+    for name, figure in evaluation_figures(evaluation, evaluation.scaled(temperature), split, where).items():
+        with atomic_write(run_dir / "figures" / f"{name}_{cfg.split}.png") as file:
+            file.write(to_png(figure))
     write_predictions(run_dir / "predictions.csv", evaluation)
     if "corruption" in results:
         write_corruption(run_dir / "corruption.csv", results["corruption"])

@@ -161,7 +161,7 @@ def write_grid(path: Path, first: Sequence[tuple[Prediction, Pixels]], total: in
     """Draw the first pictures, as the network was given them, with label and probability."""
     import numpy as np
 
-    from cifar10_tl.plots import legible, sample_grid
+    from cifar10_tl.plots import legible, sample_grid, to_png
     from cifar10_tl.plots.style import as_percent
 
     names = list(first[0][0].probabilities)
@@ -171,7 +171,7 @@ def write_grid(path: Path, first: Sequence[tuple[Prediction, Pixels]], total: in
     heading = "Predictions" if len(first) == total else f"Predictions: the first {len(first)} of {total:,} images"
     figure = sample_grid(images, titles, heading=heading)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+        file.write(to_png(figure))
 
 
 def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Path) -> str:

@@ -45,3 +45,12 @@ class RunCheckpoint(ModelCheckpoint):
         updated = (arguments[-1] + 1) % trainer.accumulate_grad_batches == 0
         if updated and not trainer.is_last_batch:
             super().on_train_batch_end(trainer, *arguments)
+
+
+def is_best(trainer: pl.Trainer) -> bool:
+    """Return whether the validation that has just ended is better than the best checkpoint of ``trainer``."""
+    checkpoint = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None or checkpoint.best_model_score is None:
+        return True
+    score, best = trainer.callback_metrics[checkpoint.monitor], checkpoint.best_model_score
+    return bool(score < best if checkpoint.mode == "min" else score > best)

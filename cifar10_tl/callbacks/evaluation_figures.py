@@ -1,136 +1,81 @@
-"""What the figures of an evaluation have in common: when they are drawn, and where they go."""
+"""Callbacks that draw the figures of an evaluation."""
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from matplotlib.figure import Figure
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback
 
 from cifar10_tl import plots
-from cifar10_tl.callbacks.training_figures import publish
-from cifar10_tl.config.errors import UserError
-from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.callbacks.checkpoint import is_best
+from cifar10_tl.callbacks.training_figures import publish, wants_figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cifar10_tl.data.batch import Split
+    from cifar10_tl.metrics.evaluation import Evaluation
 
 
 class EvaluationFigure(Callback):
-    """A figure of the best epoch's validation, and one of the test.
+    """Callback that draws the validation of the best epoch as ``<tag>/val`` and the test as ``<tag>/test``."""
 
-    "Best" is what the run's first ModelCheckpoint saves as best, so that figure and checkpoint belong together. A
-    figure is drawn when the best changes, but at most every ``every_n_seconds``, so that short epochs are not slowed
-    down; what was put off is drawn when the fit ends, for whatever reason.
-    """
-
-    tag: str  # in TensorBoard, before "/val" or "/test"
-    title: str  # of the figure
-
-    def __init__(self, every_n_seconds: float = 30.0) -> None:
-        if not isinstance(every_n_seconds, (int, float)):
-            raise UserError(f"every_n_seconds={every_n_seconds}: should be a number of seconds")
-        self.every_n_seconds = every_n_seconds
-        self._drawn_at = float("-inf")
-        self._put_off: tuple[Evaluation, int] | None = None
+    tag: str
 
     @abstractmethod
-    def draw(self, evaluation: Evaluation, split: Any, heading: str) -> Figure:
-        """The figure; ``split`` is the :class:`~cifar10_tl.data.datamodule.Split` that was evaluated."""
+    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
+        """Draw ``evaluation`` of the images in ``split``; ``where`` ends the heading."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the new best, or put it off."""
-        if trainer.sanity_checking or trainer.fast_dev_run or not _is_best(trainer):  # type: ignore[attr-defined]
-            return
-        evaluation: Any = pl_module.evaluation
-        self._put_off = (evaluation, trainer.current_epoch)
-        if trainer.state.fn != "fit" or time.monotonic() - self._drawn_at >= self.every_n_seconds:
-            self._draw_what_was_put_off(trainer)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what was put off."""
-        self._draw_what_was_put_off(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Draw what was put off."""
-        self._draw_what_was_put_off(trainer)
+        """Draw the validation if it is the best so far."""
+        if wants_figures(trainer) and is_best(trainer):
+            self._publish(trainer, pl_module, "val", trainer.current_epoch)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the test."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            evaluation: Any = pl_module.evaluation
-            epoch: Any = pl_module.restored_epoch
-            self._publish(trainer, evaluation, "test", trainer.current_epoch if epoch is None else epoch)
+        if wants_figures(trainer):
+            restored: Any = pl_module.restored_epoch
+            self._publish(trainer, pl_module, "test", trainer.current_epoch if restored is None else restored)
 
-    def _draw_what_was_put_off(self, trainer: pl.Trainer) -> None:
-        if self._put_off is not None:
-            self._publish(trainer, self._put_off[0], "val", self._put_off[1])
-            self._put_off, self._drawn_at = None, time.monotonic()
-
-    def _publish(self, trainer: pl.Trainer, evaluation: Evaluation, stage: str, epoch: int) -> None:
-        if trainer.is_global_zero and len(evaluation):
-            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-            name = {"val": "validation", "test": "test"}[stage]
-            heading = f"{self.title}, {name}, epoch {epoch}"
-            figure = self.draw(evaluation, datamodule.splits[stage], heading)
-            publish(trainer, f"{self.tag}/{stage}", figure, step=epoch)
-
-
-def _is_best(trainer: pl.Trainer) -> bool:
-    """Whether this validation will be saved as the best; the same answer on every process."""
-    checkpoint = trainer.checkpoint_callback
-    if trainer.state.fn != "fit" or not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None:
-        return True
-    return checkpoint.check_monitor_top_k(trainer, trainer.callback_metrics.get(checkpoint.monitor))
-
-
-def prediction_grid(evaluation: Evaluation, places: Tensor, split: Any, heading: str) -> Figure:
-    """The images at these places of an evaluation, each with what was predicted and what is true."""
-    return plots.prediction_grid(
-        split.by_index(evaluation.indices[places]).permute(0, 2, 3, 1).numpy(),
-        evaluation.labels[places].numpy(),
-        evaluation.predictions[places].numpy(),
-        evaluation.probabilities[places].numpy(),
-        evaluation.class_names,
-        heading=heading,
-        empty_text="no such prediction among these images",
-    )
+    def _publish(self, trainer: pl.Trainer, pl_module: Any, stage: str, epoch: int) -> None:
+        split = trainer.datamodule.splits[stage]  # type: ignore[attr-defined]
+        where = f"{'validation' if stage == 'val' else stage}, epoch {epoch}"
+        publish(trainer, f"{self.tag}/{stage}", self.draw(pl_module.evaluation, split, where), step=epoch)
 
 
 class ConfusionMatrix(EvaluationFigure):
-    """Counts and row percentages of true against predicted classes."""
+    """Callback that draws the confusion matrix."""
 
-    tag, title = "confusion_matrix", "Confusion matrix"
+    tag = "confusion_matrix"
 
-    def draw(self, evaluation: Evaluation, split: Any, heading: str) -> Figure:
-        """See :func:`cifar10_tl.plots.confusion_matrix`."""
-        return plots.confusion_matrix(evaluation.confusion_matrix.numpy(), evaluation.class_names, heading=heading)
+    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
+        """See :func:`cifar10_tl.plots.confusion_matrix_figure`."""
+        return plots.confusion_matrix_figure(evaluation, where)
 
 
 class CorrectPredictions(EvaluationFigure):
-    """Up to ``num_images`` right predictions, spread evenly over the data, with their probabilities."""
+    """Callback that draws up to ``num_images`` correct predictions, spread evenly over the split."""
 
-    tag, title = "correct", "Correct predictions"
+    tag = "correct"
 
-    def __init__(self, num_images: int = 25, every_n_seconds: float = 30.0) -> None:
-        super().__init__(every_n_seconds)
+    def __init__(self, num_images: int = 25) -> None:
         self.num_images = num_images
 
-    def draw(self, evaluation: Evaluation, split: Any, heading: str) -> Figure:
-        """See :func:`cifar10_tl.plots.prediction_grid`."""
-        return prediction_grid(evaluation, evaluation.correct(self.num_images), split, heading)
+    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
+        """See :func:`cifar10_tl.plots.correct_figure`."""
+        return plots.correct_figure(evaluation, split, where, self.num_images)
 
 
 class IncorrectPredictions(EvaluationFigure):
-    """Up to ``num_images`` wrong predictions with their true labels, the most confident mistakes first."""
+    """Callback that draws up to ``num_images`` incorrect predictions, the most confident first."""
 
-    tag, title = "incorrect", "Incorrect predictions, the most confident first"
+    tag = "incorrect"
 
-    def __init__(self, num_images: int = 25, every_n_seconds: float = 30.0) -> None:
-        super().__init__(every_n_seconds)
+    def __init__(self, num_images: int = 25) -> None:
         self.num_images = num_images
 
-    def draw(self, evaluation: Evaluation, split: Any, heading: str) -> Figure:
-        """See :func:`cifar10_tl.plots.prediction_grid`."""
-        return prediction_grid(evaluation, evaluation.mistakes(self.num_images), split, heading)
+    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
+        """See :func:`cifar10_tl.plots.incorrect_figure`."""
+        return plots.incorrect_figure(evaluation, split, where, self.num_images)

@@ -19,7 +19,12 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from cifar10_tl.metrics.calibration import brier_score, expected_calibration_error
+from cifar10_tl.metrics.calibration import (
+    ReliabilityBins,
+    brier_score,
+    expected_calibration_error,
+    reliability_bins,
+)
 from cifar10_tl.metrics.intervals import wilson_interval
 
 
@@ -128,6 +133,10 @@ class Evaluation:
             "ece": _rounded(expected_calibration_error(self.probabilities, self.labels)),
         }
 
+    def reliability_bins(self) -> ReliabilityBins:
+        """Return the bins of a reliability diagram, see :func:`cifar10_tl.metrics.calibration.reliability_bins`."""
+        return reliability_bins(self.probabilities, self.labels)
+
     @property
     def num_classes(self) -> int:
         """K."""
@@ -171,7 +180,7 @@ class Evaluation:
                 "predicted": self.class_names[self.predictions[place]],
                 "probability": _rounded(self.probabilities[place].max()),
             }
-            for place in self.mistakes(most).tolist()
+            for place in self.incorrect(most).tolist()
         ]
 
     def correct(self, most: int) -> Tensor:
@@ -181,7 +190,7 @@ class Evaluation:
             return places
         return places[torch.linspace(0, len(places) - 1, most).round().long()]
 
-    def mistakes(self, most: int) -> Tensor:
+    def incorrect(self, most: int) -> Tensor:
         """Places of up to ``most`` images predicted wrongly, the most confident mistakes first (int64)."""
         places = (self.predictions != self.labels).nonzero().flatten()
         confidence = self.probabilities.max(1).values[places]

@@ -8,20 +8,29 @@ a layout engine.
 
 from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
 from cifar10_tl.plots.confusion_matrix import confusion_matrix
-from cifar10_tl.plots.corruption import corruption_curves
 from cifar10_tl.plots.curves import curves
+from cifar10_tl.plots.evaluation import (
+    confusion_matrix_figure,
+    correct_figure,
+    evaluation_figures,
+    incorrect_figure,
+)
 from cifar10_tl.plots.image_grid import prediction_grid, sample_grid
 from cifar10_tl.plots.per_class import class_bars
-from cifar10_tl.plots.style import legible
+from cifar10_tl.plots.style import legible, to_png
 
 __all__ = [
     "class_bars",
     "confidence_histogram",
     "confusion_matrix",
-    "corruption_curves",
+    "confusion_matrix_figure",
+    "correct_figure",
     "curves",
+    "evaluation_figures",
+    "incorrect_figure",
     "legible",
     "prediction_grid",
     "reliability_diagram",
     "sample_grid",
+    "to_png",
 ]

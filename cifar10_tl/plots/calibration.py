@@ -19,6 +19,7 @@ from cifar10_tl.plots.style import (
     ORANGE,
     PAD,
     add_panel,
+    default_style,
     in_percent,
     label_axes,
     new_page,
@@ -31,6 +32,7 @@ Floats = NDArray[np.floating[Any]]
 _SIDE = 3.0  # inches, of a reliability diagram
 
 
+@default_style()
 def reliability_diagram(
     bins: Mapping[str, tuple[NDArray[np.integer[Any]], Floats, Floats]], *, heading: str, note: str
 ) -> Figure:
@@ -68,6 +70,7 @@ def _draw_bins(panel: Axes, counts: NDArray[Any], confidence: Floats, accuracy: 
     label_axes(panel, "confidence", "accuracy")
 
 
+@default_style()
 def confidence_histogram(confidence: Floats, right: NDArray[np.bool_], *, heading: str, num_bins: int = 25) -> Figure:
     """Draw how sure the network was, of its right and of its wrong predictions, each on a scale of its own.
 

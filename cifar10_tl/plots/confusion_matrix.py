@@ -22,6 +22,7 @@ from cifar10_tl.plots.style import (
     TINY,
     as_percent,
     clean,
+    default_style,
     fit,
     legible,
     new_page,
@@ -35,6 +36,7 @@ _NUMBERED_UP_TO = 16  # classes; with more, the cells of a confusion matrix are 
 _LISTED_PAIRS, _LIST_WIDTH = 25, 3.8
 
 
+@default_style()
 def confusion_matrix(counts: NDArray[np.integer[Any]], class_names: Sequence[str], *, heading: str) -> Figure:
     """Draw a confusion matrix coloured by row percentage, with the overall accuracy under the heading.
 

@@ -23,6 +23,7 @@ from cifar10_tl.plots.style import (
     ORANGE,
     SMALL,
     add_panel,
+    default_style,
     label_axes,
     new_page,
     write,
@@ -34,6 +35,7 @@ MetricsLogger = Mapping[str, Sequence[float | None]] | Sequence[Mapping[str, flo
 _MARKERS_UP_TO = 30  # points in a curve
 
 
+@default_style()
 def curves(history: MetricsLogger, *, heading: str) -> Figure:
     """Plot accuracy and loss against the epoch, training and validation together.
 

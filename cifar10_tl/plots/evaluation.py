@@ -1,68 +1,83 @@
-"""The figures that an evaluation leaves: those of training, and some of its own."""
+"""Figures of an evaluation, drawn by the training callbacks and by the evaluate command."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from cifar10_tl import plots
-from cifar10_tl.callbacks import ConfusionMatrix, CorrectPredictions, IncorrectPredictions
-from cifar10_tl.data.batch import Split
-from cifar10_tl.io import atomic_write
-from cifar10_tl.metrics.calibration import NUM_BINS, reliability_bins
-from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
+from cifar10_tl.plots.confusion_matrix import confusion_matrix
+from cifar10_tl.plots.image_grid import prediction_grid
+from cifar10_tl.plots.per_class import class_bars
 
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def write_figures(
-    folder: Path, results: Mapping[str, Any], evaluation: Evaluation, calibrated: Evaluation, split: Split
-) -> None:
-    """Write the figures of training, and those of evaluation alone, as ``<folder>/<name>_<split>.png``."""
-    where = f"{SPLIT_NAMES[results['split']]}, epoch {results['epoch']}"
-    pages = {**figures_of_training(evaluation, split, where), **figures_of_evaluation(evaluation, calibrated, where)}
-    if "corruption" in results:
-        pages["corruption"] = figure_of_corruption(results["corruption"], where)
-    for name, figure in pages.items():
-        with atomic_write(folder / f"{name}_{results['split']}.png") as file:
-            figure.savefig(file, format="png")
+    from cifar10_tl.data.batch import Split
+    from cifar10_tl.metrics.evaluation import Evaluation
 
 
-def figures_of_training(evaluation: Evaluation, split: Split, where: str) -> dict[str, Figure]:
-    """The figures that a training run draws of its test."""
-    drawn = (ConfusionMatrix(), CorrectPredictions(), IncorrectPredictions())
-    return {c.tag: c.draw(evaluation, split, f"{c.title}, {where}") for c in drawn}
+def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Split, where: str) -> dict[str, Figure]:
+    """Draw all figures of an evaluation.
 
-
-def figures_of_evaluation(evaluation: Evaluation, calibrated: Evaluation, where: str) -> dict[str, Figure]:
-    """Reliability before and after the temperature, a bar a class, and the confidence of right and wrong."""
-    bins = {}
-    for title, e in (("as it is", evaluation), ("at the temperature of val", calibrated)):
-        counts, confidence, accuracy = reliability_bins(e.probabilities, e.labels)
-        key = f"{title}: ECE {e.calibration()['ece']:.2%}"
-        bins[key] = (counts.numpy(), confidence.numpy(), accuracy.numpy())
+    Args:
+        evaluation: Predictions to draw.
+        calibrated: The same predictions with temperature-scaled probabilities.
+        split: Images that were evaluated.
+        where: Split and epoch for the headings, such as "validation, epoch 3".
+    """
+    correct = (evaluation.predictions == evaluation.labels).numpy()
     rows = evaluation.per_class()
     precision, recall, f1 = (np.array([row[key] for row in rows]) for key in ("precision", "recall", "f1"))
-    right = (evaluation.predictions == evaluation.labels).numpy()
     return {
-        "reliability": plots.reliability_diagram(
-            bins,
-            heading=f"Reliability, {where}",
-            note=f"blue: accuracy    orange: mean confidence    {NUM_BINS} bins    ECE: expected calibration error",
-        ),
-        "per_class": plots.class_bars(precision, recall, f1, evaluation.class_names, heading=f"Per class, {where}"),
-        "confidence": plots.confidence_histogram(
-            evaluation.probabilities.max(1).values.numpy(), right, heading=f"Confidence, {where}"
+        "confusion_matrix": confusion_matrix_figure(evaluation, where),
+        "correct": correct_figure(evaluation, split, where),
+        "incorrect": incorrect_figure(evaluation, split, where),
+        "reliability": _reliability_figure(evaluation, calibrated, where),
+        "per_class": class_bars(precision, recall, f1, evaluation.class_names, heading=f"Per class, {where}"),
+        "confidence": confidence_histogram(
+            evaluation.probabilities.max(1).values.numpy(), correct, heading=f"Confidence, {where}"
         ),
     }
 
 
-def figure_of_corruption(corruption: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> Figure:
-    """Accuracy against severity."""
-    accuracies = {kind: [row["acc"] for row in rows] for kind, rows in corruption.items()}
-    note = "corruptions of our own, not those of CIFAR-10-C"
-    return plots.corruption_curves(accuracies, heading=f"Accuracy on corrupted images, {where}", note=note)
+def confusion_matrix_figure(evaluation: Evaluation, where: str) -> Figure:
+    """Draw the confusion matrix of an evaluation."""
+    counts = evaluation.confusion_matrix.numpy()
+    return confusion_matrix(counts, evaluation.class_names, heading=f"Confusion matrix, {where}")
+
+
+def correct_figure(evaluation: Evaluation, split: Split, where: str, num_images: int = 25) -> Figure:
+    """Draw up to ``num_images`` correct predictions, spread evenly over the split."""
+    rows = evaluation.correct(num_images)
+    return _prediction_figure(evaluation, split, rows, f"Correct predictions, {where}")
+
+
+def incorrect_figure(evaluation: Evaluation, split: Split, where: str, num_images: int = 25) -> Figure:
+    """Draw up to ``num_images`` incorrect predictions, the most confident first."""
+    rows = evaluation.incorrect(num_images)
+    return _prediction_figure(evaluation, split, rows, f"Incorrect predictions, the most confident first, {where}")
+
+
+def _prediction_figure(evaluation: Evaluation, split: Split, rows: Tensor, heading: str) -> Figure:
+    return prediction_grid(
+        split.by_index(evaluation.indices[rows]).permute(0, 2, 3, 1).numpy(),
+        evaluation.labels[rows].numpy(),
+        evaluation.predictions[rows].numpy(),
+        evaluation.probabilities[rows].numpy(),
+        evaluation.class_names,
+        heading=heading,
+        empty_text="no such predictions in this split",
+    )
+
+
+def _reliability_figure(evaluation: Evaluation, calibrated: Evaluation, where: str) -> Figure:
+    panels = {}
+    for title, scored in (("uncalibrated", evaluation), ("temperature-scaled (val)", calibrated)):
+        bins = scored.reliability_bins()
+        arrays = (bins.counts.numpy(), bins.confidence.numpy(), bins.accuracy.numpy())
+        panels[f"{title}: ECE {scored.calibration()['ece']:.2%}"] = arrays
+    note = f"blue: accuracy    orange: mean confidence    {len(bins.counts)} bins    ECE: expected calibration error"
+    return reliability_diagram(panels, heading=f"Reliability, {where}", note=note)

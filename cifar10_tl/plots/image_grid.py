@@ -24,6 +24,7 @@ from cifar10_tl.plots.style import (
     SMALL,
     as_percent,
     clean,
+    default_style,
     fit,
     legible,
     new_page,
@@ -34,6 +35,7 @@ from cifar10_tl.plots.style import (
 Labels = Sequence[int] | NDArray[np.integer[Any]]
 
 
+@default_style()
 def sample_grid(
     images: NDArray[np.uint8],
     titles: Sequence[str | Sequence[tuple[str, str]]],
@@ -63,6 +65,7 @@ def sample_grid(
     return _grid(images, captions, None, picture=0.96, columns=columns, heading=heading)
 
 
+@default_style()
 def prediction_grid(
     images: NDArray[np.uint8],
     true_labels: Labels,

@@ -20,6 +20,7 @@ from cifar10_tl.plots.style import (
     SMALL,
     as_percent,
     clean,
+    default_style,
     fit,
     legible,
     new_page,
@@ -33,6 +34,7 @@ Floats = NDArray[np.floating[Any]]
 _ROW, _BAR, _MOST = 0.27, 5.0, 40  # inches of a row and of a full bar; classes that are shown
 
 
+@default_style()
 def class_bars(precision: Floats, recall: Floats, f1: Floats, class_names: Sequence[str], *, heading: str) -> Figure:
     """Draw a bar a class, as long as its F1, with marks for precision and recall.
 

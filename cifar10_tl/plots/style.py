@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
@@ -32,6 +35,21 @@ PAD, GAP, CAPTION = 0.15, 0.12, 0.155  # inches: page margin, between cells, hei
 
 
 MIN_WIDTH = 5.0  # inches: a heading has room even over a single picture
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw by matplotlib's defaults, whatever the user's matplotlibrc says; also a decorator."""
+    with mpl.rc_context(mpl.rcParamsDefault):
+        yield
+
+
+@default_style()
+def to_png(figure: Figure) -> bytes:
+    """Render ``figure`` as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def new_page(width: float, height: float, heading: str, note: str = "") -> tuple[Figure, Axes]:

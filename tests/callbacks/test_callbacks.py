@@ -12,7 +12,7 @@ from helpers import Watcher
 from omegaconf import DictConfig
 
 from cifar10_tl.callbacks import ConfusionMatrix, SampleInputs, Throughput
-from cifar10_tl.callbacks.training_figures import _lines
+from cifar10_tl.callbacks.training_figures import _title
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.engine.builder import STEP_HOOKS, skip_idle_hooks
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -49,19 +49,6 @@ def module() -> Any:
     )
 
 
-def test_figures_are_drawn_at_once_then_put_off_then_drawn_at_the_end(tmp_path: Path, module: Any) -> None:
-    callback, figure = ConfusionMatrix(every_n_seconds=1000), tmp_path / "figures" / "confusion_matrix_val.png"
-    callback.on_validation_end(fake_trainer(tmp_path), module)
-    first = figure.read_bytes()
-    callback.on_validation_end(fake_trainer(tmp_path, current_epoch=1), module)
-    assert figure.read_bytes() == first, "too soon after the last one"
-    callback.on_fit_end(fake_trainer(tmp_path), module)
-    assert figure.read_bytes() != first, "the heading names the other epoch"
-    figure.unlink()
-    callback.on_exception(fake_trainer(tmp_path), module, KeyboardInterrupt())
-    assert not figure.exists(), "nothing was left to draw"
-
-
 @pytest.mark.parametrize("state", [{"sanity_checking": True}, {"fast_dev_run": True}, {"is_global_zero": False}])
 def test_nothing_is_drawn_where_it_should_not_be(tmp_path: Path, module: Any, state: dict) -> None:
     trainer = fake_trainer(tmp_path, **state)
@@ -74,9 +61,9 @@ def test_nothing_is_drawn_where_it_should_not_be(tmp_path: Path, module: Any, st
 
 def test_mixed_inputs_are_titled_with_both_shares() -> None:
     names = ["a", "b", "c"]
-    assert _lines(torch.tensor(2), names) == [("c", "")]
-    assert _lines(torch.tensor([0.3, 0.7, 0.0]), names) == [("b", " 70 %"), ("a", " 30 %")]
-    assert _lines(torch.tensor([0.0, 1.0, 0.0]), names) == [("b", "")]
+    assert _title(torch.tensor(2), names) == [("c", "")]
+    assert _title(torch.tensor([0.3, 0.7, 0.0]), names) == [("b", " 70%"), ("a", " 30%")]
+    assert _title(torch.tensor([0.0, 1.0, 0.0]), names) == [("b", "")]
 
 
 def steps(callback: Throughput, trainer: Any, module: Any, count: int) -> None:

@@ -146,7 +146,6 @@ MADE = [
     ("optimizer.betas=[0.9]", ["optimizer Adam", "~optimizer.KEY"]),
     ("+callbacks.mine={a:1}", ["callbacks.mine", "no Callback", "_target_"]),
     ("+callbacks.mine={_target_:os.getcwd}", ["callbacks.mine", "no Callback"]),
-    ("+callbacks.correct_predictions.every_n_seconds=abc", ["every_n_seconds=abc", "seconds"]),
     ("+callbacks.progress_bar.refresh_seconds=abc", ["refresh_seconds=abc", "seconds"]),
     ("+trainer.val_check_interval=1000", ["val_check_interval"]),
     ("trainer.sync_batchnorm=true", ["trainer.sync_batchnorm=true", "GPUs"]),

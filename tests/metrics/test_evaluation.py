@@ -36,8 +36,8 @@ def test_rows_of_the_confusion_matrix_are_true_classes(evaluation: Evaluation) -
 
 
 def test_mistakes_come_most_confident_first(evaluation: Evaluation) -> None:
-    assert evaluation.mistakes(10).tolist() == [1, 3]
-    assert evaluation.mistakes(1).tolist() == [1]
+    assert evaluation.incorrect(10).tolist() == [1, 3]
+    assert evaluation.incorrect(1).tolist() == [1]
 
 
 def test_correct_ones_are_spread_over_the_images(evaluation: Evaluation) -> None:
@@ -56,7 +56,7 @@ def test_no_images_give_no_number() -> None:
     empty = Evaluation.of(torch.zeros(0, 3), torch.zeros(0).long(), torch.zeros(0).long(), ["a", "b", "c"])
     assert math.isnan(empty.accuracy)
     assert math.isnan(empty.loss)
-    assert empty.mistakes(5).tolist() == empty.correct(5).tolist() == []
+    assert empty.incorrect(5).tolist() == empty.correct(5).tolist() == []
 
 
 # ------------------------------------------------------------------------------------- what the evaluate command adds

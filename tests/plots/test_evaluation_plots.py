@@ -10,11 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from plots.test_plots import CIFAR10, HEADING, ODD, check_layout, long_names, no_trace, strings
 
-from cifar10_tl.plots import class_bars, confidence_histogram, corruption_curves, reliability_diagram
+from cifar10_tl.plots import class_bars, confidence_histogram, reliability_diagram
 
 __all__ = ["no_trace"]  # a fixture for each test here too
 RNG = np.random.default_rng(0)
-KINDS = ("noise", "blur", "contrast", "jpeg", "brightness")
 
 
 def bins(empty: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,9 +46,6 @@ LAYOUTS: dict[str, Callable[[], Figure]] = {
     "bars 100 long": lambda: bars(long_names(100)),
     "bars perfect": lambda: class_bars(*np.ones((3, 10)), CIFAR10, heading="Perfect"),
     **{f"confidence {r} {w}": lambda r=r, w=w: confidence(r, w) for r, w in ((0, 0), (1, 0), (0, 3), (10**6, 7))},
-    "corruption 1": lambda: corruption_curves({"blur": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]}, heading=HEADING, note="ours"),
-    "corruption 5": lambda: corruption_curves({k: RNG.random(6).tolist() for k in KINDS}, heading=HEADING),
-    "corruption flat": lambda: corruption_curves({k: [1.0] * 6 for k in KINDS}, heading=HEADING),
 }
 
 
