@@ -106,7 +106,7 @@ def all_metrics(evaluation: Evaluation, temperature: float) -> dict[str, Any]:
         "calibrated": {"temperature": temperature, "nll": calibrated.loss, **calibrated.calibration()},
         "per_class": evaluation.per_class(),
         "confused_pairs": evaluation.confused_pairs(),
-        "confident_mistakes": evaluation.confident_mistakes(),
+        "confident_errors": evaluation.confident_errors(),
     }
 
 

@@ -120,7 +120,7 @@ def describe(results: Results, run_dir: Path) -> str:
         _scores(scores, results.get("tta")),
         _classes(scores["per_class"]),
         _pairs(scores["confused_pairs"]),
-        _mistakes(scores["confident_mistakes"]),
+        _mistakes(scores["confident_errors"]),
     ]
     parts += [_corruption(results["corruption"])] if "corruption" in results else []
     parts += [_human(results["human_labels"])] if "human_labels" in results else []

@@ -171,7 +171,7 @@ class Evaluation:
             if wrong[i, j]
         ]
 
-    def confident_mistakes(self, most: int = 10) -> list[dict[str, Any]]:
+    def confident_errors(self, most: int = 10) -> list[dict[str, Any]]:
         """The mistakes that the network was surest of; ``index`` is the image's place in its source."""
         return [
             {

@@ -141,7 +141,7 @@ def test_results_hold_all_metrics(whole_evaluation: Path) -> None:
     assert test["confused_pairs"][0]["count"] == max(
         n for i, row in enumerate(results["confusion_matrix"]) for j, n in enumerate(row) if i != j
     )
-    surest = [mistake["probability"] for mistake in test["confident_mistakes"]]
+    surest = [mistake["probability"] for mistake in test["confident_errors"]]
     assert surest == sorted(surest, reverse=True)
     assert results["data"]["source"] == "shapes"
     assert results["doubtful_labels"]["count"] == 2

@@ -91,13 +91,13 @@ def test_per_class_by_hand(evaluation: Evaluation) -> None:
     assert [row["f1"] for row in rows] == [pytest.approx(2 / 3), 0.5, pytest.approx(2 / 3)]
 
 
-def test_confused_pairs_and_confident_mistakes(evaluation: Evaluation) -> None:
+def test_confused_pairs_and_confident_errors(evaluation: Evaluation) -> None:
     assert evaluation.confused_pairs() == [
         {"true": "b", "predicted": "a", "count": 1, "share": 0.5},
         {"true": "c", "predicted": "b", "count": 1, "share": 0.5},
     ]
     assert evaluation.confused_pairs(1)[0]["true"] == "b"
-    assert evaluation.confident_mistakes(1) == [{"index": 1, "true": "c", "predicted": "b", "probability": 0.9}]
+    assert evaluation.confident_errors(1) == [{"index": 1, "true": "c", "predicted": "b", "probability": 0.9}]
 
 
 def test_scores_against_formulas_of_our_own() -> None:
