@@ -149,11 +149,11 @@ class Evaluator:
 
     def __call__(self, split: Split, description: str) -> Evaluation:
         """The evaluation of all images of ``split``, in order; ``description`` is shown meanwhile."""
-        from cifar10_tl.callbacks import EvaluationProgressBar
+        from cifar10_tl.callbacks import RunProgressBar
         from cifar10_tl.data.batch import BatchLoader, BatchSampler
 
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EvaluationProgressBar):
+            if isinstance(callback, RunProgressBar):
                 callback.description = description
         order = BatchSampler(len(split), self.batch_size, shuffle=False)
         loader = BatchLoader(split, order, pin_memory=self.device.type == "cuda")
@@ -178,7 +178,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Lightning's Trainer on one device, writing nothing."""
     import lightning.pytorch as pl
 
-    from cifar10_tl.callbacks import EvaluationProgressBar
+    from cifar10_tl.callbacks import RunProgressBar
     from cifar10_tl.engine.checkpoints import recorded_precision
     from cifar10_tl.engine.hardware import choose_precision
 
@@ -194,9 +194,9 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
             precision=precision,
             logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,  # Lightning's; ours is a callback
+            enable_progress_bar=cfg.trainer.enable_progress_bar,
             enable_model_summary=False,
-            callbacks=[EvaluationProgressBar()] if cfg.trainer.enable_progress_bar else [],
+            callbacks=[RunProgressBar()] if cfg.trainer.enable_progress_bar else [],
             default_root_dir=cfg.paths.output_dir,
         )
     except (TypeError, ValueError) as error:

@@ -103,7 +103,7 @@ def _train(cfg: DictConfig, interruption: SignalHandler) -> dict[str, Any] | Non
 
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-    best = best_checkpoint(run_dir)
+    best = best_checkpoint(trainer)
     results = results_of_fit(cfg, module, trainer, best, time.perf_counter() - clock)
     if cfg.test:
         clock = time.perf_counter()

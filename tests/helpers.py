@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,8 @@ SMALL = (
     "trainer.precision=32-true",
     "trainer.enable_progress_bar=false",
 )
+#: On top of SMALL: three steps per epoch.
+TINY = ("data.train_size=128", "data.val_size=32", "data.test_size=32", "data.batch_size=32")
 
 
 def free_port() -> int:
@@ -100,3 +103,12 @@ class Weights(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+class SlowStep(Callback):
+    """Takes its time after each step, before the next batch is fetched."""
+
+    seconds: ClassVar[float] = 0.3
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(self.seconds)

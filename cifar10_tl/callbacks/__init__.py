@@ -1,4 +1,4 @@
-"""What a run shows of itself. Each callback is thin: it collects, a pure function draws, the result is published."""
+"""Callbacks of a run: figures, metrics, speed, checkpoints and guards."""
 
 from cifar10_tl.callbacks.checkpoint import RunCheckpoint
 from cifar10_tl.callbacks.ema import WeightEMA
@@ -6,7 +6,7 @@ from cifar10_tl.callbacks.evaluation_figures import ConfusionMatrix, CorrectPred
 from cifar10_tl.callbacks.graceful_stop import GracefulStop
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.callbacks.nan_guard import NaNGuard
-from cifar10_tl.callbacks.progress_bar import EvaluationProgressBar, RunProgressBar
+from cifar10_tl.callbacks.progress_bar import RunProgressBar
 from cifar10_tl.callbacks.throughput import Throughput
 from cifar10_tl.callbacks.training_figures import Curves, SampleInputs
 
@@ -14,7 +14,6 @@ __all__ = [
     "ConfusionMatrix",
     "CorrectPredictions",
     "Curves",
-    "EvaluationProgressBar",
     "GracefulStop",
     "IncorrectPredictions",
     "MetricsLogger",

@@ -1,7 +1,8 @@
-"""Checkpoints of a run whose folder may be moved."""
+"""Checkpoints of a run."""
 
 from __future__ import annotations
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,42 +10,77 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cifar10_tl.io import atomic_write
+
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which on its own forgets the best score when its folder has another name."""
+    """ModelCheckpoint for a run that can be resumed exactly and whose folder can be moved.
+
+    Only complete, validated epochs compete for the best. A run that stops inside an epoch (``max_steps``, ``max_time``)
+    saves its last step, so that a longer resume continues that epoch.
+
+    Args:
+        monitor: "val/acc" or "val/loss", which also determines the mode; None to save every time.
+        filename: Without extension. If several checkpoints are kept, the epoch is appended to the name of each, and
+            the best one is copied to ``filename``.
+        save_top_k: Number of checkpoints to keep; -1 for all.
+        options: Other arguments of ModelCheckpoint.
+    """
+
+    def __init__(self, filename: str, monitor: str | None = None, save_top_k: int = 1, **options: Any) -> None:
+        keeps_several = monitor is not None and save_top_k not in (0, 1) and "{" not in filename
+        self._copy_best_to = f"{filename}.ckpt" if keeps_several else None
+        super().__init__(
+            filename=f"{filename}-{{epoch}}" if keeps_several else filename,
+            monitor=monitor,
+            mode="min" if monitor == "val/loss" else "max",
+            save_top_k=save_top_k,
+            **options,
+        )
 
     @cached_property
     def state_key(self) -> str:
-        """As Lightning has it, which asks for it at each of the six hooks of each step, and makes it anew each time."""
+        """Return Lightning's key, which it computes again at each hook of each step."""
         return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint, its paths led to where the run lies now.
+        """Restore the state, with all paths in the current folder.
 
-        Each is taken for the name of a checkpoint in our own folder, whatever it says: Lightning deletes what was
-        best, and a checkpoint from somebody else could name any file.
+        Lightning forgets the best score when the folder has moved, and it deletes the files that it replaces: a
+        checkpoint from somebody else must not name a file outside this folder.
         """
         paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        here = {
+        moved = {
             "dirpath": str(self.dirpath),
-            "best_k_models": {self._own(path): score for path, score in state_dict["best_k_models"].items()},
-            **{key: self._own(state_dict[key]) for key in paths},
+            "best_k_models": {self._moved(path): score for path, score in state_dict["best_k_models"].items()},
+            **{key: self._moved(state_dict[key]) for key in paths},
         }
-        super().load_state_dict(state_dict | here)
+        super().load_state_dict(state_dict | moved)
 
-    def _own(self, path: str) -> str:
+    def _moved(self, path: str) -> str:
         name = Path(path).name
         return str(Path(str(self.dirpath)) / name) if name.endswith(".ckpt") else ""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        """Save inside an epoch, but only where a run can go on as if it had not stopped.
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: Any) -> None:
+        """Save inside an epoch, after an optimizer step; the last step of an epoch is saved after validation."""
+        if trainer.is_last_batch:
+            return
+        if self.monitor is None and (trainer.should_stop or trainer.global_step == trainer.max_steps):
+            self.best_model_path = self.format_checkpoint_name({})
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+        elif (step[-1] + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, *step)
 
-        Not between the batches of one update, whose gradients no checkpoint holds; and not at the epoch's last step:
-        a run resumed from there would not validate that epoch.
-        """
-        updated = (arguments[-1] + 1) % trainer.accumulate_grad_batches == 0
-        if updated and not trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *arguments)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save a complete epoch; one that was not validated cannot be the best."""
+        if not trainer.is_last_batch or (self.monitor is not None and pl_module.evaluation is None):
+            return
+        before = self.best_model_path
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._copy_best_to and self.best_model_path != before and trainer.is_global_zero:
+            best = Path(self.best_model_path)
+            with best.open("rb") as source, atomic_write(best.with_name(self._copy_best_to)) as target:
+                shutil.copyfileobj(source, target)
 
 
 def is_best(trainer: pl.Trainer) -> bool:
@@ -53,4 +89,4 @@ def is_best(trainer: pl.Trainer) -> bool:
     if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None or checkpoint.best_model_score is None:
         return True
     score, best = trainer.callback_metrics[checkpoint.monitor], checkpoint.best_model_score
-    return bool(score < best if checkpoint.mode == "min" else score > best)
+    return trainer.is_last_batch and bool(score < best if checkpoint.mode == "min" else score > best)

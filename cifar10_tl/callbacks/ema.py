@@ -1,4 +1,4 @@
-"""An average of the weights over the latest steps, which often classifies better than the weights themselves."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class WeightEMA(WeightAveraging):
-    """Exponential moving average of weights and BatchNorm statistics, updated at each optimizer step.
+    """Callback that keeps an exponential moving average of weights and BatchNorm statistics.
 
-    Validation and test use the average, and it is what a checkpoint holds as ``state_dict``; the weights that learn
-    travel beside it (``current_model_state``), so that a resumed run goes on with both.
+    Validation and test use the average, and a checkpoint holds it as ``state_dict``; the weights that are trained are
+    saved next to it as ``current_model_state``, so that a resumed run continues with both.
 
-    After n steps the average is kept by the factor min(decay, (1 + n) / (10 + n)), so that the random start is soon
-    forgotten (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten
+    (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
 
     Args:
-        decay: share of the average that a step leaves as it is, in (0, 1).
+        decay: Fraction of the average that one step keeps, in (0, 1).
     """
 
     def __init__(self, decay: float) -> None:
@@ -28,7 +28,7 @@ class WeightEMA(WeightAveraging):
         self.decay = decay
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Follow the network to its device; but not the count of updates, which each step asks for."""
+        """Move the average to the device; its step count stays on the CPU, where reading it costs nothing."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
         self._average_model.n_averaged = self._average_model.n_averaged.cpu()
@@ -36,14 +36,14 @@ class WeightEMA(WeightAveraging):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take both to go on with; a test keeps the average (Lightning would test the weights that learn)."""
+        """Restore both sets of weights for a fit; a test keeps the average, where Lightning would undo it."""
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _average(self, averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
-        """Bring tensors of one type and device nearer to the weights; the first update copies, and is not done here."""
+        """Update tensors of one dtype and device; AveragedModel itself copies the weights of the first step."""
         if not averages[0].is_floating_point():  # BatchNorm's count of batches
             torch._foreach_copy_(averages, weights)
             return
-        steps = self._latest_update_step
-        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + steps) / (10 + steps)))
+        n = int(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))

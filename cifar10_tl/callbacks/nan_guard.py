@@ -1,10 +1,10 @@
-"""A guard against losses that are no numbers."""
+"""Stop of a run whose loss is not finite."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,14 +12,19 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.batch import Batch
+
+if TYPE_CHECKING:
+    from cifar10_tl.data.batch import Batch
 
 
 class NaNGuard(Callback):
-    """Stops a run whose loss is NaN or infinite, before such weights are saved.
+    """Callback that stops a run with a NaN or infinite loss before its weights are saved.
 
-    The losses of the latest steps stay on the device, and are looked at together: at every ``every_n_steps``-th step,
-    at an epoch's end, and whenever a checkpoint is about to be written. The others cost nothing.
+    The losses stay on the device and are checked together, so that a step does not wait for its loss.
+
+    Args:
+        every_n_steps: Number of steps between two checks; losses are also checked at the end of an epoch and before a
+            checkpoint is saved.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -29,22 +34,22 @@ class NaNGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Keep the loss; look at those kept, if it is time."""
+        """Keep the loss, and check the losses kept so far every n steps."""
         self._losses.append(outputs["loss"].detach())
         if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
             self._check(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the loss of the validation: the last step of an epoch may have spoiled the weights."""
+        """Check the validation loss, because the last update of an epoch may have made the weights NaN."""
         evaluation: Any = pl_module.evaluation
-        if len(evaluation) and not math.isfinite(evaluation.loss):  # the same in all processes
-            what = f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}"
-            raise UserError(f"{what}; {_advice(trainer)}")
+        if len(evaluation) and not math.isfinite(evaluation.loss):  # equal in all processes
+            problem = f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}"
+            raise UserError(f"{problem}; {_advice(trainer)}")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look at the losses kept: a checkpoint of bad weights would take the place of a good one."""
+        """Check the losses kept so far, because the checkpoint would replace a good one."""
         self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
@@ -53,13 +58,13 @@ class NaNGuard(Callback):
             return
         values = torch.stack(losses).float()
         bad = (~values.isfinite()).nonzero().flatten().tolist()
-        ago = len(losses) - bad[0] if bad else 0  # steps since the first bad one, that one included
-        if trainer.world_size > 1:  # each process sees the losses of its own images
-            ago = int(trainer.strategy.reduce(torch.tensor(float(ago), device=values.device), reduce_op="max"))
-        if ago:
-            batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - ago
-            what = f"the loss is {float(values[-ago])} at epoch {trainer.current_epoch}, batch {batch}"
-            raise UserError(f"{what}; {_advice(trainer)}")
+        steps_ago = len(losses) - bad[0] if bad else 0
+        if trainer.world_size > 1:  # each process has the losses of its own images
+            steps_ago = int(trainer.strategy.reduce(torch.tensor(float(steps_ago), device=values.device), None, "max"))
+        if steps_ago:
+            batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - steps_ago
+            where = f"epoch {trainer.current_epoch}, batch {batch}"
+            raise UserError(f"the loss is {float(values[-steps_ago])} at {where}; {_advice(trainer)}")
 
 
 def _advice(trainer: pl.Trainer) -> str:

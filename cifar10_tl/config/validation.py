@@ -234,7 +234,8 @@ RULES: dict[str, Rule] = {
         f"callbacks.{name}.num_images": whole(1)
         for name in ("sample_inputs", "correct_predictions", "incorrect_predictions")
     },
-    "callbacks.best_checkpoint.monitor": one_of("val/acc", "val/loss", "train/acc", "train/loss"),
+    "callbacks.best_checkpoint.monitor": one_of("val/acc", "val/loss"),
+    "callbacks.progress_bar.refresh_seconds": number(0),
     # predict
     "checkpoint": trained_file,
     "images": image_names,

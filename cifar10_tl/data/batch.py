@@ -6,6 +6,7 @@ integer hash. So a run draws the same on one process or many, and after any stop
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -145,11 +146,26 @@ class BatchLoader(DataLoader[Batch]):
     indexing a tensor in memory takes less time than handing the result from one process to another.
 
     With ``pin_memory`` batches lie where a GPU can fetch them while the processor goes on.
+
+    Attributes:
+        requested_at: Time (``time.perf_counter``) at which the latest batch was asked for.
     """
 
     def __init__(self, dataset: Dataset[Batch], order: BatchSampler, *, pin_memory: bool = False) -> None:
         super().__init__(dataset, sampler=order, batch_size=None, collate_fn=_as_it_is, pin_memory=pin_memory)
         self.order = order
+        self.requested_at = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches."""
+        batches = super().__iter__()
+        while True:
+            self.requested_at = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """See :meth:`BatchSampler.state_dict`."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -64,9 +65,11 @@ def make_last(path: Path) -> None:
             shutil.copyfileobj(source, target)
 
 
-def best_checkpoint(run_dir: Path) -> Path | None:
-    """The best epoch's checkpoint, or the last one where nothing was validated; None where there is no good one."""
-    for path in (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")):
+def best_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """Return what the run's first checkpoint callback calls its best, else last.ckpt; None if neither can be read."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    for path in (*([Path(best)] if best else []), last):
         if path.is_file():
             try:
                 read_checkpoint(path)

@@ -102,6 +102,7 @@ COMPOSED = [
     ("trainer.num_sanity_val_steps=abc", ["trainer.num_sanity_val_steps=abc", "-1"]),
     ("trainer.profiler=5", ["trainer.profiler=5", "simple, advanced"]),
     ("callbacks.sample_inputs.num_images=abc", ["callbacks.sample_inputs.num_images=abc", "from 1 on"]),
+    ("callbacks.best_checkpoint.monitor=train/loss", ["callbacks.best_checkpoint.monitor=train/loss", "val/loss"]),
     ("callbacks.best_checkpoint.monitor=val/foo", ["callbacks.best_checkpoint.monitor=val/foo", "val/acc"]),
     ("~trainer.precision", ["trainer.precision is missing", "trainer.precision=..."]),
     ("~data.cache_features", ["data.cache_features is missing"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import REAL_IMAGES, SMALL, StepLosses, compose_train
 from omegaconf import DictConfig
+from PIL import Image
 from torch import nn
 
 from cifar10_tl.callbacks.metrics_logger import SPEED
@@ -104,7 +106,8 @@ def test_tensorboard_has_the_tags_on_the_epoch_axis(finished_run: Path) -> None:
         events.Tags()["images"]
     )
     png = events.Images("confusion_matrix/test")[-1].encoded_image_string
-    assert png == (finished_run / "figures" / "confusion_matrix_test.png").read_bytes()
+    with Image.open(io.BytesIO(png)) as logged, Image.open(finished_run / "figures/confusion_matrix_test.png") as file:
+        assert logged.tobytes() == file.convert("RGB").tobytes()
     plugins = events.summary_metadata
     assert "custom_scalars__config__" in plugins
     assert "_hparams_/session_start_info" in plugins

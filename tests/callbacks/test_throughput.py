@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import TINY, SlowStep
+from omegaconf import DictConfig
+
+from cifar10_tl.callbacks import Throughput
+from cifar10_tl.data.batch import Batch
+from cifar10_tl.train import train
+
+BATCH = Batch(torch.zeros(8, 3, 1, 1), torch.zeros(8).long(), torch.arange(8))
+
+
+class Clock:
+    """Stands in for ``time`` in the module under test."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("cifar10_tl.callbacks.throughput.time", clock)
+    return clock
+
+
+def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch: float, device: str = "cpu") -> None:
+    """Run an epoch of two processes with batches of 8, ``seconds`` per step and ``fetch`` seconds per batch."""
+    loader = SimpleNamespace(requested_at=0.0)
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        is_last_batch=False,
+        is_global_zero=True,
+        train_dataloader=loader,
+        global_step=0,
+        estimated_stepping_batches=10_000,
+        accumulate_grad_batches=1,
+    )
+    module: Any = SimpleNamespace(device=torch.device(device))
+    callback.on_train_epoch_start(trainer, module)
+    for _ in range(steps):
+        loader.requested_at = clock.now
+        clock.now += fetch
+        callback.on_train_batch_start(trainer, module, BATCH, 0)
+        clock.now += seconds - fetch
+        callback.on_train_batch_end(trainer, module, None, BATCH, 0)
+    callback.on_train_epoch_end(trainer, module)
+
+
+def test_speed_leaves_out_what_is_between_epochs(clock: Clock) -> None:
+    callback = Throughput()
+    for _ in range(2):
+        clock.now += 100.0  # validation, figures, checkpoints
+        epoch(callback, clock, steps=3, seconds=4.0, fetch=1.0)
+    row = callback.row(torch.device("cpu"))
+    assert (row["seconds"], row["images_per_second"], row["step_ms"], row["data_wait"]) == (12.0, 4.0, 4000.0, 0.25)
+    assert 0.1 < row["peak_memory_gb"] < 1000  # type: ignore[operator]
+    assert callback.images_per_second == 4.0
+    assert callback.first_step_seconds == 104.0
+
+
+def test_only_waiting_for_a_batch_counts_as_waiting_for_data(small_cfg: Callable[..., DictConfig]) -> None:
+    """Checkpoints are written, and other callbacks work, between the end of a step and the next batch."""
+    overrides = ("callbacks=minimal", "checkpoint_every_n_steps=1", "test=false", "trainer.max_epochs=1")
+    cfg = small_cfg(*TINY, *overrides, "+callbacks.slow={_target_: helpers.SlowStep}")
+    train(cfg)
+    header, row = (Path(cfg.paths.output_dir) / "metrics.csv").read_text().splitlines()
+    measured = dict(zip(header.split(","), row.split(","), strict=True))
+    assert float(measured["data_wait"]) * float(measured["seconds"]) < SlowStep.seconds / 2
+
+
+@pytest.mark.parametrize(("seconds", "device", "logged"), [(7.0, "cpu", 1), (0.3, "cpu", 0), (7.0, "meta", 0)])
+def test_a_long_run_on_a_cpu_is_announced_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture, seconds: float, device: str, logged: int
+) -> None:
+    caplog.set_level("INFO")
+    epoch(Throughput(), clock, steps=40, seconds=seconds, fetch=0.0, device=device)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == logged
+    assert all("about 19:26:40 on this CPU" in message for message in messages)  # 10,000 steps of 7 seconds
+
+
+def test_a_resumed_run_continues_its_measurements() -> None:
+    first = Throughput()
+    first.load_state_dict({"seconds": 10.0, "images": 50, "first_step_seconds": 2.0, "fit_seconds": 20.0})
+    first.on_fit_start(None, None)  # type: ignore[arg-type]
+    time.sleep(0.01)
+    second = Throughput()
+    second.load_state_dict(first.state_dict())
+    assert second.earlier_seconds > 20.0
+    assert (second.images_per_second, second.first_step_seconds) == (5.0, 2.0)
