@@ -1,40 +1,53 @@
-# make help tells what there is. Everything runs in .venv, made at first use with the versions in constraints.txt.
+# `make help` lists the targets. All of them use .venv, which the first one creates with the versions in constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+RUN_TOOLS := $(VENV)/run-tools
+DEV_TOOLS := $(VENV)/dev-tools
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format tensorboard clean
+.PHONY: help demo test test-fast lint format settings tensorboard clean
 
-help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python >= 3.10 is needed; name one with make PYTHON=python3.12 ..." >&2; exit 2; }
+$(RUN_TOOLS): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { echo "error: Python 3.10 to 3.13 is required; select one with make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $(READY)
+	$(INSTALL) .
+	@touch $@
 
-demo: $(READY) ## train on the built-in images, two or three minutes on two CPU cores, nothing to download but packages
+$(DEV_TOOLS): $(RUN_TOOLS)
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+demo: $(RUN_TOOLS) ## train on the built-in images: two or three minutes on two CPU cores, downloads packages only
 	$(BIN)/python -m cifar10_tl.train experiment=quickstart
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+test: $(DEV_TOOLS) ## run all tests
+	$(PYTEST)
 
-lint: $(READY) ## ruff and mypy
+test-fast: $(DEV_TOOLS) ## run the tests that start no processes
+	$(PYTEST) -m 'not slow'
+
+lint: $(DEV_TOOLS) ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY) ## let ruff mend what it can
+format: $(DEV_TOOLS) ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tensorboard: $(READY) ## look at all runs in a browser
-	$(BIN)/tensorboard --host localhost --logdir outputs
+settings: $(RUN_TOOLS) ## regenerate docs/settings.md from the comments in conf/
+	$(BIN)/python scripts/settings.py
 
-clean: ## remove .venv and caches; data and outputs stay
+tensorboard: $(RUN_TOOLS) ## show all runs in a browser
+	$(BIN)/tensorboard --host localhost --logdir outputs --samples_per_plugin=images=1000
+
+clean: ## remove .venv and caches, keep data and outputs
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

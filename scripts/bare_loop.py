@@ -1,10 +1,10 @@
-"""A training loop in plain PyTorch: the least that a framework's time can be compared with."""
+"""Training loop in plain PyTorch that the benchmark compares with. As a script it prints its peak memory in MB."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import resource
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,38 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 
-def torchvision_resnet50(num_classes: int = 10) -> nn.Module:
-    """The ResNet50 of torchvision with another last layer."""
-    network = torchvision.models.resnet50(weights=None)
-    network.fc = nn.Linear(network.fc.in_features, num_classes)
-    return network
-
-
-def bare_loop(
-    network: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    precision: str,
-    warm_up: int = 0,
-    synchronize: Callable[[], Any] = lambda: None,
-) -> list[float]:
-    """A plain PyTorch training loop, see :func:`bare_steps`.
-
-    Returns:
-        The time at the end of each step; at step ``warm_up`` and at the last one the device has done its work, too.
-    """
-    times = []
-    for step, _ in enumerate(bare_steps(network, batches, precision=precision)):
-        if step == warm_up:
-            synchronize()
-        times.append(time.perf_counter())
-    synchronize()
-    times[-1] = time.perf_counter()
-    return times
-
-
-def bare_steps(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str) -> Iterator[None]:
-    """The steps of plain PyTorch, one an item: fused Adam, autocast where the precision is bf16-mixed, nothing else."""
+def bare_steps(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> Iterator[None]:
+    """Train with fused Adam, and autocast if ``precision`` is bf16-mixed. Yield after each step."""
     network.train()
     device = next(network.parameters()).device
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
@@ -56,16 +26,27 @@ def bare_steps(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, 
         yield
 
 
-def bare_loop_from_memory(num_images: int, steps: int, batch: int, *, precision: str) -> list[float]:
-    """:func:`bare_loop` on a ResNet50 in channels_last and uint8 32x32 images in memory, normalised batch by batch."""
-    network = torchvision_resnet50().to(memory_format=torch.channels_last)
+def batches_from_memory(num_images: int, steps: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield normalized channels_last batches of random uint8 images."""
     images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (num_images,))
+    for _ in range(steps):
+        indices = torch.randint(0, num_images, (batch,))
+        x = (images[indices].float() / 255 - 0.45) / 0.225
+        yield x.contiguous(memory_format=torch.channels_last), labels[indices]
 
-    def batches() -> Iterable[tuple[Tensor, Tensor]]:
-        for _ in range(steps):
-            places = torch.randint(0, num_images, (batch,))
-            x = (images[places].float() / 255 - 0.45) / 0.225
-            yield x.contiguous(memory_format=torch.channels_last), labels[places]
 
-    return bare_loop(network, batches(), precision=precision)
+def peak_mb() -> float:
+    """Return the peak resident memory of this process in 10^6 bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux starts ru_maxrss at the parent's value
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+
+
+if __name__ == "__main__":
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    resnet = torchvision.models.resnet50(num_classes=10).to(memory_format=torch.channels_last)
+    for _ in bare_steps(resnet, batches_from_memory(4000, 6, 128), "bf16-mixed" if native else "32-true"):
+        pass
+    print(peak_mb())

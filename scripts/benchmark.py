@@ -1,11 +1,10 @@
-"""How fast this project is, beside what one would write without it. Each row says what both sides are.
+"""Compare the speed and memory of this project with alternatives.
 
-python scripts/benchmark.py [--quick] [--only NAME] [--json FILE]      on this machine's processor
-python scripts/benchmark.py --gpu [--quick] [--json FILE]              on its GPUs
+python scripts/benchmark.py [--quick] [--only NAME,NAME] [--json FILE]      rows for CPUs
+python scripts/benchmark.py --gpu [--quick] [--only NAME,NAME] [--json FILE]
 
-Images are the built-in ones (data=shapes, 32x32 colour): the time does not depend on what they show. Each row runs in a
-process of its own, both sides in turn, again and again; the first steps of each are left out. The ratio is the median
-of the repeats' ratios, in brackets the lowest and the highest. Nothing else should run on the machine meanwhile.
+Each row measures both sides alternately on the built-in images (data=shapes), in a process of its own. The ratio is the
+median over the repeats, with the lowest and highest in brackets. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -15,145 +14,104 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from benchmark_cpu import CPU_ROWS, SIDES
-from benchmark_sides import Pairs, Row, child, precision
+from benchmark_gpu import GPU_ROWS
+from benchmark_tools import Pair, Row
 
-TRAINING_IMAGES = 45_000  # of CIFAR-10, without those held out for validation
+from cifar10_tl.engine.hardware import choose_precision
+from cifar10_tl.engine.results import environment
 
-
-class Parser(argparse.ArgumentParser):
-    """Tells of a mistake in one line, as the commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        """One ``error:`` line, exit status 2."""
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+TRAINING_IMAGES = 45_000  # of CIFAR-10, without the validation images
 
 
-def main() -> int:
-    """Run the rows; the exit status: 0 whether goals are met or not, 2 after a one-line `error:`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter and fewer repeats: a try, not a measurement")
-    parser.add_argument("--only", action="append", metavar="NAME", help=f"one of {', '.join(CPU_ROWS)}; or several")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--gpu", action="store_true", help="the rows for GPUs, see scripts/benchmark_gpu.py")
-    parser.add_argument("--repeats", type=int, help="of each row (default: 5, with --quick 3)")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # in a process of its own: print its pairs
-    parser.add_argument("--side", help=argparse.SUPPRESS)  # and one side of a repeat: print its number
+def main() -> None:
+    """Measure the chosen rows; exit with status 2 after an error in the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter and fewer repeats, to see that it runs")
+    parser.add_argument("--only", metavar="NAME,NAME", help="rows to measure (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--gpu", action="store_true", help="measure the rows for GPUs")
+    parser.add_argument("--repeats", type=int, help="repeats of each row (default: 5, with --quick 3)")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # used by child processes: print the pairs of a row
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # or the value of one side
     arguments = parser.parse_args()
-    repeats = arguments.repeats or (3 if arguments.quick else 5)
-    os.environ.setdefault("BENCHMARK_FOLDER", tempfile.gettempdir())
+    arguments.repeats = arguments.repeats or (3 if arguments.quick else 5)
+    rows = GPU_ROWS if arguments.gpu else CPU_ROWS
+    names = arguments.only.split(",") if arguments.only else list(rows)
     if arguments.side:
-        return result_line(SIDES[arguments.side](arguments.quick))
-    if arguments.row:
-        return result_line(all_rows(arguments.gpu)[arguments.row].measure(repeats, arguments.quick))
-    try:
-        return report(arguments, repeats)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(SIDES[arguments.side](arguments.quick))
+    elif arguments.row:
+        pair = rows[arguments.row].measure(arguments.quick)
+        print(json.dumps([pair(number) for number in range(arguments.repeats)]))
+    elif unknown := [name for name in names if name not in rows]:
+        parser.error(f"--only {unknown[0]}: choose from {', '.join(rows)}")
+    elif arguments.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: PyTorch finds no CUDA GPU; leave --gpu out to measure the rows for CPUs")
+    else:
+        report({name: rows[name] for name in names}, arguments)
 
 
-def all_rows(gpu: bool) -> dict[str, Row]:
-    """The rows for the processor, or those for GPUs."""
-    if not gpu:
-        return CPU_ROWS
-    from benchmark_gpu import GPU_ROWS
-
-    return GPU_ROWS
-
-
-def report(arguments: argparse.Namespace, repeats: int) -> int:
-    """Run each row in a process of its own, and print what it found."""
-    rows = all_rows(arguments.gpu)
-    chosen = [name for given in arguments.only or rows for name in given.split(",")]
-    if unknown := [name for name in chosen if name not in rows]:
-        raise ValueError(f"--only {unknown[0]}: there are {', '.join(rows)}")
-    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
-        raise ValueError(f"--json {arguments.json}: there is no such folder")
-    if arguments.gpu and not has_gpu():
-        raise ValueError("--gpu: PyTorch finds no CUDA GPU here; without --gpu the processor's rows are run")
-    for text in machine():
-        print(text)
-    print(f"ratio a / b: median of {repeats} repeats [lowest, highest]\n", flush=True)
+def report(rows: dict[str, Row], arguments: argparse.Namespace) -> None:
+    """Measure each row in its own process, print it and write the numbers."""
+    print(machine())
+    print(f"ratio a / b: median of {arguments.repeats} repeats [lowest, highest]\n", flush=True)
     results = {}
+    for name, row in rows.items():
+        if name.startswith("scaling_") and int(name.split("_")[1]) > torch.cuda.device_count():
+            print(f"{name:<14} skipped: {torch.cuda.device_count()} GPUs")
+            continue
+        results[name] = summarize(measured_pairs(name, arguments), row.unit)
+        print(row_text(name, row, results[name]), flush=True)
+        if arguments.gpu:
+            print(f"    epoch of {TRAINING_IMAGES:,} images: {TRAINING_IMAGES / results[name]['a']:.2f} s")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measured_pairs(name: str, arguments: argparse.Namespace) -> list[Pair]:
+    """Measure a row in another process."""
+    flags = [f"--{flag}" for flag in ("quick", "gpu") if getattr(arguments, flag)]
+    command = [sys.executable, __file__, "--row", name, "--repeats", str(arguments.repeats), *flags]
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["BENCHMARK_FOLDER"] = folder
-        flags = [flag for flag in ("quick", "gpu") if getattr(arguments, flag)]
-        for name in chosen:
-            pairs = child("--row", name, "--repeats", str(repeats), *(f"--{flag}" for flag in flags))
-            if not pairs:
-                print(f"{name:<14} left out: this machine has too few GPUs", flush=True)
-                continue
-            results[name] = summarise(pairs, rows[name].unit)
-            print(line(name, rows[name], results[name]), flush=True)
-            if arguments.gpu:
-                results[name]["epoch_seconds"] = TRAINING_IMAGES / results[name]["a"]
-                print(f"    an epoch of {TRAINING_IMAGES:,} images takes a {results[name]['epoch_seconds']:.2f} s")
-            if arguments.json:
-                Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+        environ = {**os.environ, "BENCHMARK_FOLDER": folder}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def has_gpu() -> bool:
-    """Whether PyTorch finds a CUDA GPU."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def machine() -> Iterator[str]:
-    """Versions and hardware."""
-    import torch
-
-    from cifar10_tl.engine.results import environment
-
-    found = environment(torch.device("cuda" if has_gpu() else "cpu"), max(1, torch.cuda.device_count()), precision())
-    yield ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    yield (
-        f"{found['device']}{f' x {torch.cuda.device_count()}' if has_gpu() else ''}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, {platform.system()}, precision auto = {precision()}"
-    )
+def machine() -> str:
+    """Return two lines with versions and hardware."""
+    gpus, precision = torch.cuda.device_count(), choose_precision("auto")[0]
+    found = environment(torch.device("cuda" if gpus else "cpu"), max(1, gpus), precision)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{versions}\n{found['device']}, {cores}, {platform.system()}, precision {precision}"
 
 
-def summarise(pairs: Pairs, unit: str) -> dict[str, Any]:
-    """Median and range of the ratios, and the median of each side."""
+def summarize(pairs: list[Pair], unit: str) -> dict[str, Any]:
+    """Return median and range of the ratios, and the median of each side."""
     ratios = [a / b for a, b in pairs]
-    return {
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-        "a": statistics.median(a for a, _ in pairs),
-        "b": statistics.median(b for _, b in pairs),
-        "unit": unit,
-        "repeats": len(pairs),
-    }
+    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+    bounds = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return {**bounds, "a": a, "b": b, "unit": unit, "repeats": len(pairs)}
 
 
-def line(name: str, row: Row, result: dict[str, Any]) -> str:
-    """A row of the table, over three lines."""
-    met = ""
+def row_text(name: str, row: Row, result: dict[str, Any]) -> str:
+    """Return the three lines of a row: ratio and goal, then both sides."""
+    verdict = ""
     if row.goal is not None:
-        good = result["ratio"] >= row.goal if row.at_least else result["ratio"] <= row.goal
-        met = f"goal {'>=' if row.at_least else '<='} {row.goal:g}: {'met' if good else 'MISSED'}"
-    head = f"{name:<14} {result['ratio']:8.3f} [{result['low']:.3f}, {result['high']:.3f}]  {met}"
-    sides = [
-        f"    {side}  {result[side]:10.5g} {result['unit']:<9} {text}" for side, text in (("a", row.a), ("b", row.b))
-    ]
-    return "\n".join([head, *sides])
-
-
-def result_line(value: Any) -> int:
-    """Print a value for :func:`child`; exit status 0."""
-    print(json.dumps(value))
-    return 0
+        met = result["ratio"] >= row.goal if row.at_least else result["ratio"] <= row.goal
+        verdict = f"goal {'>=' if row.at_least else '<='} {row.goal:g}: {'met' if met else 'MISSED'}"
+    ratio = f"{name:<14} {result['ratio']:8.3f} [{result['low']:.3f}, {result['high']:.3f}]  {verdict}"
+    sides = (f"    {side}  {result[side]:10.5g} {row.unit:<9} {text}" for side, text in (("a", row.a), ("b", row.b)))
+    return "\n".join([ratio, *sides])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,307 +1,210 @@
-"""The rows of ``python scripts/benchmark.py``: what is measured on a processor."""
+"""Rows of ``python scripts/benchmark.py`` that run on a CPU."""
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from benchmark_sides import (
-    BATCH,
-    ROOT,
-    Pairs,
-    Row,
-    child,
-    compose,
-    images_per_second,
-    in_turn,
-    microseconds,
-    numpy_images,
-    our_fit,
-    parts,
-    peak_mb,
-    per_second,
-    precision,
-    ready_batches,
-    run,
-    seconds_of,
-    small_run,
-    template_fit,
-    tiny_network,
-)
+import benchmark_tools as tools
+import numpy as np
+from bare_loop import bare_steps, peak_mb
+from baselines import TemplateModule, TinyNetwork, per_image_loaders
+from benchmark_tools import BATCH, Pair, Row, build, compose, in_turn, seconds_of
+from torchvision.models import resnet50
+
+from cifar10_tl.engine.hardware import choose_precision
 
 CHECKPOINT, ONNX = "run/checkpoints/last.ckpt", "model.onnx"
+STACK_STEPS = {32: 30, 128: 12}
 
 
-def loader(repeats: int, quick: bool) -> Pairs:
-    """Images as the network wants them: fetched, flipped, cropped, normalised, on the processor."""
-    import torch
-    from baselines import per_image_loader
+def loader(quick: bool) -> Callable[[int], Pair]:
+    """Fetch, flip, crop and normalize images."""
+    _, module, datamodule = build(train_size=3_000 if quick else 9_000)
+    train = datamodule.splits["train"]
+    usual = per_image_loaders(train.images, train.labels, 32, BATCH)
+    num_images = len(train) // BATCH * BATCH
 
-    num_images = 2_000 if quick else 8_000
-    _, module, datamodule = parts(f"data.train_size={num_images + 1000}")
-    images, labels = numpy_images(datamodule)
-    usual = [per_image_loader(images, labels, 32, workers, BATCH) for workers in (0, 2)]
-
-    def ours(epoch: int) -> int:
-        count = 0
+    def ours() -> None:
         for batch in datamodule.train_dataloader():
-            count += len(module.network.preprocess(datamodule.augmented(batch, epoch).images))
-        return count
+            module.network.preprocess(datamodule.augmented(batch, 0).images)
 
-    def theirs(batches: Any) -> int:
-        return sum(len(x) for x, _ in batches)
+    def theirs() -> float:
+        return max(num_images / seconds_of(lambda: sum(1 for _ in batches)) for batches in usual)  # noqa: B023
 
-    pairs = []
-    with torch.no_grad():
-        for epoch in range(repeats + 1):
-            pairs.append(
-                in_turn(
-                    epoch,
-                    lambda: per_second(lambda: ours(epoch)),  # noqa: B023
-                    lambda: max(per_second(partial(theirs, batches)) for batches in usual),
-                )
-            )
-    return pairs[1:]  # in the first, workers start
+    theirs()  # starts the workers
+    return lambda number: in_turn(number, lambda: num_images / seconds_of(ours), theirs)
 
 
-def fit_overhead(repeats: int, quick: bool) -> Pairs:
-    """Trainer.fit as the command runs it; after each of its steps, one of a loop over batches that lie ready."""
-    import copy
-
-    from bare_loop import bare_steps
-
+def fit_overhead(quick: bool) -> Callable[[int], Pair]:
+    """Alternate steps of Trainer.fit with steps of a plain loop."""
     steps = 8 if quick else 30
-    pairs = []
-    for _ in range(repeats):
-        cfg, module, datamodule = parts()
-        network, batches = copy.deepcopy(module.network), ready_batches(datamodule, steps)
-        plain = bare_steps(network, batches, precision=precision())
+
+    def pair(number: int) -> Pair:
+        cfg, module, datamodule = build()
+        network, batches = copy.deepcopy(module.network), tools.ready_batches(datamodule, steps)
+        plain = bare_steps(network, batches, choose_precision("auto")[0])
         seconds: list[float] = []
-        fit = our_fit(cfg, module, datamodule, steps, lambda: seconds.append(seconds_of(lambda: next(plain))))  # noqa: B023
-        pairs.append((images_per_second(fit, BATCH), images_per_second([*accumulate(seconds)], BATCH)))
-    return pairs
+        fit = tools.our_fit(cfg, module, datamodule, steps, lambda: seconds.append(seconds_of(lambda: next(plain))))
+        return tools.images_per_second(fit), tools.images_per_second([*accumulate(seconds)])
+
+    return pair
 
 
-def step_overhead(repeats: int, quick: bool) -> Pairs:
-    """A network that costs next to nothing leaves the framework's own time; that of a plain loop is taken off."""
-    from bare_loop import bare_loop
-    from baselines import TemplateModule
+def step_overhead(quick: bool) -> Callable[[int], Pair]:
+    """Subtract a plain loop's step from both sides' steps of a network that costs next to nothing."""
+    steps, size = 200 if quick else 1000, 16
+    # without augmentation, because the batches of the other side are prepared beforehand
+    plain_data = (f"data.batch_size={size}", "data.augment.horizontal_flip=false", "data.augment.random_crop_padding=0")
 
-    steps = 200 if quick else 1000
-    size = 16
-    pairs = []
-    for _ in range(repeats):
-        cfg, module, datamodule = parts(
-            f"data.batch_size={size}",
-            f"data.train_size={size * steps + 1000}",
-            "data.augment.horizontal_flip=false",  # the template's batches lie ready
-            "data.augment.random_crop_padding=0",
-            "trainer.precision=32-true",
+    def pair(number: int) -> Pair:
+        cfg, module, datamodule = build(*plain_data, "trainer.precision=32-true", train_size=size * steps + 1000)
+        module.network = TinyNetwork()
+        batches = tools.ready_batches(datamodule, steps)
+        plain = tools.microseconds(tools.bare_fit(TinyNetwork(), batches, steps, "32-true"))
+        ours, theirs = in_turn(
+            number,
+            lambda: tools.microseconds(tools.our_fit(cfg, module, datamodule, steps)),
+            lambda: tools.microseconds(tools.template_fit(TemplateModule(TinyNetwork(), fused=True), batches, steps)),
         )
-        module.network = tiny_network()
-        batches = ready_batches(datamodule, steps)
-        plain = microseconds(bare_loop(tiny_network(), batches, precision="32-true"))
-        ours, template = in_turn(
-            len(pairs),
-            lambda: microseconds(our_fit(cfg, module, datamodule, steps)),  # noqa: B023
-            lambda: microseconds(template_fit(TemplateModule(tiny_network(), fused=True), batches, steps)),  # noqa: B023
-        )
-        pairs.append((ours - plain, template - plain))
-    return pairs
+        return ours - plain, theirs - plain
+
+    return pair
 
 
-def stack(size: int) -> Callable[[int, bool], Pairs]:
-    """Everything together: our defaults against a template's, at an image size; processes of their own, as in life."""
+def printed_number(*command: str) -> float:
+    """Return the number that a Python process prints as its last line."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=Path(__file__).parent)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return float(done.stdout.splitlines()[-1])
 
-    def measure(repeats: int, quick: bool) -> Pairs:
-        def side(name: str) -> float:
-            return float(child("--side", f"{name}-{size}", *(["--quick"] if quick else [])))
 
-        return [in_turn(number, lambda: side("ours"), lambda: side("template")) for number in range(repeats)]
+def side(name: str, quick: bool) -> Callable[[], float]:
+    """Return a function that measures one of ``SIDES`` in its own process."""
+    return partial(printed_number, "benchmark.py", "--side", name, *(["--quick"] if quick else []))
 
-    return measure
+
+def stack(size: int, quick: bool) -> Callable[[int], Pair]:
+    """Compare all defaults with a template's at an image size."""
+    return lambda number: in_turn(number, side(f"ours-{size}", quick), side(f"template-{size}", quick))
 
 
 def stack_ours(size: int, quick: bool) -> float:
-    """Our side of ``stack``, in images/s."""
-    cfg, module, datamodule = parts(f"model.image_size={size}")
-    return images_per_second(our_fit(cfg, module, datamodule, stack_steps(size, quick)), BATCH)
+    """Return the images/s of the defaults."""
+    steps = STACK_STEPS[size] // (2 if quick else 1)
+    return tools.images_per_second(tools.our_fit(*build(f"model.image_size={size}"), steps))
 
 
 def stack_template(size: int, quick: bool) -> float:
-    """The other side of ``stack``, in images/s."""
-    from bare_loop import torchvision_resnet50
-    from baselines import TemplateModule, per_image_loader
-
-    images, labels = numpy_images(parts()[2])
-    loaders = [per_image_loader(images, labels, size, workers, BATCH) for workers in (0, 2)]
-    fits = (template_fit(TemplateModule(torchvision_resnet50()), x, stack_steps(size, quick)) for x in loaders)
-    return max(images_per_second(times, BATCH) for times in fits)
+    """Return the images/s of a template's defaults."""
+    train, steps = build()[2].splits["train"], STACK_STEPS[size] // (2 if quick else 1)
+    loaders = per_image_loaders(train.images, train.labels, size, BATCH)
+    fits = (tools.template_fit(TemplateModule(resnet50(num_classes=10)), batches, steps) for batches in loaders)
+    return max(tools.images_per_second(times) for times in fits)
 
 
-def stack_steps(size: int, quick: bool) -> int:
-    """Steps of a fit in ``stack``."""
-    return {32: 30, 128: 12}[size] // (2 if quick else 1)
-
-
-def probe(repeats: int, quick: bool) -> Pairs:
-    """Ten epochs of a head on a frozen backbone, from the built network to the last step."""
+def probe(quick: bool) -> Callable[[int], Pair]:
+    """Train a head on a frozen backbone for ten epochs, from the config to the last step."""
     num_images, size = (500, 64) if quick else (2000, 96)
-    with tempfile.TemporaryDirectory() as folder:
-        run(small_run(folder))  # imports everything
 
     def seconds(cached: str) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            cfg = compose(
-                "experiment=probe",
-                "data=shapes",
-                f"data.train_size={num_images + 200}",
-                "data.val_size=200",
-                "data.test_size=10",
-                "model.weights=null",
-                f"model.image_size={size}",
-                f"data.cache_features={cached}",
-                f"paths.cache_dir={folder}/cache",
-                f"paths.output_dir={folder}/run",
-                "trainer.enable_progress_bar=false",
-                "test=false",
-            )
-            return seconds_of(lambda: run(cfg))
+        from cifar10_tl.train import train
 
-    return [in_turn(number, lambda: seconds("false"), lambda: seconds("true")) for number in range(repeats)]
+        folder = tools.new_folder()
+        cfg = compose(
+            *("experiment=probe", "data=shapes", f"data.train_size={num_images + 200}", "data.val_size=200"),
+            *("data.test_size=10", "model.weights=null", f"model.image_size={size}", f"data.cache_features={cached}"),
+            *(f"paths.cache_dir={folder}/cache", f"paths.output_dir={folder}/run"),
+            *("trainer.enable_progress_bar=false", "test=false"),
+        )
+        return seconds_of(lambda: train(cfg))
+
+    train_small_run()  # imports everything
+    return lambda number: in_turn(number, lambda: seconds("false"), lambda: seconds("true"))
 
 
-def help_text(repeats: int, quick: bool) -> Pairs:
-    """From the shell's prompt to its next."""
+def train_small_run(*overrides: str) -> None:
+    """Train for one step to get a checkpoint."""
+    from cifar10_tl.train import train
+
+    sizes = ("data.train_size=60", "data.val_size=20", "data.test_size=20", "data.batch_size=20")
+    limits = ("trainer.max_epochs=1", "trainer.devices=1", "trainer.limit_train_batches=1", "test=false")
+    folder = (f"paths.output_dir={os.environ['BENCHMARK_FOLDER']}/run", "trainer.enable_progress_bar=false")
+    train(compose("experiment=quickstart", *sizes, *limits, *folder, *overrides))
+
+
+def help_text(quick: bool) -> Callable[[int], Pair]:
+    """Time ``--help`` from start to exit."""
 
     def command(*arguments: str) -> float:
-        return seconds_of(
-            lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        )
+        options: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
+        return seconds_of(lambda: subprocess.run([sys.executable, *arguments], **options))
 
-    sides = (("-m", "cifar10_tl.train", "--help"), ("-c", "import lightning.pytorch"))
-    pairs = [in_turn(n, lambda: command(*sides[0]), lambda: command(*sides[1])) for n in range(repeats + 1)]
-    return pairs[1:]  # the first fills the disk cache
+    ours, lightning = ("-m", "cifar10_tl.train", "--help"), ("-c", "import lightning.pytorch")
+    return lambda number: in_turn(number, lambda: command(*ours), lambda: command(*lightning))
 
 
-def predict(repeats: int, quick: bool) -> Pairs:
-    """The exported model in ONNX Runtime, and the checkpoint in PyTorch, both as load_classifier gives them.
-
-    Each in a process of its own: here, a run has made PyTorch keep freed memory, as the predict command does, too.
-    """
+def predict(quick: bool) -> Callable[[int], Pair]:
+    """Compare an exported model with its checkpoint, in processes whose PyTorch does not keep freed memory."""
     from cifar10_tl.export import export
 
+    train_small_run("model.image_size=224", "trainer.precision=32-true")
     folder = os.environ["BENCHMARK_FOLDER"]
-    run(small_run(folder, "model.image_size=224", "trainer.precision=32-true"))
     files = (f"checkpoint={folder}/{CHECKPOINT}", f"output={folder}/{ONNX}", f"paths.output_dir={folder}/export")
     export(compose(*files, name="export"))
-
-    def side(name: str) -> float:
-        return float(child("--side", name, *(["--quick"] if quick else [])))
-
-    return [in_turn(n, lambda: side("onnx"), lambda: side("eager")) for n in range(repeats)]
+    return lambda number: in_turn(number, side("onnx", quick), side("eager", quick))
 
 
 def predict_with(file: str, quick: bool) -> float:
-    """A side of ``predict``, in images/s."""
-    import numpy as np
-
+    """Return the images/s of ``load_classifier`` with a checkpoint or an exported model."""
     from cifar10_tl import load_classifier
 
     pixels = np.random.default_rng(0).integers(0, 256, (8 if quick else 32, 3, 32, 32), dtype=np.uint8)
     classifier = load_classifier(Path(os.environ["BENCHMARK_FOLDER"]) / file, "cpu")
-    speeds = [per_second(lambda: len(classifier.probabilities(pixels))) for _ in range(6)]
-    return statistics.median(speeds[1:])
+    seconds = [seconds_of(lambda: classifier.probabilities(pixels)) for _ in range(6)]
+    return len(pixels) / statistics.median(seconds[1:])
 
 
-def memory(repeats: int, quick: bool) -> Pairs:
-    """Peak resident memory of a process that does nothing else."""
-    sides = (lambda: float(child("--side", "memory-fit")), lambda: float(child("--side", "memory-loop")))
-    return [in_turn(number, *sides) for number in range(repeats)]
+def memory(quick: bool) -> Callable[[int], Pair]:
+    """Compare with a process that imports neither Lightning nor this project."""
+    return lambda number: in_turn(number, side("memory", quick), lambda: printed_number("bare_loop.py"))
 
 
-def memory_fit(quick: bool) -> float:
-    """Our side of ``memory``, in MB."""
-    cfg, module, datamodule = parts("data.train_size=5000")
-    our_fit(cfg, module, datamodule, 6)
+def memory_of_fit(quick: bool) -> float:
+    """Return the peak memory of Trainer.fit in MB."""
+    tools.our_fit(*build(), 6)
     return peak_mb()
 
 
-def memory_loop(quick: bool) -> float:
-    """The other side of ``memory``: such a network and as many images, but no Lightning, and nothing of ours."""
-    import torch
-    from bare_loop import bare_loop_from_memory
-
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    bare_loop_from_memory(4000, 6, BATCH, precision="bf16-mixed" if native else "32-true")
-    return peak_mb()
-
-
+PER_IMAGE = "per-image torchvision transforms in a DataLoader, best of 0 and 2 workers"
+TEMPLATE = "a template's defaults (fp32, NCHW, per-image DataLoader, torchmetrics each step), best of 0 and 2 workers"
+BARE = "bare PyTorch loop, same network, batch and precision, batches ready in memory"
+CACHED = "the same with data.cache_features=true, including building the cache"
+STEP = ("added per step by our fit, tiny network", "added by a template's fit: torchmetrics and self.log each step")
 CPU_ROWS = {
-    "loader": Row(
-        "our pipeline (fetch, flip, crop, normalise)",
-        "per-image torchvision transforms in a DataLoader, best of 0 and 2 workers",
-        "images/s",
-        8,
-        True,
-        loader,
-    ),
-    "fit_overhead": Row(
-        "our Trainer.fit, ResNet50 at 32 px, default callbacks and logging",
-        "a bare PyTorch loop, same network, batch and precision, batches ready in memory",
-        "images/s",
-        0.97,
-        True,
-        fit_overhead,
-    ),
-    "step_overhead": Row(
-        "added to a step by our module, callbacks and loader, tiny network",
-        "added by a template's module (torchmetrics and self.log each step), batches ready in memory",
-        "us",
-        0.4,
-        False,
-        step_overhead,
-    ),
-    "stack_32": Row(
-        "our defaults, ResNet50 at 32 px",
-        "a template's defaults (fp32, NCHW, per-image DataLoader, torchmetrics each step), best of 0 and 2 workers",
-        "images/s",
-        1.3,
-        True,
-        stack(32),
-    ),
-    "stack_128": Row(
-        "our defaults, ResNet50 at 128 px", "a template's defaults, as stack_32", "images/s", 1.8, True, stack(128)
-    ),
-    "probe": Row(
-        "ten epochs on a frozen ResNet50 at 96 px without a cache, 2,000 images",
-        "the same with data.cache_features=true, building the cache included",
-        "s",
-        6,
-        True,
-        probe,
-    ),
-    "help": Row("train --help", 'python -c "import lightning.pytorch"', "s", 0.25, False, help_text),
-    "predict": Row(
-        "exported ONNX in ONNX Runtime, 224 px", "the checkpoint in PyTorch, fp32", "images/s", 1.5, True, predict
-    ),
-    "memory": Row(
-        "peak memory of our Trainer.fit, ResNet50 at 32 px", "of a bare PyTorch loop", "MB", 1.15, False, memory
-    ),
+    "loader": Row(loader, "images/s", "our pipeline: fetch, flip, crop, normalize", PER_IMAGE, 8),
+    "fit_overhead": Row(fit_overhead, "images/s", "our Trainer.fit, ResNet50 at 32 px", BARE, 0.97),
+    "step_overhead": Row(step_overhead, "us", *STEP, 0.4, False),
+    "stack_32": Row(partial(stack, 32), "images/s", "our defaults, ResNet50 at 32 px", TEMPLATE, 1.3),
+    "stack_128": Row(partial(stack, 128), "images/s", "our defaults, ResNet50 at 128 px", TEMPLATE, 1.8),
+    "probe": Row(probe, "s", "ten epochs on a frozen ResNet50 at 96 px, no cache", CACHED, 6),
+    "help": Row(help_text, "s", "train --help", 'python -c "import lightning.pytorch"', 0.25, False),
+    "predict": Row(predict, "images/s", "exported ONNX in ONNX Runtime, 224 px", "checkpoint in PyTorch, fp32", 1.5),
+    "memory": Row(memory, "MB", "peak memory of our Trainer.fit", "of a bare PyTorch loop", 1.15, False),
 }
 SIDES: dict[str, Callable[[bool], float]] = {
-    "memory-fit": memory_fit,
-    "memory-loop": memory_loop,
+    "memory": memory_of_fit,
     "onnx": partial(predict_with, ONNX),
     "eager": partial(predict_with, CHECKPOINT),
-    **{f"ours-{size}": partial(stack_ours, size) for size in (32, 128)},
-    **{f"template-{size}": partial(stack_template, size) for size in (32, 128)},
+    **{f"ours-{size}": partial(stack_ours, size) for size in STACK_STEPS},
+    **{f"template-{size}": partial(stack_template, size) for size in STACK_STEPS},
 }

@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
-# A run over several machines under SLURM:   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh [key=value ...]
+# Train on several machines with SLURM:   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh [key=value ...]
+# Download the data first, on a node with a network: python scripts/download.py
 #
-# The global batch (data.batch_size) stays what it is; see docs/scaling.md for what to change with the number of GPUs.
-# Two minutes before its time is up, or when the job has to make room for another, SLURM sends SIGUSR1: the run saves
-# its state, and goes back into the queue; started again, it goes on in the same folder.
-#
-# Fetch the data first, where there is a network: python scripts/download.py
+# SLURM sends SIGUSR1 two minutes before the time limit or a preemption. The run then saves its state and requeues
+# itself, and the next start resumes it in the same folder.
 #SBATCH --job-name=cifar10_tl
-#SBATCH --ntasks-per-node=8          # one process a GPU
+#SBATCH --ntasks-per-node=8          # one process per GPU
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
 #SBATCH --signal=SIGUSR1@120
@@ -19,13 +17,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -f .venv/bin/activate ]] && source .venv/bin/activate
 
-# --kill-on-bad-exit: where one process is killed, the others would wait for it. --cpus-per-task: since Slurm 22.05 srun
-# does not take it over from the lines above.
+# --kill-on-bad-exit ends the job when one process is killed. srun has not inherited --cpus-per-task since Slurm 22.05.
 exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    python -m cifar10_tl.train \
-    trainer=ddp \
-    trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" \
-    trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" \
-    paths.output_dir="outputs/runs/slurm-${SLURM_JOB_ID}" \
-    checkpoint_every_n_steps=200 \
-    "$@"
+    python -m cifar10_tl.train trainer=ddp trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" \
+    trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" paths.output_dir="outputs/runs/slurm-${SLURM_JOB_ID}" \
+    checkpoint_every_n_steps=200 "$@"

@@ -1,0 +1,146 @@
+"""Commands, settings, links and examples in the documentation work."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import REPOSITORY, compose_train
+
+from cifar10_tl.data import sources
+from cifar10_tl.models import heads
+
+README = (REPOSITORY / "README.md").read_text()
+PAGES = {page: page.read_text() for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
+SHELL = "\n".join(block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S))
+SPANS = [
+    span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+]
+GROUPS = ("data", "model/head", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
+
+
+@pytest.fixture(scope="module")
+def settings_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("settings", REPOSITORY / "scripts" / "settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+def test_the_settings_page_is_up_to_date(settings_script: ModuleType) -> None:
+    page = (REPOSITORY / "docs" / "settings.md").read_text()
+    assert page == settings_script.settings(), "run: make settings"
+
+
+def test_settings_are_read_with_the_comments_beside_and_above_them(settings_script: ModuleType) -> None:
+    lines = ["a: # parent", "  b: 1 # a | b", "# above", "c: [x]", "defaults:", "  - d: e"]
+    assert settings_script.table(lines, "p.")[2:] == [
+        "| `p.a` |  | parent |",
+        r"| `p.a.b` | `1` | a \| b |",
+        "| `p.c` | `[x]` | above |",
+    ]
+
+
+def test_every_documented_setting_exists(settings_script: ModuleType) -> None:
+    known = {*re.findall(r"^\| `([\w.]+)` \|", settings_script.settings(), flags=re.M), *GROUPS, "model", "paths"}
+    known |= {"key", "weights_only"}  # placeholder, argument of torch.load
+    known |= {key.rsplit(".", n)[0] for key in known for n in range(key.count("."))}
+    words = {word.strip("'\"") for text in (SHELL, *SPANS) for word in text.split()}
+    keys = {match[1] for word in words if (match := re.match(r"([a-z_]+(?:[./]\w+)*)=", word))}
+    keys |= {
+        span
+        for span in SPANS
+        if re.fullmatch(r"(data|model|optimizer|scheduler|trainer|paths|callbacks)\.\w+(\.\w+)?", span)
+    }
+    assert len(keys) > 20
+    assert sorted(keys - known) == []
+
+
+def test_every_default_in_the_readme_is_the_default() -> None:
+    from omegaconf import OmegaConf
+
+    cfg = compose_train()
+    rows = re.findall(r"^\| `([\w.]+)` \| `?([^`|]+?)`? \|", README, flags=re.M)
+    defaults = {key: OmegaConf.select(cfg, key, throw_on_missing=True) for key, _ in rows}
+    assert {key: str(value).replace("None", "null") for key, value in defaults.items()} == dict(rows)
+
+
+def test_every_train_command_composes() -> None:
+    commands = re.findall(r"python -m cifar10_tl\.train([^#`\n]*)", SHELL.replace("\\\n", " "))
+    assert len(commands) >= 6
+    for command in commands:
+        compose_train(*(word for word in command.split() if "=" in word and "<" not in word and "," not in word))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", PAGES[page])
+    paths = [page.parent / target for found in targets for target in found if target and not target.startswith("http")]
+    paths += [
+        REPOSITORY / path
+        for path in re.findall(r"`((?:cifar10_tl|conf|scripts|tests|docs)/[\w/.]+)`", PAGES[page])
+        if "cosine" not in path and "cifar100" not in path and "two_machines" not in path
+    ]
+    assert [path for path in paths if not path.exists()] == []
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = {target for text in PAGES.values() for target in re.findall(r"`make ([\w-]+)|^make ([\w-]+)", text, re.M)}
+    for target in {name for pair in targets for name in pair if name}:
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+@pytest.mark.parametrize("file", [*PAGES, REPOSITORY / "Makefile"], ids=lambda file: file.name)
+def test_every_tensorboard_command_shows_all_images(file: Path) -> None:
+    """TensorBoard keeps 10 random images per tag otherwise (tensorboard #5550)."""
+    for line in file.read_text().splitlines():
+        assert "tensorboard --" not in line or "--samples_per_plugin=images=1000" in line
+
+
+def readme_class(name: str, module: ModuleType) -> Any:
+    """Return a class of a README example, executed at the end of ``module``."""
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if f"class {name}" in b)
+    namespace = dict(vars(module))
+    exec(block, namespace)
+    return namespace[name]
+
+
+def test_the_head_of_the_readme_works() -> None:
+    assert readme_class("CosineHead", heads)(16, 3)(torch.randn(2, 16, 4, 4)).shape == (2, 3)
+
+
+def test_the_dataset_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FewImages:
+        classes = ("apple", "bear")
+
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            self.data = np.zeros((20 if train else 10, 32, 32, 3), np.uint8)
+            self.targets = [0, 1] * (len(self.data) // 2)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", FewImages)
+    source = readme_class("Cifar100", sources)("data")
+    source.prepare()
+    shapes = {name: tuple(split.images.shape) for name, split in source.load().items()}
+    assert shapes == {"train": (20, 3, 32, 32), "test": (10, 3, 32, 32)}
+    assert source.class_names == ("apple", "bear")
+
+
+def test_help_lists_the_options_of_each_group() -> None:
+    text = (REPOSITORY / "conf" / "hydra" / "default.yaml").read_text()
+    listed = {k: set(v.split(" | ")) for k, v in re.findall(r"([\w/]+)=((?:\w+ \| )+\w+)(?=\s{2}|\n)", text)}
+    for group in GROUPS:
+        options = {file.stem for file in (REPOSITORY / "conf" / group).glob("*.yaml")} - {"base", "checkpoint"}
+        assert listed[group] == options, group
