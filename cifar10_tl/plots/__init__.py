@@ -1,9 +1,7 @@
-"""Figures for TensorBoard and the output folder: arrays in, `matplotlib.figure.Figure` out.
+"""Figures for TensorBoard and the run folder: arrays in, :class:`matplotlib.figure.Figure` out.
 
-Nothing here opens a pyplot figure, writes a file or changes rcParams, so it is safe inside a training loop.
-The pages are laid out by hand: one axes whose unit is the inch, texts measured before they are placed,
-pictures composed into one image. No text is cut off, and it draws several times faster than subplots with
-a layout engine.
+The pages are laid out by hand: text is measured before it is placed and pictures are composed into one image. No text
+is cut off or overlaps, and it draws several times faster than subplots with a layout engine.
 """
 
 from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram

@@ -1,4 +1,4 @@
-"""The confusion matrix."""
+"""Confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,160 +12,124 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cifar10_tl.plots.style import (
-    BODY,
-    INK,
-    LINE,
-    MUTED,
-    PAD,
-    SMALL,
-    TINY,
-    as_percent,
-    clean,
-    default_style,
-    fit,
-    legible,
-    new_page,
-    text_width,
-    write,
-)
+from cifar10_tl.plots import style
 
-_NUMBERED_UP_TO = 16  # classes; with more, the cells of a confusion matrix are too small for numbers
+_NUMBERED_LIMIT = 16  # classes; with more, the cells are too small for numbers
+_PAIR_LIMIT, _LIST_WIDTH = 25, 3.8  # pairs of classes; inches
 
 
-_LISTED_PAIRS, _LIST_WIDTH = 25, 3.8
-
-
-@default_style()
+@style.default_style()
 def confusion_matrix(counts: NDArray[np.integer[Any]], class_names: Sequence[str], *, heading: str) -> Figure:
-    """Draw a confusion matrix coloured by row percentage, with the overall accuracy under the heading.
+    """Draw a confusion matrix colored by row percentage, with the accuracy below the heading.
 
-    Up to 16 classes every cell shows its count and row percentage; with more, the most confused pairs are
+    Up to 16 classes, every cell has its count and row percentage; with more, the most confused pairs of classes are
     listed beside the matrix.
 
     Args:
-        counts: int ``[K, K]``, ``counts[i][j]`` images of true class i predicted as class j; K >= 1.
-        class_names: K names; a long one is shortened with an ellipsis.
+        counts: int ``[K, K]``; ``counts[i][j]`` is the number of images of class i that were predicted as j.
+        class_names: Names of the K classes.
         heading: Text above the matrix.
-
-    Raises:
-        ValueError: If counts is not a square matrix of non-negative integers with one name a class.
     """
-    counts = np.asarray(counts)
-    _check_counts(counts, len(class_names))
-    class_names = legible(class_names)
-    # An empty row is divided by 1, not by 0: its shares are 0 and numpy has nothing to warn about.
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    plan = _plan_matrix(class_names)
-    page_width = plan.x + plan.side + 0.75 + (0 if plan.numbered else _LIST_WIDTH + PAD)
-    fig, page = new_page(page_width, plan.title_y + 0.2, heading, _accuracy_note(counts))
-    _draw_cells(page, shares, plan)
+    class_names = style.legible(class_names)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # 0 in an empty row
+    plan = _plan(class_names)
+    page_width = plan.x + plan.side + 0.75 + (0 if plan.numbered else _LIST_WIDTH + style.PAD)
+    total, correct = int(counts.sum()), int(np.trace(counts))
+    accuracy = f"accuracy {correct / max(total, 1):.2%} ({correct:,} of {total:,} images)"
+    fig, page = style.new_page(page_width, plan.title_y + 0.2, heading, accuracy if total else "no images")
+    _draw_cells(page, fractions, plan)
     _draw_class_labels(page, class_names, plan)
     if plan.numbered:
-        _write_cells(page, counts, shares, plan)
+        _write_cells(page, counts, fractions, plan)
     else:
-        _list_confused_pairs(page, counts, shares, class_names, plan)
+        _list_confused_pairs(page, counts, fractions, class_names, plan)
     return fig
 
 
 class _Plan(NamedTuple):
-    """Where the parts of a confusion matrix lie on the page, in inches; its top edge is at 0."""
+    """Positions on the page in inches; the top of the matrix is at 0."""
 
     n: int
     x: float
     side: float
     cell: float
     label_size: float  # points
-    label_room: float
+    label_width: float
     rotated: bool  # the labels below the matrix
 
     @property
     def numbered(self) -> bool:
-        return self.n <= _NUMBERED_UP_TO
+        return self.n <= _NUMBERED_LIMIT
 
     @property
     def title_y(self) -> float:
-        """Middle of the title below the column labels."""
-        return self.side + 0.2 + (self.label_room if self.rotated else 0.15)
+        return self.side + 0.2 + (self.label_width if self.rotated else 0.15)
 
 
-def _plan_matrix(names: Sequence[str]) -> _Plan:
+def _plan(names: Sequence[str]) -> _Plan:
     n = len(names)
-    widest = max(text_width(clean(name), BODY) for name in names)
-    if n <= _NUMBERED_UP_TO:  # cells as wide as the labels where the page allows it
-        cell, size = max(0.6, 2.4 / n, min(widest + 0.1, 8.5 / n)), BODY
-    else:  # a matrix of 6 inches with 20 classes, of 10 with 100 or more
+    widest = max(style.text_width(style.clean(name), style.BODY) for name in names)
+    if n <= _NUMBERED_LIMIT:  # cells as wide as the labels if the page allows it
+        cell, size = max(0.6, 2.4 / n, min(widest + 0.1, 8.5 / n)), style.BODY
+    else:  # 6 inches for 20 classes, 10 for 100 and more
         cell = min(0.3, max(8 / n, min(0.1, 10 / n)))
-        size = max(TINY, min(SMALL, 60 * cell))
-    room = min(widest * size / BODY, 1.6) + 0.02
-    return _Plan(n, PAD + 0.25 + room, n * cell, cell, size, room, rotated=room + 0.05 > cell)
+        size = max(style.TINY, min(style.SMALL, 60 * cell))
+    label_width = min(widest * size / style.BODY, 1.6) + 0.02
+    x = style.PAD + 0.25 + label_width
+    return _Plan(n, x, n * cell, cell, size, label_width, rotated=label_width + 0.05 > cell)
 
 
-def _check_counts(counts: NDArray[Any], n_names: int) -> None:
-    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
-        raise ValueError(f"counts must be a square matrix, not of shape {counts.shape}")
-    if not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0:
-        raise ValueError("counts must be integers of at least 0")
-    if n_names != len(counts):
-        raise ValueError(f"class_names has {n_names} entries for {len(counts)} classes")
-
-
-def _accuracy_note(counts: NDArray[Any]) -> str:
-    total, right = int(counts.sum()), int(np.trace(counts))
-    return f"accuracy {right / total:.2%} ({right:,} of {total:,} images)" if total else "no images counted"
-
-
-def _draw_cells(page: Axes, shares: NDArray[Any], plan: _Plan) -> None:
-    """Colour the cells, and a bar beside them; the square root makes 1 % wrong visible beside 99 % right."""
-    style: dict[str, Any] = {"cmap": "Blues", "aspect": "auto", "interpolation": "nearest"}
-    style["norm"] = PowerNorm(0.5, 0, 1)
+def _draw_cells(page: Axes, fractions: NDArray[Any], plan: _Plan) -> None:
+    """Draw the cells and the color bar; the square-root scale makes 1% incorrect visible beside 99% correct."""
+    image: dict[str, Any] = {"cmap": "Blues", "aspect": "auto", "interpolation": "nearest"}
+    image["norm"] = PowerNorm(0.5, 0, 1)
     end, bar = plan.x + plan.side, plan.x + plan.side + 0.15
-    page.imshow(shares, extent=(plan.x, end, plan.side, 0), **style)
-    page.imshow(np.linspace(1, 0, 256)[:, None] ** 2, extent=(bar, bar + 0.12, plan.side, 0), **style)
+    page.imshow(fractions, extent=(plan.x, end, plan.side, 0), **image)
+    page.imshow(np.linspace(1, 0, 256)[:, None] ** 2, extent=(bar, bar + 0.12, plan.side, 0), **image)
     lines = np.array([*range(0, plan.n, 1 if plan.numbered else 10), plan.n]) * plan.cell
-    page.hlines(lines, plan.x, end, color=LINE, linewidth=0.6)
-    page.vlines(plan.x + lines, 0, plan.side, color=LINE, linewidth=0.6)
+    page.hlines(lines, plan.x, end, color=style.LINE, linewidth=0.6)
+    page.vlines(plan.x + lines, 0, plan.side, color=style.LINE, linewidth=0.6)
     for percent in (0, 1, 5, 10, 25, 50, 75, 100):
         y = plan.side * (1 - math.sqrt(percent / 100))
-        write(page, bar + 0.17, y, f"{percent}%", 7, color=MUTED)
-    write(page, bar, plan.side + 0.17, "of row", 7, color=MUTED)
+        style.write(page, bar + 0.17, y, f"{percent}%", 7, color=style.MUTED)
+    style.write(page, bar, plan.side + 0.17, "of row", 7, color=style.MUTED)
 
 
 def _draw_class_labels(page: Axes, names: Sequence[str], plan: _Plan) -> None:
     size, turn = plan.label_size, 90 if plan.rotated else 0
-    step = math.ceil(1.2 * size / 72 / plan.cell - 0.01)  # not every label where the lines would touch
+    step = math.ceil(1.2 * size / 72 / plan.cell - 0.01)  # skips labels that would overlap
     for i in range(0, plan.n, step):
-        name, middle = fit(names[i], plan.label_room, size), (i + 0.5) * plan.cell
-        write(page, plan.x - 0.06, middle, name, size, ha="right")
-        write(page, plan.x + middle, plan.side + 0.06, name, size, ha="center", va="top", rotation=turn)
+        name, middle = style.fit(names[i], plan.label_width, size), (i + 0.5) * plan.cell
+        style.write(page, plan.x - 0.06, middle, name, size, ha="right")
+        style.write(page, plan.x + middle, plan.side + 0.06, name, size, ha="center", va="top", rotation=turn)
     title: dict[str, Any] = {"ha": "center", "weight": "bold"}
-    write(page, plan.x + plan.side / 2, plan.title_y, "predicted class", BODY, **title)
-    write(page, PAD + 0.07, plan.side / 2, "true class", BODY, rotation=90, **title)
+    style.write(page, plan.x + plan.side / 2, plan.title_y, "predicted class", style.BODY, **title)
+    style.write(page, style.PAD + 0.07, plan.side / 2, "true class", style.BODY, rotation=90, **title)
 
 
-def _write_cells(page: Axes, counts: NDArray[Any], shares: NDArray[Any], plan: _Plan) -> None:
-    """Write the count and the share of each cell, the count smaller where it has too many digits."""
-    size = BODY * min(1, (plan.cell - 0.04) / text_width(str(counts.max()), BODY, "bold"))
+def _write_cells(page: Axes, counts: NDArray[Any], fractions: NDArray[Any], plan: _Plan) -> None:
+    """Write count and row percentage into each cell, with smaller counts if they have too many digits."""
+    size = style.BODY * min(1, (plan.cell - 0.04) / style.text_width(str(counts.max()), style.BODY, "bold"))
     for (i, j), count in np.ndenumerate(counts):
         x, y = plan.x + (j + 0.5) * plan.cell, (i + 0.5) * plan.cell
-        share = as_percent(float(shares[i, j])) if counts[i].any() else "n/a"
-        ink = "white" if shares[i, j] > 0.45 else INK if count else MUTED
+        percent = style.as_percent(float(fractions[i, j])) if counts[i].any() else "n/a"
+        ink = "white" if fractions[i, j] > 0.45 else style.INK if count else style.MUTED
         weight = "bold" if i == j and count else "normal"
-        write(page, x, y - 0.09, str(count), size, ha="center", color=ink, weight=weight)
-        write(page, x, y + 0.09, share, 7, ha="center", color=ink)
+        style.write(page, x, y - 0.09, str(count), size, ha="center", color=ink, weight=weight)
+        style.write(page, x, y + 0.09, percent, 7, ha="center", color=ink)
 
 
 def _list_confused_pairs(
-    page: Axes, counts: NDArray[Any], shares: NDArray[Any], names: Sequence[str], plan: _Plan
+    page: Axes, counts: NDArray[Any], fractions: NDArray[Any], names: Sequence[str], plan: _Plan
 ) -> None:
-    """List the largest cells off the diagonal, to the right of the colour bar."""
-    wrong = counts * ~np.eye(plan.n, dtype=bool)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_LISTED_PAIRS]
-    pairs = [(i, j) for i, j in (divmod(int(k), plan.n) for k in order) if wrong[i, j]]
+    """List the largest cells off the diagonal, to the right of the color bar."""
+    errors = counts * ~np.eye(plan.n, dtype=bool)
+    order = np.argsort(-errors, axis=None, kind="stable")[:_PAIR_LIMIT]
+    pairs = [(i, j) for i, j in (divmod(int(k), plan.n) for k in order) if errors[i, j]]
     left = plan.x + plan.side + 0.75
-    title = "Most confused: true → predicted" if pairs else "No class is taken for another"
-    write(page, left, 0.08, title, BODY, weight="bold")
+    title = "Most confused: true → predicted" if pairs else "No class is confused with another"
+    style.write(page, left, 0.08, title, style.BODY, weight="bold")
     for k, (i, j) in enumerate(pairs):
-        y, pair = 0.3 + 0.2 * k, f"{fit(names[i], 1.25, SMALL)} → {fit(names[j], 1.25, SMALL)}"
-        write(page, left + 0.95, y, pair)
-        write(page, left + 0.85, y, f"{wrong[i, j]} ({as_percent(float(shares[i, j]))})", ha="right")
+        y, (true, predicted) = 0.3 + 0.2 * k, (style.fit(names[c], 1.25, style.SMALL) for c in (i, j))
+        style.write(page, left + 0.95, y, f"{true} → {predicted}")
+        style.write(page, left + 0.85, y, f"{errors[i, j]} ({style.as_percent(float(fractions[i, j]))})", ha="right")

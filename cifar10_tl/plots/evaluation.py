@@ -51,8 +51,7 @@ def confusion_matrix_figure(evaluation: Evaluation, where: str) -> Figure:
 
 def correct_figure(evaluation: Evaluation, split: Split, where: str, num_images: int = 25) -> Figure:
     """Draw up to ``num_images`` correct predictions, spread evenly over the split."""
-    rows = evaluation.correct(num_images)
-    return _prediction_figure(evaluation, split, rows, f"Correct predictions, {where}")
+    return _prediction_figure(evaluation, split, evaluation.correct(num_images), f"Correct predictions, {where}")
 
 
 def incorrect_figure(evaluation: Evaluation, split: Split, where: str, num_images: int = 25) -> Figure:
@@ -69,7 +68,6 @@ def _prediction_figure(evaluation: Evaluation, split: Split, rows: Tensor, headi
         evaluation.probabilities[rows].numpy(),
         evaluation.class_names,
         heading=heading,
-        empty_text="no such predictions in this split",
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of a figure and the text on it: laid out by hand, in inches."""
+"""Page, text and colors of the figures, laid out by hand in inches."""
 
 from __future__ import annotations
 
@@ -16,30 +16,18 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-FONT = "DejaVu Sans"  # comes with matplotlib: ✓, ✗ and … exist, and every machine draws the same figure
-
-
-DPI = 100  # what TensorBoard renders at; pictures of 32 pixels get a whole number of dots a pixel
-
-
+FONT = "DejaVu Sans"  # part of matplotlib, has ✓ ✗ …, and makes figures equal on every machine
+DPI = 100  # divides by pictures of 32 pixels into whole dots per pixel
 INK, MUTED, LINE = "#1a1a1a", "#666666", "#d0d0d0"
-
-
-BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito: told apart with every kind of colour blindness
-
-
+BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's colors, safe for color-blind readers
 HEADING, BODY, SMALL, TINY = 12.0, 9.0, 8.0, 6.0  # points
-
-
-PAD, GAP, CAPTION = 0.15, 0.12, 0.155  # inches: page margin, between cells, height of a caption line
-
-
-MIN_WIDTH = 5.0  # inches: a heading has room even over a single picture
+PAD, GAP, CAPTION = 0.15, 0.12, 0.155  # inches: page margin, space between cells, height of a caption line
+MIN_WIDTH = 5.0  # inches, so that the heading has space
 
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Draw by matplotlib's defaults, whatever the user's matplotlibrc says; also a decorator."""
+    """Apply matplotlib's default settings, so that the user's matplotlibrc has no effect; also a decorator."""
     with mpl.rc_context(mpl.rcParamsDefault):
         yield
 
@@ -53,12 +41,12 @@ def to_png(figure: Figure) -> bytes:
 
 
 def new_page(width: float, height: float, heading: str, note: str = "") -> tuple[Figure, Axes]:
-    """A white page with its heading; x is in inches from the left, y in inches down from the heading."""
+    """Return a white page with its heading; x and y are in inches, y points down and is 0 below the heading."""
     width = math.ceil(100 * max(width, MIN_WIDTH) - 1e-6) / 100  # whole dots, so that pictures stay sharp
-    room = width - 2 * PAD
-    lines = [(line, HEADING, "bold", INK) for line in wrap(heading, room, HEADING, "bold")]
-    lines += [(line, BODY, "normal", MUTED) for line in wrap(note, room, BODY, "normal")]
-    steps = [round(size / 48, 2) for _, size, _, _ in lines]  # 1.5 times the size, in inches
+    text_size = width - 2 * PAD
+    lines = [(line, HEADING, "bold", INK) for line in wrap(heading, text_size, HEADING, "bold")]
+    lines += [(line, BODY, "normal", MUTED) for line in wrap(note, text_size, BODY, "normal")]
+    steps = [round(size / 48, 2) for _, size, _, _ in lines]  # 1.5 times the font size, in inches
     top = PAD + sum(steps) + GAP
     height = math.ceil(100 * (top + height) - 1e-6) / 100
     fig = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -66,25 +54,24 @@ def new_page(width: float, height: float, heading: str, note: str = "") -> tuple
     page.set(xlim=(0, width), ylim=(height - top, -top))
     page.set_axis_off()
     y = PAD - top
-    for (line, size, weight, colour), step in zip(lines, steps, strict=True):
-        write(page, PAD, y + step / 2, line, size, weight=weight, color=colour)
+    for (line, size, weight, color), step in zip(lines, steps, strict=True):
+        write(page, PAD, y + step / 2, line, size, weight=weight, color=color)
         y += step
     return fig, page
 
 
 def write(ax: Axes, x: float, y: float, text: str, size: float = SMALL, **style: Any) -> None:
-    """Place a text as it is: a ``$`` or ``_`` in a class name must not start mathematics."""
-    default = {"family": FONT, "color": INK, "va": "center", "parse_math": False, "usetex": False}
+    """Write ``text`` literally: ``$`` and ``_`` in a class name do not start mathematics."""
+    default = {"family": FONT, "color": INK, "va": "center", "parse_math": False}
     ax.text(x, y, text, **{**default, "fontsize": size, **style})
 
 
 def add_panel(fig: Figure, page: Axes, x: float, y: float, width: float, height: float) -> Axes:
-    """Axes of their own on a page, the top left corner of the frame at (x, y); everything in inches of the page."""
+    """Add axes to a page, with the top left corner of their frame at (x, y), all in inches of the page."""
     (page_width, page_height), bottom = fig.get_size_inches(), page.get_ylim()[0]
     left, up = x / page_width, (bottom - y - height) / page_height
     panel = fig.add_axes((left, up, width / page_width, height / page_height))
     panel.tick_params(labelsize=SMALL, labelfontfamily=FONT, color=LINE, labelcolor=INK)
-    panel.set_facecolor("white")
     panel.grid(color=LINE, linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
@@ -93,19 +80,19 @@ def add_panel(fig: Figure, page: Axes, x: float, y: float, width: float, height:
 
 
 def label_axes(panel: Axes, x: str = "", y: str = "") -> None:
-    """Say below and left of a panel what its axes are."""
+    """Label the axes of a panel."""
     panel.set_xlabel(x, family=FONT, fontsize=BODY, color=INK)
     panel.set_ylabel(y, family=FONT, fontsize=BODY, color=INK)
 
 
 def in_percent(value: float, position: float = 0) -> str:
-    """A share as the label of a tick."""
+    """Return the tick label of a fraction."""
     return f"{100 * value:g}%"
 
 
 @lru_cache(maxsize=8192)
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Width of a text in inches: the widest at usual resolutions, which differ by up to a tenth."""
+    """Return the width of ``text`` in inches: the largest at common resolutions, which differ by up to a tenth."""
     font = FontProperties(family=FONT, size=size, weight=weight)
     widths = [r.get_text_width_height_descent(text, font, ismath=False)[0] / r.dpi for r in _renderers()]
     return float(max(widths))
@@ -113,39 +100,38 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 @lru_cache(maxsize=1)
 def _renderers() -> list[Any]:
-    agg: Any = RendererAgg  # not typed in matplotlib
+    agg: Any = RendererAgg  # has no types
     return [agg(1, 1, dpi) for dpi in (DPI, 120, 150, 200)]
 
 
 @lru_cache(maxsize=8192)
 def clean(text: str) -> str:
-    """One line of characters that the font has: the others would draw as a box too, with a warning each."""
+    """Return ``text`` as one line, with □ for characters that the font lacks and matplotlib would warn about."""
     font = get_font(findfont(FONT))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in " ".join(text.split()))
 
 
 def legible(names: Sequence[str]) -> list[str]:
-    """Class names as they are, but for those of which the font has no letter: ``class 3`` can be told apart."""
+    """Return the class names, with "class 3" for one of which the font has no letter."""
     return [f"class {i}" if not clean(name).strip("□_- .") and name.strip() else name for i, name in enumerate(names)]
 
 
 @lru_cache(maxsize=8192)
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """Shorten a text to a width in inches; its end is kept too, since names often differ only there."""
+    """Shorten ``text`` to ``width`` inches in the middle, because names often differ only at their end."""
     text = clean(text)
     if text_width(text, size, weight) <= width:
         return text
-    n = bisect_right(range(1, len(text)), width, key=lambda n: text_width(elide(text, n), size, weight))
-    return elide(text, n)
+    n = bisect_right(range(1, len(text)), width, key=lambda n: text_width(_elide(text, n), size, weight))
+    return _elide(text, n)
 
 
-def elide(text: str, n: int) -> str:
-    """The first two thirds and the last third of the ``n`` characters kept of a text."""
+def _elide(text: str, n: int) -> str:
     return f"{text[: n - n // 3]}…{text[len(text) - n // 3 :]}"
 
 
 def wrap(text: str, width: float, size: float, weight: str) -> list[str]:
-    """Break a text into lines no wider than ``width`` inches; runs of spaces are kept inside a line."""
+    """Break ``text`` into lines of at most ``width`` inches; runs of spaces inside a line are kept."""
     lines: list[str] = []
     for word in map(clean, text.split(" ")):
         if lines and text_width(f"{lines[-1]} {word}", size, weight) <= width:
@@ -155,10 +141,10 @@ def wrap(text: str, width: float, size: float, weight: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def as_percent(share: float) -> str:
-    """A share as a percentage that says 0% and 100% of exactly 0 and 1 only."""
-    if math.isnan(share):
+def as_percent(fraction: float) -> str:
+    """Return a percentage that is 0% and 100% for exactly 0 and 1 only."""
+    if math.isnan(fraction):
         return "n/a"
-    if share in (0.0, 1.0):
-        return f"{share:.0%}"
-    return "<0.1%" if share < 0.0005 else ">99.9%" if share >= 0.9995 else f"{share:.1%}"
+    if fraction in (0.0, 1.0):
+        return f"{fraction:.0%}"
+    return "<0.1%" if fraction < 0.0005 else ">99.9%" if fraction >= 0.9995 else f"{fraction:.1%}"

@@ -1,0 +1,52 @@
+"""Inputs of the figures, and what is written on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+ODD = ["$x_1$ & $", "a_b^c", r"$\alpha {$", "naïve λ", "猫", "two\nlines", "%", "", "W" * 60, "<b>&amp;"]
+HEADING = "A heading that is a good deal longer than one picture is wide, so that it has to be wrapped"
+
+
+def pictures(n: int, height: int = 32, width: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def long_names(k: int) -> list[str]:
+    return [f"folder_{'WmXo'[i % 4] * 10}_{i:02d}" for i in range(k)]
+
+
+def history(n: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for epoch in range(n):
+        up = 1 - 1 / (epoch + 2)
+        rows.append({"epoch": epoch, "train/acc": up, "val/acc": 0.9 * up, "train/loss": 1 - up, "val/loss": 1})
+    return rows
+
+
+def _texts(axes: Axes) -> list[Text]:
+    texts = list(axes.texts)
+    if legend := axes.get_legend():
+        texts += legend.get_texts()
+    if axes.axison:
+        texts += [axes.xaxis.label, axes.yaxis.label, axes.title]
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            ticks = zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
+            texts += [label for at, label in ticks if min(limits) <= at <= max(limits)]
+    return texts
+
+
+def shown(fig: Figure) -> list[Text]:
+    """Every text that is drawn."""
+    texts = [*fig.texts, *(text for axes in fig.axes for text in _texts(axes))]
+    return [text for text in texts if text.get_visible() and text.get_text()]
+
+
+def strings(fig: Figure) -> list[str]:
+    return [text.get_text() for text in shown(fig)]

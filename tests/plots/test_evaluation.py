@@ -1,0 +1,59 @@
+"""The figures of an evaluation, from its numbers to what is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from plots.figures import strings
+
+from cifar10_tl.data.batch import Split
+from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.plots import class_bars, confidence_histogram, evaluation_figures, reliability_diagram
+
+
+def test_evaluation_figures() -> None:
+    labels, logits = torch.tensor([0, 1, 2, 2]), torch.eye(3)[torch.tensor([0, 1, 2, 1])] * 4
+    evaluation = Evaluation.of(logits, labels, torch.tensor([1, 4, 6, 9]), ["a", "b", "c"])
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 4, 4)
+    split = Split(images, torch.zeros(10, dtype=torch.long), torch.arange(10))
+    figures = evaluation_figures(evaluation, evaluation.scaled(2.0), split, "test, epoch 3")
+    assert list(figures) == ["confusion_matrix", "correct", "incorrect", "reliability", "per_class", "confidence"]
+    assert all(any("test, epoch 3" in text for text in strings(figure)) for figure in figures.values())
+    assert "accuracy 75.00% (3 of 4 images)" in strings(figures["confusion_matrix"])
+    assert "true: c 1.8%" in strings(figures["incorrect"])
+    assert 9 in np.asarray(figures["incorrect"].axes[0].images[0].get_array())
+    assert {1, 4, 6} <= set(np.asarray(figures["correct"].axes[0].images[0].get_array()).ravel().tolist())
+    ece = (evaluation.calibration()["ece"], evaluation.scaled(2.0).calibration()["ece"])
+    titles = {f"uncalibrated: ECE {ece[0]:.2%}", f"temperature-scaled (val): ECE {ece[1]:.2%}"}
+    assert titles <= set(strings(figures["reliability"]))
+    assert "✗ incorrect: 1 images, mean confidence 96.5%" in strings(figures["confidence"])
+
+
+def test_a_reliability_diagram_has_a_bar_for_each_bin_with_images() -> None:
+    counts, middle = np.arange(5), (np.arange(5) + 0.5) / 5
+    (_, panel) = reliability_diagram({"a": (counts, middle, middle**2)}, heading="h", note="n").axes
+    assert [bar.get_height() for bar in panel.patches] == pytest.approx((middle[1:] ** 2).tolist())
+    assert [bar.get_x() + bar.get_width() / 2 for bar in panel.patches] == pytest.approx(middle[1:].tolist())
+
+
+def test_histograms_count_correct_and_incorrect_predictions() -> None:
+    confidence, correct = np.array([0.1, 0.9, 0.91, 0.5]), np.array([True, True, True, False])
+    fig = confidence_histogram(confidence, correct, heading="Confidence", num_bins=2)
+    assert [[bar.get_height() for bar in axes.patches] for axes in fig.axes[1:]] == [[1, 2], [0, 1]]
+    assert "✓ correct: 3 images, mean confidence 63.7%" in strings(fig)
+
+
+def test_bars_are_as_long_as_f1() -> None:
+    scores = (np.array([0.5, 1.0]), np.array([0.5, 0.8]), np.array([0.5, 0.889]))
+    fig = class_bars(*scores, ["cat", "dog"], heading="Bars")
+    short, long = fig.axes[0].patches
+    assert long.get_width() / short.get_width() == pytest.approx(0.889 / 0.5)
+    assert {"cat", "dog", "50.0%", "88.9%"} <= set(strings(fig))
+
+
+def test_the_lowest_of_many_classes_are_drawn() -> None:
+    f1 = np.linspace(1, 0.5, 100)
+    texts = strings(class_bars(f1, f1, f1, [f"class {i}" for i in range(100)], heading="Bars"))
+    assert [text for text in texts if text.startswith("class ")] == [f"class {i}" for i in range(99, 59, -1)]
+    assert any("40 classes of 100 with the lowest F1" in text for text in texts)

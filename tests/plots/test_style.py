@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from plots.figures import CIFAR10, HEADING, ODD, history, long_names, pictures, shown, strings
+
+from cifar10_tl import plots
+from cifar10_tl.plots.style import as_percent, legible
+
+
+def samples(n: int, names: list[str], height: int = 32, width: int = 32, heading: str = HEADING) -> Figure:
+    return plots.sample_grid(pictures(n, height, width), [[(name, " 9%")] for name in names[:n]], heading=heading)
+
+
+def predictions(n: int, names: list[str]) -> Figure:
+    rng = np.random.default_rng(0)
+    table = rng.dirichlet(np.full(len(names), 0.2), n).astype(np.float32)
+    labels = rng.integers(0, len(names), n)
+    return plots.prediction_grid(pictures(n), labels, table.argmax(1), table, names, heading="Predictions")
+
+
+def matrix(names: list[str], scale: int = 1) -> Figure:
+    rng, k = np.random.default_rng(0), len(names)
+    counts = rng.integers(0, 12, (k, k)) * (rng.random((k, k)) < 0.4)
+    counts[np.diag_indices(k)] = 1000
+    counts[k // 2] = 0  # a class without images
+    return plots.confusion_matrix(counts * scale, names, heading=HEADING)
+
+
+def reliability(heading: str, empty: bool = False) -> Figure:
+    counts = np.zeros(15, int) if empty else np.arange(15)
+    middle = np.where(counts > 0, (np.arange(15) + 0.5) / 15, np.nan)
+    bins = (counts, middle, middle**1.3)
+    panels = {"uncalibrated: ECE 12.34%": bins, "temperature-scaled (val): ECE 12.34%": bins}
+    return plots.reliability_diagram(panels, heading=heading, note="blue: accuracy    orange: mean confidence")
+
+
+def confidence(correct: int, incorrect: int) -> Figure:
+    n = correct + incorrect
+    return plots.confidence_histogram(np.random.default_rng(0).random(n), np.arange(n) < correct, heading=HEADING)
+
+
+def bars(names: list[str]) -> Figure:
+    return plots.class_bars(*np.random.default_rng(0).random((3, len(names))), names, heading=HEADING)
+
+
+EXTREME = [{"epoch": 998, "train/loss": 1e-7, "val/acc": 0.99991}, {"epoch": 999, "train/loss": 2.5e9, "val/acc": 1.0}]
+FIGURES: dict[str, Callable[[], Figure]] = {
+    **{f"samples {n}": lambda n=n: samples(n, CIFAR10 * 7) for n in (1, 7, 64)},
+    "samples odd": lambda: samples(10, ODD, heading=ODD[0]),
+    "samples long": lambda: samples(9, long_names(9), 20, 40, heading="W" * 90),
+    "samples 224": lambda: samples(3, CIFAR10, 224, 200),
+    "samples 1 px": lambda: samples(3, CIFAR10, 1, 1),
+    **{f"predictions {n}": lambda n=n: predictions(n, CIFAR10) for n in (0, 1, 7, 64)},
+    "predictions odd": lambda: predictions(25, ODD),
+    "predictions 100 long": lambda: predictions(25, long_names(100)),
+    "matrix 1": lambda: matrix(["cat"]),
+    "matrix 2": lambda: matrix(["cat", "dog"]),
+    "matrix 10": lambda: matrix(CIFAR10),
+    "matrix 10 odd": lambda: matrix(ODD),
+    "matrix 16 long": lambda: matrix(long_names(16), 10**6),
+    "matrix 17 long": lambda: matrix(long_names(17), 10**6),
+    "matrix 100 long": lambda: matrix(long_names(100)),
+    **{f"curves {n}": lambda n=n: plots.curves(history(n), heading=HEADING) for n in (1, 2, 8, 200)},
+    "curves extreme": lambda: plots.curves(EXTREME, heading="Extreme"),
+    "curves without values": lambda: plots.curves([{"epoch": 0, "val/acc": float("nan")}], heading="None"),
+    "reliability": lambda: reliability("W" * 90),
+    "reliability empty": lambda: reliability(HEADING, empty=True),
+    **{f"bars {len(n)}": lambda n=n: bars(n) for n in (["cat"], CIFAR10, long_names(100))},
+    "bars odd": lambda: bars(ODD),
+    **{f"confidence {c} {i}": lambda c=c, i=i: confidence(c, i) for c, i in ((0, 0), (1, 0), (0, 3), (10**6, 7))},
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_is_cut_off_or_overlaps(name: str) -> None:
+    fig = FIGURES[name]()
+    for dpi in (fig.dpi, 120):  # the width of hinted letters depends on it
+        fig.set_dpi(dpi)
+        FigureCanvasAgg(fig).draw()
+        texts = shown(fig)
+        boxes = np.array([text.get_window_extent().extents for text in texts])
+        low, high = boxes[:, :2], boxes[:, 2:]
+        outside = (low < 0).any(1) | (high > fig.bbox.size).any(1)
+        assert not outside.any(), [texts[i].get_text() for i in np.flatnonzero(outside)]
+        overlap = ((low[:, None] < high[None] - 0.1) & (low[None] < high[:, None] - 0.1)).all(-1)
+        pairs = np.argwhere(np.triu(overlap, 1))
+        assert not len(pairs), [(texts[i].get_text(), texts[j].get_text()) for i, j in pairs[:5]]
+
+
+@pytest.mark.parametrize("name", ["samples 7", "predictions 7", "matrix 2", "curves 8", "reliability", "bars 10"])
+def test_the_users_matplotlibrc_has_no_effect(name: str) -> None:
+    expected = plots.to_png(FIGURES[name]())
+    user = {"text.usetex": True, "font.family": "serif", "font.size": 30, "lines.linewidth": 9, "axes.grid": True}
+    user |= {"savefig.dpi": 30, "savefig.bbox": "tight", "axes.facecolor": "black", "axes.unicode_minus": False}
+    with mpl.rc_context(user):
+        assert plots.to_png(FIGURES[name]()) == expected
+
+
+def test_names_without_a_letter_in_the_font_are_numbered() -> None:
+    names = ["猫", "狗", "Katze 猫", "_"]
+    assert legible(names) == ["class 0", "class 1", "Katze 猫", "class 3"]
+    written = strings(plots.confusion_matrix(np.eye(4, dtype=int), names, heading="h"))
+    assert {"class 0", "class 1", "Katze □"} <= set(written)
+
+
+def test_a_percentage_is_0_or_100_only_if_exact() -> None:
+    fractions = [0.0, 4e-5, 0.004, 0.5, 0.9996, 1.0, float("nan")]
+    assert [as_percent(f) for f in fractions] == ["0%", "<0.1%", "0.4%", "50.0%", ">99.9%", "100%", "n/a"]
