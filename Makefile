@@ -43,7 +43,7 @@ format: $(DEV_TOOLS) ## fix and format the code with ruff
 	$(BIN)/ruff format .
 
 settings: $(RUN_TOOLS) ## regenerate docs/settings.md from the comments in conf/
-	$(BIN)/python scripts/settings.py
+	$(BIN)/python docs/settings.py
 
 tensorboard: $(RUN_TOOLS) ## show all runs in a browser
 	$(BIN)/tensorboard --host localhost --logdir outputs --samples_per_plugin=images=1000

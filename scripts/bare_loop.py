@@ -1,8 +1,6 @@
 """Training loop in plain PyTorch that the benchmark compares with. As a script it prints its peak memory in MB."""
 
-from __future__ import annotations
-
-import resource
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,27 +24,16 @@ def bare_steps(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pre
         yield
 
 
-def batches_from_memory(num_images: int, steps: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield normalized channels_last batches of random uint8 images."""
-    images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (num_images,))
-    for _ in range(steps):
-        indices = torch.randint(0, num_images, (batch,))
-        x = (images[indices].float() / 255 - 0.45) / 0.225
-        yield x.contiguous(memory_format=torch.channels_last), labels[indices]
-
-
 def peak_mb() -> float:
-    """Return the peak resident memory of this process in 10^6 bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux starts ru_maxrss at the parent's value
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+    """Return the peak resident memory in 10^6 bytes on Linux, where ru_maxrss starts at the parent's value."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     resnet = torchvision.models.resnet50(num_classes=10).to(memory_format=torch.channels_last)
-    for _ in bare_steps(resnet, batches_from_memory(4000, 6, 128), "bf16-mixed" if native else "32-true"):
+    images, labels = torch.randint(0, 256, (4000, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (4000,))
+    normalized = (((images[i].float() / 255 - 0.45) / 0.225, labels[i]) for i in torch.randint(0, 4000, (6, 128)))
+    batches = ((x.contiguous(memory_format=torch.channels_last), y) for x, y in normalized)
+    for _ in bare_steps(resnet, batches, precision=sys.argv[1]):
         pass
     print(peak_mb())

@@ -1,18 +1,16 @@
 """Compare the speed and memory of this project with alternatives.
 
-python scripts/benchmark.py [--quick] [--only NAME,NAME] [--json FILE]      rows for CPUs
-python scripts/benchmark.py --gpu [--quick] [--only NAME,NAME] [--json FILE]
+python scripts/benchmark.py [--quick] [--json FILE]             rows for CPUs
+python scripts/benchmark.py --gpu [--quick] [--json FILE]       rows for GPUs
+python scripts/benchmark.py --only NAME ...                     some rows
 
 Each row measures both sides alternately on the built-in images (data=shapes), in a process of its own. The ratio is the
 median over the repeats, with the lowest and highest in brackets. Run nothing else on the machine meanwhile.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,85 +19,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_cpu import CPU_ROWS, SIDES
-from benchmark_gpu import GPU_ROWS
-from benchmark_tools import Pair, Row
+from benchmark_rows import CPU_ROWS, GPU_ROWS, SIDES, Row
 
 from cifar10_tl.engine.hardware import choose_precision
 from cifar10_tl.engine.results import environment
 
-TRAINING_IMAGES = 45_000  # of CIFAR-10, without the validation images
+REPEATS = 5
 
 
 def main() -> None:
     """Measure the chosen rows; exit with status 2 after an error in the arguments."""
+    rows = {**CPU_ROWS, **GPU_ROWS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter and fewer repeats, to see that it runs")
-    parser.add_argument("--only", metavar="NAME,NAME", help="rows to measure (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a single short repeat, to see that it runs")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=rows, help=f"rows to measure: {', '.join(CPU_ROWS)}"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--gpu", action="store_true", help="measure the rows for GPUs")
-    parser.add_argument("--repeats", type=int, help="repeats of each row (default: 5, with --quick 3)")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # used by child processes: print the pairs of a row
     parser.add_argument("--side", help=argparse.SUPPRESS)  # or the value of one side
     arguments = parser.parse_args()
-    arguments.repeats = arguments.repeats or (3 if arguments.quick else 5)
-    rows = GPU_ROWS if arguments.gpu else CPU_ROWS
-    names = arguments.only.split(",") if arguments.only else list(rows)
     if arguments.side:
         print(SIDES[arguments.side](arguments.quick))
     elif arguments.row:
-        pair = rows[arguments.row].measure(arguments.quick)
-        print(json.dumps([pair(number) for number in range(arguments.repeats)]))
-    elif unknown := [name for name in names if name not in rows]:
-        parser.error(f"--only {unknown[0]}: choose from {', '.join(rows)}")
+        measure = rows[arguments.row].prepare(arguments.quick)
+        print(json.dumps([measure(number) for number in range(1 if arguments.quick else REPEATS)]))
     elif arguments.gpu and not torch.cuda.is_available():
         parser.error("--gpu: PyTorch finds no CUDA GPU; leave --gpu out to measure the rows for CPUs")
     else:
-        report({name: rows[name] for name in names}, arguments)
+        names = arguments.only or (GPU_ROWS if arguments.gpu else CPU_ROWS)
+        report({name: rows[name] for name in names}, arguments.quick, arguments.json)
 
 
-def report(rows: dict[str, Row], arguments: argparse.Namespace) -> None:
+def report(rows: dict[str, Row], quick: bool, file: str | None) -> None:
     """Measure each row in its own process, print it and write the numbers."""
-    print(machine())
-    print(f"ratio a / b: median of {arguments.repeats} repeats [lowest, highest]\n", flush=True)
+    gpus = torch.cuda.device_count()
+    print(environment(torch.device("cuda" if gpus else "cpu"), max(1, gpus), choose_precision("auto")[0]))
+    print("ratio a / b: median [lowest, highest]\n", flush=True)
     results = {}
     for name, row in rows.items():
-        if name.startswith("scaling_") and int(name.split("_")[1]) > torch.cuda.device_count():
-            print(f"{name:<14} skipped: {torch.cuda.device_count()} GPUs")
-            continue
-        results[name] = summarize(measured_pairs(name, arguments), row.unit)
+        results[name] = measured(name, quick)
         print(row_text(name, row, results[name]), flush=True)
-        if arguments.gpu:
-            print(f"    epoch of {TRAINING_IMAGES:,} images: {TRAINING_IMAGES / results[name]['a']:.2f} s")
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+        if file:
+            Path(file).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measured_pairs(name: str, arguments: argparse.Namespace) -> list[Pair]:
-    """Measure a row in another process."""
-    flags = [f"--{flag}" for flag in ("quick", "gpu") if getattr(arguments, flag)]
-    command = [sys.executable, __file__, "--row", name, "--repeats", str(arguments.repeats), *flags]
+def measured(name: str, quick: bool) -> dict[str, Any]:
+    """Measure a row in another process, and return median and range of the ratios and the median of each side."""
+    command = [sys.executable, __file__, "--row", name, *(["--quick"] if quick else [])]
     with tempfile.TemporaryDirectory() as folder:
-        environ = {**os.environ, "BENCHMARK_FOLDER": folder}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def machine() -> str:
-    """Return two lines with versions and hardware."""
-    gpus, precision = torch.cuda.device_count(), choose_precision("auto")[0]
-    found = environment(torch.device("cuda" if gpus else "cpu"), max(1, gpus), precision)
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{versions}\n{found['device']}, {cores}, {platform.system()}, precision {precision}"
-
-
-def summarize(pairs: list[Pair], unit: str) -> dict[str, Any]:
-    """Return median and range of the ratios, and the median of each side."""
+        output = subprocess.check_output(command, text=True, env={**os.environ, "TMPDIR": folder})
+    pairs = json.loads(output.splitlines()[-1])
     ratios = [a / b for a, b in pairs]
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-    bounds = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return {**bounds, "a": a, "b": b, "unit": unit, "repeats": len(pairs)}
+    return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "a": a, "b": b}
 
 
 def row_text(name: str, row: Row, result: dict[str, Any]) -> str:

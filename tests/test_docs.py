@@ -27,7 +27,7 @@ GROUPS = ("data", "model/head", "optimizer", "scheduler", "trainer", "callbacks"
 
 @pytest.fixture(scope="module")
 def settings_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("settings", REPOSITORY / "scripts" / "settings.py")
+    spec = importlib.util.spec_from_file_location("settings", REPOSITORY / "docs" / "settings.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

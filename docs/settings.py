@@ -1,7 +1,5 @@
 """Write docs/settings.md from the YAML files and their comments in conf/."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

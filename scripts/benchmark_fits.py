@@ -1,21 +1,24 @@
-"""Fits to time and clocks for the rows of scripts/benchmark.py."""
+"""Fits that scripts/benchmark.py times: this project's, a common project template's, and a plain loop."""
 
-from __future__ import annotations
-
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import hydra
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from bare_loop import bare_steps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision import transforms
 
 from cifar10_tl.config.run_dir import CONFIG_DIR, register_resolvers
 from cifar10_tl.config.validation import check_config
@@ -25,18 +28,6 @@ from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.models.network import TransferResNet
 
 BATCH = 128
-Pair = tuple[float, float]
-
-
-class Row(NamedTuple):
-    """Comparison: ``measure(quick)`` prepares it and returns a function from the repeat's number to both values."""
-
-    measure: Callable[[bool], Callable[[int], Pair]]
-    unit: str
-    a: str
-    b: str
-    goal: float | None = None  # bound of a / b
-    at_least: bool = True
 
 
 def compose(*overrides: str, name: str = "train") -> Any:
@@ -55,18 +46,12 @@ def build(*overrides: str, train_size: int = 5000) -> tuple[Any, Any, Any]:
         *("data=shapes", f"data.train_size={train_size}", "data.val_size=1000", "data.test_size=10"),
         *("model.weights=null", "model.image_size=32", "model.label_smoothing=0", "optimizer.backbone_lr_scale=1"),
         *("trainer.max_epochs=1", "trainer.devices=1", "trainer.limit_val_batches=1"),
-        *("trainer.enable_progress_bar=false", f"paths.output_dir={new_folder()}"),
-        *overrides,
+        *("trainer.enable_progress_bar=false", f"paths.output_dir={tempfile.mkdtemp()}", *overrides),
     )
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
     datamodule.setup()
     return cfg, module, datamodule
-
-
-def new_folder() -> str:
-    """Create a folder that is deleted at the end of the row."""
-    return tempfile.mkdtemp(dir=os.environ["BENCHMARK_FOLDER"])
 
 
 def ready_batches(datamodule: Any, steps: int) -> list[tuple[Tensor, Tensor]]:
@@ -83,7 +68,6 @@ class Clock(pl.Callback):
         self.synchronized, self.between, self.paused = (warm_up(steps), steps - 1), between, 0.0
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Record the time."""
         if len(self.times) in self.synchronized and torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -92,12 +76,9 @@ class Clock(pl.Callback):
         self.paused += time.perf_counter() - now
 
 
-def our_fit(
-    cfg: Any, module: Any, datamodule: Any, steps: int, between: Callable[[], Any] = lambda: None
-) -> list[float]:
+def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int, between: Any = lambda: None) -> list[float]:
     """Return the step times of Trainer.fit as the train command sets it up; see :class:`Clock`."""
-    if steps > len(datamodule.splits["train"]) // cfg.data.batch_size:
-        raise ValueError(f"{steps} steps are more than an epoch, whose end would be timed")
+    assert steps <= len(datamodule.splits["train"]) // cfg.data.batch_size, "the end of an epoch would be timed"
     cfg.trainer.limit_train_batches = steps
     with SignalHandler() as interruption:
         trainer = build_trainer(cfg, interruption=interruption)
@@ -110,11 +91,10 @@ def our_fit(
 
 def template_fit(module: Any, batches: Any, steps: int) -> list[float]:
     """Return the step times of a Trainer with a logger and a checkpoint per epoch."""
-    folder, clock = new_folder(), Clock(steps)
-    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": steps, "devices": 1}
-    logger = pl.loggers.TensorBoardLogger(folder)
-    options |= {"default_root_dir": folder, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(**options, logger=logger, callbacks=[clock])
+    folder, clock = tempfile.mkdtemp(), Clock(steps)
+    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": steps, "devices": 1, "default_root_dir": folder}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(**options, logger=pl.loggers.TensorBoardLogger(folder), callbacks=[clock])
     trainer.fit(module, DataLoader(batches, batch_size=None) if isinstance(batches, list) else batches)
     return clock.times
 
@@ -127,12 +107,55 @@ def bare_fit(network: nn.Module, batches: Iterable[Any], steps: int, precision: 
     return clock.times
 
 
-def in_turn(number: int, a: Callable[[], float], b: Callable[[], float]) -> Pair:
-    """Measure both sides, in odd repeats the second one first, so that drift affects both."""
-    if number % 2:
-        second = b()
-        return a(), second
-    return a(), b()
+class TemplateModule(pl.LightningModule):
+    """LightningModule that updates metric objects and calls ``self.log`` in each step."""
+
+    def __init__(self, network: nn.Module, fused: bool | None = None) -> None:
+        super().__init__()
+        self.network, self.fused = network, fused
+        self.train_acc, self.train_loss = MulticlassAccuracy(10), MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch[0], batch[1]
+        logits = self.network(images)
+        loss = F.cross_entropy(logits, labels)
+        self.train_loss(loss)
+        self.train_acc(logits.argmax(1), labels)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3, fused=self.fused)
+
+
+class TinyNetwork(nn.Module):
+    """Network from uint8 images to ten logits that costs next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Identity(), nn.Linear(3, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.float().mean((2, 3)) / 255)
+
+
+def transform_and_collate(samples: Sequence[tuple[Any, int]], transform: Any) -> tuple[Tensor, Tensor]:
+    """Transform one PIL image at a time, as torchvision's datasets do."""
+    images = torch.stack([transform(Image.fromarray(pixels)) for pixels, _ in samples])
+    return images, torch.tensor([label for _, label in samples])
+
+
+def per_image_loaders(datamodule: Any, size: int) -> list[DataLoader[Any]]:
+    """Return a loader with per-image transforms to ``size`` pixels without workers, and one with two workers."""
+    train = datamodule.splits["train"]
+    samples: Any = list(zip(train.images.permute(0, 2, 3, 1).contiguous().numpy(), train.labels.tolist(), strict=True))
+    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.Resize(size)]
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = transforms.Compose([*steps[: 3 if size != 32 else 2], transforms.ToTensor(), normalize])
+    options: dict[str, Any] = {"batch_size": BATCH, "shuffle": True, "drop_last": True}
+    options["collate_fn"] = partial(transform_and_collate, transform=transform)
+    return [DataLoader(samples, **options), DataLoader(samples, **options, num_workers=2, persistent_workers=True)]
 
 
 def warm_up(steps: int) -> int:
@@ -149,10 +172,3 @@ def images_per_second(times: Sequence[float], batch: int = BATCH) -> float:
 def microseconds(times: Sequence[float]) -> float:
     """Return the median duration of the steps that ended at ``times``, after the warm-up."""
     return 1e6 * statistics.median(b - a for a, b in pairwise(times[warm_up(len(times)) :]))
-
-
-def seconds_of(action: Callable[[], Any]) -> float:
-    """Return the duration of a call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
