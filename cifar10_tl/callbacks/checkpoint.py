@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,6 @@ class RunCheckpoint(ModelCheckpoint):
             save_top_k=save_top_k,
             **options,
         )
-
-    @cached_property
-    def state_key(self) -> str:
-        """Return Lightning's key, which it computes again at each hook of each step."""
-        return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, with all paths in the current folder.

@@ -29,12 +29,10 @@ class EvaluationFigure(Callback):
         """Draw ``evaluation`` of the images in ``split``; ``where`` ends the heading."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the validation if it is the best so far."""
         if wants_figures(trainer) and is_best(trainer):
             self._publish(trainer, pl_module, "val", trainer.current_epoch)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the test."""
         if wants_figures(trainer):
             restored: Any = pl_module.restored_epoch
             self._publish(trainer, pl_module, "test", trainer.current_epoch if restored is None else restored)
@@ -51,7 +49,6 @@ class ConfusionMatrix(EvaluationFigure):
     tag = "confusion_matrix"
 
     def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        """See :func:`cifar10_tl.plots.confusion_matrix_figure`."""
         return plots.confusion_matrix_figure(evaluation, where)
 
 
@@ -64,7 +61,6 @@ class CorrectPredictions(EvaluationFigure):
         self.num_images = num_images
 
     def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        """See :func:`cifar10_tl.plots.correct_figure`."""
         return plots.correct_figure(evaluation, split, where, self.num_images)
 
 
@@ -77,5 +73,4 @@ class IncorrectPredictions(EvaluationFigure):
         self.num_images = num_images
 
     def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        """See :func:`cifar10_tl.plots.incorrect_figure`."""
         return plots.incorrect_figure(evaluation, split, where, self.num_images)

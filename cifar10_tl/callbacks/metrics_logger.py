@@ -36,11 +36,9 @@ class MetricsLogger(Callback):
         self.rows: list[dict[str, float | int | None]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows of a checkpoint."""
         self.rows = list(state_dict["rows"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

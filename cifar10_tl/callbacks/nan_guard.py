@@ -34,7 +34,6 @@ class NaNGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Keep the loss, and check the losses kept so far every n steps."""
         self._losses.append(outputs["loss"].detach())
         if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
             self._check(trainer)

@@ -35,15 +35,12 @@ class RunProgressBar(ProgressBar):
         self._refreshed_at, self._images = 0.0, 0
 
     def disable(self) -> None:
-        """Hide the bar; Lightning calls this on all ranks but zero."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Show the bar."""
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar of the run."""
         steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
         self._open(
             total=None if steps == float("inf") else int(steps),
@@ -55,14 +52,10 @@ class RunProgressBar(ProgressBar):
         self._refreshed_at = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the epoch."""
         self._refreshed_at, self._images = time.perf_counter(), 0
         self._bar.set_description_str(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Advance by one step, and refresh the numbers if it is time."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         if self._bar.disable:
             return
         self._images += len(batch.images) * trainer.world_size
@@ -75,30 +68,22 @@ class RunProgressBar(ProgressBar):
         self._bar.update()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show that the run is validating."""
         self._bar.set_description_str(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, validation")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
         self._stack.close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar of a test."""
         loader: Any = trainer.test_dataloaders
         self._open(total=len(loader.dataset), desc=self.description, unit=" images", leave=False)
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Advance by the images of the batch."""
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self._bar.update(len(batch.images) * trainer.world_size)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
         self._stack.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the bar."""
         self._stack.close()
 
     def _open(self, **options: Any) -> None:

@@ -45,7 +45,6 @@ class Throughput(Callback):
         return self._images / self._seconds if self._seconds else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the measurements so far."""
         return {
             "seconds": self._seconds,
             "images": self._images,
@@ -54,7 +53,6 @@ class Throughput(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the measurements of a run that is resumed."""
         self._seconds, self._images = state_dict["seconds"], state_dict["images"]
         self.first_step_seconds, self.earlier_seconds = state_dict["first_step_seconds"], state_dict["fit_seconds"]
 
@@ -64,20 +62,15 @@ class Throughput(Callback):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock of the epoch."""
         self._epoch_start = self._step_end = time.perf_counter()
         self._epoch_images, self._epoch_steps, self._epoch_wait = 0, 0, 0.0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Add the time since the loader was asked for this batch: fetch, transfer and augmentation."""
         now = time.perf_counter()
         self._epoch_wait += now - getattr(trainer.train_dataloader, "requested_at", now)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         """Count the step; at the last one of an epoch wait for the device."""
         if trainer.is_last_batch and pl_module.device.type == "cuda":
             torch.cuda.synchronize()
@@ -93,7 +86,6 @@ class Throughput(Callback):
             self._check_long_run(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the epoch to the run."""
         self._seconds += self._step_end - self._epoch_start
         self._images += self._epoch_images
 

@@ -71,11 +71,9 @@ class Curves(Callback):
     """Callback that draws the rows of :class:`MetricsLogger` when the fit ends, also after an exception."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the curves."""
         self._draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Draw the curves of the epochs before the exception."""
         self._draw(trainer)
 
     def _draw(self, trainer: pl.Trainer) -> None:

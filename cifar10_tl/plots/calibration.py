@@ -19,13 +19,8 @@ _SIDE = 3.0  # inches of a reliability diagram
 def reliability_diagram(bins: Mapping[str, Sequence[NDArray[Any]]], *, heading: str, note: str) -> Figure:
     """Draw accuracy against confidence, with one panel per set of probabilities.
 
-    The height of a bar is the accuracy of the predictions in its bin, and its mark is their mean confidence.
-
-    Args:
-        bins: For the title of each panel the counts, mean confidence and accuracy ``[B]`` of bins of equal width over
-            [0, 1].
-        heading: Text above the panels.
-        note: Text below the heading.
+    ``bins`` maps the title of a panel to the counts, mean confidence and accuracy of bins of equal width over [0, 1].
+    The height of a bar is the accuracy of its predictions, and its mark is their mean confidence.
     """
     step = _SIDE + 0.95
     fig, page = style.new_page(style.PAD + step * len(bins), _SIDE + 0.8, heading, note)
@@ -50,14 +45,7 @@ def reliability_diagram(bins: Mapping[str, Sequence[NDArray[Any]]], *, heading: 
 def confidence_histogram(
     confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], *, heading: str, num_bins: int = 25
 ) -> Figure:
-    """Draw histograms of the confidence of correct and of incorrect predictions.
-
-    Args:
-        confidence: Probability of the predicted class ``[N]``; N may be 0.
-        correct: True for a correct prediction ``[N]``.
-        heading: Text above the panels.
-        num_bins: Number of bars over [0, 1].
-    """
+    """Draw histograms of the confidence ``[N]`` of correct and of incorrect predictions; N may be 0."""
     width, height, step, left = 6.0, 1.5, 2.15, style.PAD + 0.65
     fig, page = style.new_page(width + 0.75 + 2 * style.PAD, 2 * step + 0.25, heading)
     rows = (("✓ correct", correct, style.BLUE), ("✗ incorrect", ~correct, style.ORANGE))

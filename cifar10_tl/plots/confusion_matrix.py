@@ -20,15 +20,10 @@ _PAIR_LIMIT, _LIST_WIDTH = 25, 3.8  # pairs of classes; inches
 
 @style.default_style()
 def confusion_matrix(counts: NDArray[np.integer[Any]], class_names: Sequence[str], *, heading: str) -> Figure:
-    """Draw a confusion matrix colored by row percentage, with the accuracy below the heading.
+    """Draw a confusion matrix, where ``counts[i][j]`` images of class i were predicted as j.
 
     Up to 16 classes, every cell has its count and row percentage; with more, the most confused pairs of classes are
     listed beside the matrix.
-
-    Args:
-        counts: int ``[K, K]``; ``counts[i][j]`` is the number of images of class i that were predicted as j.
-        class_names: Names of the K classes.
-        heading: Text above the matrix.
     """
     class_names = style.legible(class_names)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # 0 in an empty row

@@ -25,10 +25,8 @@ _MARKER_LIMIT = 30  # epochs
 def curves(rows: Rows, *, heading: str) -> Figure:
     """Plot accuracy and loss against the epoch, training and validation together.
 
-    Args:
-        rows: At least one mapping per epoch with the key ``epoch`` and, where there is a value, ``train/acc``,
-            ``val/acc`` (in [0, 1]), ``train/loss`` and ``val/loss``. Values that are not finite are left out.
-        heading: Text above the panels.
+    A row has the keys ``epoch``, ``train/acc``, ``val/acc``, ``train/loss`` and ``val/loss``; values that are missing
+    or not finite are left out.
     """
     epochs, accuracies = _points(rows, "val/acc")
     best = float(epochs[accuracies.argmax()]) if len(epochs) else None

@@ -22,13 +22,9 @@ Labels = NDArray[np.integer[Any]]
 def sample_grid(
     images: Images, titles: Sequence[Sequence[tuple[str, str]]], *, heading: str, columns: int = 8
 ) -> Figure:
-    """Draw pictures in a grid.
+    """Draw pictures ``[N, H, W, 3]`` in a grid.
 
-    Args:
-        images: uint8 ``[N, H, W, 3]``.
-        titles: For each picture one or two lines of (name, suffix); a wide name is shortened, its suffix is not.
-        heading: Text above the grid.
-        columns: Number of columns.
+    The title of a picture is one or two lines of (name, suffix); a wide name is shortened, its suffix is not.
     """
     captions = [[_Line(name, after=after) for name, after in title] for title in titles]
     return _grid(images, captions, None, picture=0.96, columns=columns, heading=heading)
@@ -44,15 +40,9 @@ def prediction_grid(
     *,
     heading: str,
 ) -> Figure:
-    """Draw pictures with the predicted class and, where it is incorrect, the true class.
+    """Draw pictures ``[N, H, W, 3]`` with the predicted class and, where it is incorrect, the true class.
 
-    Args:
-        images: uint8 ``[N, H, W, 3]``; N may be 0.
-        labels: True class indices ``[N]``.
-        predictions: Predicted class indices ``[N]``.
-        probabilities: Probability of every class ``[N, K]``.
-        class_names: Names of the K classes.
-        heading: Text above the grid.
+    ``probabilities`` is ``[N, K]`` for K classes, and N may be 0.
     """
     if not len(images):
         return style.new_page(style.MIN_WIDTH, 0, heading, "no such predictions")[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from plots.figures import shown, strings
 
-from cifar10_tl.plots import confusion_matrix
+from cifar10_tl.plots.confusion_matrix import confusion_matrix
 
 
 def test_cells_have_counts_and_row_percentages() -> None:

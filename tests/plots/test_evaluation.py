@@ -9,7 +9,9 @@ from plots.figures import strings
 
 from cifar10_tl.data.batch import Split
 from cifar10_tl.metrics.evaluation import Evaluation
-from cifar10_tl.plots import class_bars, confidence_histogram, evaluation_figures, reliability_diagram
+from cifar10_tl.plots import evaluation_figures
+from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
+from cifar10_tl.plots.per_class import class_bars
 
 
 def test_evaluation_figures() -> None:

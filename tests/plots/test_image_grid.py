@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from plots.figures import CIFAR10, pictures, shown, strings
 
-from cifar10_tl.plots import prediction_grid, sample_grid
+from cifar10_tl.plots.image_grid import prediction_grid, sample_grid
 
 
 def test_each_picture_is_shown_once_above_its_title() -> None:

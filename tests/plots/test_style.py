@@ -10,6 +10,10 @@ from matplotlib.figure import Figure
 from plots.figures import CIFAR10, HEADING, ODD, history, long_names, pictures, shown, strings
 
 from cifar10_tl import plots
+from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
+from cifar10_tl.plots.confusion_matrix import confusion_matrix
+from cifar10_tl.plots.image_grid import prediction_grid
+from cifar10_tl.plots.per_class import class_bars
 from cifar10_tl.plots.style import as_percent, legible
 
 
@@ -21,7 +25,7 @@ def predictions(n: int, names: list[str]) -> Figure:
     rng = np.random.default_rng(0)
     table = rng.dirichlet(np.full(len(names), 0.2), n).astype(np.float32)
     labels = rng.integers(0, len(names), n)
-    return plots.prediction_grid(pictures(n), labels, table.argmax(1), table, names, heading="Predictions")
+    return prediction_grid(pictures(n), labels, table.argmax(1), table, names, heading="Predictions")
 
 
 def matrix(names: list[str], scale: int = 1) -> Figure:
@@ -29,7 +33,7 @@ def matrix(names: list[str], scale: int = 1) -> Figure:
     counts = rng.integers(0, 12, (k, k)) * (rng.random((k, k)) < 0.4)
     counts[np.diag_indices(k)] = 1000
     counts[k // 2] = 0  # a class without images
-    return plots.confusion_matrix(counts * scale, names, heading=HEADING)
+    return confusion_matrix(counts * scale, names, heading=HEADING)
 
 
 def reliability(heading: str, empty: bool = False) -> Figure:
@@ -37,16 +41,16 @@ def reliability(heading: str, empty: bool = False) -> Figure:
     middle = np.where(counts > 0, (np.arange(15) + 0.5) / 15, np.nan)
     bins = (counts, middle, middle**1.3)
     panels = {"uncalibrated: ECE 12.34%": bins, "temperature-scaled (val): ECE 12.34%": bins}
-    return plots.reliability_diagram(panels, heading=heading, note="blue: accuracy    orange: mean confidence")
+    return reliability_diagram(panels, heading=heading, note="blue: accuracy    orange: mean confidence")
 
 
 def confidence(correct: int, incorrect: int) -> Figure:
     n = correct + incorrect
-    return plots.confidence_histogram(np.random.default_rng(0).random(n), np.arange(n) < correct, heading=HEADING)
+    return confidence_histogram(np.random.default_rng(0).random(n), np.arange(n) < correct, heading=HEADING)
 
 
 def bars(names: list[str]) -> Figure:
-    return plots.class_bars(*np.random.default_rng(0).random((3, len(names))), names, heading=HEADING)
+    return class_bars(*np.random.default_rng(0).random((3, len(names))), names, heading=HEADING)
 
 
 EXTREME = [{"epoch": 998, "train/loss": 1e-7, "val/acc": 0.99991}, {"epoch": 999, "train/loss": 2.5e9, "val/acc": 1.0}]
@@ -105,7 +109,7 @@ def test_the_users_matplotlibrc_has_no_effect(name: str) -> None:
 def test_names_without_a_letter_in_the_font_are_numbered() -> None:
     names = ["猫", "狗", "Katze 猫", "_"]
     assert legible(names) == ["class 0", "class 1", "Katze 猫", "class 3"]
-    written = strings(plots.confusion_matrix(np.eye(4, dtype=int), names, heading="h"))
+    written = strings(confusion_matrix(np.eye(4, dtype=int), names, heading="h"))
     assert {"class 0", "class 1", "Katze □"} <= set(written)
 
 

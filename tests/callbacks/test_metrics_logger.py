@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10_tl.callbacks import MetricsLogger
+from cifar10_tl.callbacks.metrics_logger import COLUMNS
+from cifar10_tl.metrics.evaluation import Evaluation
+
+
+def test_each_epoch_has_one_row_also_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logits, labels = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+    module: Any = SimpleNamespace(
+        training_metrics=lambda: {"train/loss": 0.5, "train/acc": 0.75},
+        evaluation=Evaluation.of(logits, labels, torch.arange(2), ["a", "b"]),
+        device=torch.device("cpu"),
+    )
+    trainer: Any = SimpleNamespace(
+        default_root_dir=str(tmp_path),
+        fast_dev_run=False,
+        is_global_zero=True,
+        loggers=[],
+        callbacks=[],
+        current_epoch=0,
+        global_step=5,
+        max_epochs=2,
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}])],
+    )
+    caplog.set_level(logging.INFO)
+    first = MetricsLogger()
+    first.on_train_epoch_end(trainer, module)
+    resumed = MetricsLogger()
+    resumed.load_state_dict(first.state_dict())
+    trainer.current_epoch, trainer.global_step, module.evaluation = 1, 10, None
+    resumed.on_train_epoch_end(trainer, module)
+    with (tmp_path / "metrics.csv").open() as file:
+        validated, other = csv.DictReader(file)
+    assert tuple(validated) == COLUMNS
+    assert [validated[name] for name in ("epoch", "step", "lr", "train/acc", "val/acc")] == [
+        "0",
+        "5",
+        "0.2",
+        "0.75",
+        "0.5",
+    ]
+    assert [other[name] for name in ("epoch", "train/loss", "val/loss", "val/count")] == ["1", "0.5", "", ""]
+    assert caplog.messages == [
+        "epoch 0 (1 of 2)  train loss 0.5000 acc 75.00%  val loss 1.1269 acc 50.00%",
+        "epoch 1 (2 of 2)  train loss 0.5000 acc 75.00%",
+    ]
