@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 
 from cifar10_tl import plots
 from cifar10_tl.callbacks.checkpoint import is_best
 from cifar10_tl.callbacks.training_figures import publish, wants_figures
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from cifar10_tl.data.batch import Split
-    from cifar10_tl.metrics.evaluation import Evaluation
-
 
 class EvaluationFigure(Callback):
-    """Callback that draws the validation of the best epoch as ``<tag>/val`` and the test as ``<tag>/test``."""
+    """Callback that draws the validation of the best epoch as ``<tag>/val`` and the test as ``<tag>/test``.
 
-    tag: str
+    Args:
+        tag: Name of the figure in TensorBoard.
+        draw: Function of the Evaluation, its Split, and the text that ends the heading.
+    """
 
-    @abstractmethod
-    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        """Draw ``evaluation`` of the images in ``split``; ``where`` ends the heading."""
+    def __init__(self, tag: str, draw: Callable[[Any, Any, str], Figure]) -> None:
+        self.tag, self.draw = tag, draw
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if wants_figures(trainer) and is_best(trainer):
@@ -46,31 +44,21 @@ class EvaluationFigure(Callback):
 class ConfusionMatrix(EvaluationFigure):
     """Callback that draws the confusion matrix."""
 
-    tag = "confusion_matrix"
-
-    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        return plots.confusion_matrix_figure(evaluation, where)
+    def __init__(self) -> None:
+        super().__init__(
+            "confusion_matrix", lambda evaluation, _, where: plots.confusion_matrix_figure(evaluation, where)
+        )
 
 
 class CorrectPredictions(EvaluationFigure):
     """Callback that draws up to ``num_images`` correct predictions, spread evenly over the split."""
 
-    tag = "correct"
-
     def __init__(self, num_images: int = 25) -> None:
-        self.num_images = num_images
-
-    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        return plots.correct_figure(evaluation, split, where, self.num_images)
+        super().__init__("correct", partial(plots.correct_figure, num_images=num_images))
 
 
 class IncorrectPredictions(EvaluationFigure):
     """Callback that draws up to ``num_images`` incorrect predictions, the most confident first."""
 
-    tag = "incorrect"
-
     def __init__(self, num_images: int = 25) -> None:
-        self.num_images = num_images
-
-    def draw(self, evaluation: Evaluation, split: Split, where: str) -> Figure:
-        return plots.incorrect_figure(evaluation, split, where, self.num_images)
+        super().__init__("incorrect", partial(plots.incorrect_figure, num_images=num_images))

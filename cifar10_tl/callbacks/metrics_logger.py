@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -12,9 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar10_tl.callbacks.throughput import Throughput
 from cifar10_tl.io import atomic_write_text, csv_text
-
-if TYPE_CHECKING:
-    from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.metrics.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
 

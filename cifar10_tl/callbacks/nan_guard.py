@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,9 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from cifar10_tl.config.errors import UserError
-
-if TYPE_CHECKING:
-    from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.batch import Batch
 
 
 class NaNGuard(Callback):

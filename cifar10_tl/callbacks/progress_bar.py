@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-if TYPE_CHECKING:
-    from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.batch import Batch
 
 
 class RunProgressBar(ProgressBar):
@@ -36,9 +35,6 @@ class RunProgressBar(ProgressBar):
 
     def disable(self) -> None:
         self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches

@@ -6,14 +6,13 @@ import logging
 import sys
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-if TYPE_CHECKING:
-    from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.batch import Batch
 
 log = logging.getLogger(__name__)
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from cifar10_tl import plots
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
+from cifar10_tl.data.batch import Batch
 from cifar10_tl.io import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from cifar10_tl.data.batch import Batch
 
 
 def wants_figures(trainer: pl.Trainer) -> bool:

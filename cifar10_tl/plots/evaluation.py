@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 
 
 def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Split, where: str) -> dict[str, Figure]:
-    """Draw all figures of an evaluation.
+    """Draw all figures of an evaluation of the images in ``split``.
 
-    Args:
-        evaluation: Predictions to draw.
-        calibrated: The same predictions with temperature-scaled probabilities.
-        split: Images that were evaluated.
-        where: Split and epoch for the headings, such as "validation, epoch 3".
+    ``calibrated`` has the temperature-scaled probabilities; ``where`` ends the headings: "validation, epoch 3".
     """
     correct = (evaluation.predictions == evaluation.labels).numpy()
     rows = evaluation.per_class()

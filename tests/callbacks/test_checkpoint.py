@@ -27,11 +27,6 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_mode_follows_the_metric() -> None:
-    assert RunCheckpoint("best", monitor="val/loss").mode == "min"
-    assert RunCheckpoint("best", monitor="val/acc").mode == "max"
-
-
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from cifar10_tl.callbacks import ConfusionMatrix, IncorrectPredictions, RunCheckpoint, SampleInputs
@@ -15,78 +15,59 @@ from cifar10_tl.callbacks.training_figures import _title
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.metrics.evaluation import Evaluation
 
-IMAGES = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-LABELS = torch.tensor([0, 1, 2, 2])
+IMAGES, LABELS, INDICES = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 2, 2]), torch.arange(4)
+EVALUATION = Evaluation.of(torch.eye(3)[torch.tensor([0, 1, 2, 1])], LABELS, INDICES, ["a", "b", "c"])
+MODULE: Any = SimpleNamespace(evaluation=EVALUATION, restored_epoch=7, class_names=["a", "b", "c"])
 
 
-@pytest.fixture
-def module() -> Any:
-    logits = torch.eye(3)[torch.tensor([0, 1, 2, 1])]
-    evaluation = Evaluation.of(logits, LABELS, torch.arange(4), ["a", "b", "c"])
-    return SimpleNamespace(evaluation=evaluation, restored_epoch=None, class_names=["a", "b", "c"])
-
-
-@pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., Any]:
-    """A function that builds as much of a Trainer as these callbacks read."""
-
-    def build(**state: Any) -> Any:
-        defaults: dict[str, Any] = {
-            "default_root_dir": str(tmp_path),
-            "is_global_zero": True,
-            "is_last_batch": True,
-            "sanity_checking": False,
-            "fast_dev_run": False,
-            "loggers": [],
-            "checkpoint_callback": None,
-            "callback_metrics": {},
-            "current_epoch": 0,
-            "global_step": 0,
-            "datamodule": SimpleNamespace(
-                splits=dict.fromkeys(("val", "test"), Split(IMAGES, LABELS, torch.arange(4)))
-            ),
-        }
-        return SimpleNamespace(**(defaults | state))
-
-    return build
+def fake_trainer(folder: Path, **state: Any) -> Any:
+    """As much of a Trainer as these callbacks read."""
+    split = Split(IMAGES, LABELS, INDICES)
+    flags = {"is_global_zero": True, "is_last_batch": True, "sanity_checking": False, "fast_dev_run": False}
+    defaults = {"default_root_dir": str(folder), "loggers": [], "checkpoint_callback": None, "callback_metrics": {}}
+    defaults |= {
+        "current_epoch": 0,
+        "global_step": 0,
+        "datamodule": SimpleNamespace(splits={"val": split, "test": split}),
+    }
+    return SimpleNamespace(**(flags | defaults | state))
 
 
 @pytest.mark.parametrize(
-    ("monitor", "score", "drawn"),
-    [("val/acc", 0.6, True), ("val/acc", 0.5, False), ("val/loss", 0.4, True), ("val/loss", 0.6, False)],
+    ("monitor", "score", "last_batch", "drawn"),
+    [
+        ("val/acc", 0.6, True, True),
+        ("val/acc", 0.5, True, False),
+        ("val/loss", 0.4, True, True),
+        ("val/loss", 0.6, True, False),
+        ("val/loss", 0.4, False, False),
+    ],
 )
 def test_the_validation_is_drawn_when_the_best_changes(
-    tmp_path: Path, module: Any, make_trainer: Callable[..., Any], monitor: str, score: float, drawn: bool
+    tmp_path: Path, monitor: str, score: float, last_batch: bool, drawn: bool
 ) -> None:
     checkpoint = RunCheckpoint("best", monitor=monitor, save_top_k=3)
     checkpoint.best_model_score = torch.tensor(0.5)
-    trainer = make_trainer(checkpoint_callback=checkpoint, callback_metrics={monitor: torch.tensor(score)})
-    ConfusionMatrix().on_validation_end(trainer, module)
+    metrics = {monitor: torch.tensor(score)}
+    trainer = fake_trainer(tmp_path, checkpoint_callback=checkpoint, callback_metrics=metrics, is_last_batch=last_batch)
+    ConfusionMatrix().on_validation_end(trainer, MODULE)
     assert (tmp_path / "figures" / "confusion_matrix_val.png").exists() == drawn
 
 
-def test_the_test_is_drawn_at_the_epoch_of_its_checkpoint(
-    tmp_path: Path, module: Any, make_trainer: Callable[..., Any]
-) -> None:
+def test_the_test_is_drawn_at_the_epoch_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images: list[tuple[str, tuple[int, ...], int]] = []
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    logger = TensorBoardLogger(tmp_path)
-    logger._experiment = SimpleNamespace(
-        add_image=lambda tag, pixels, step, dataformats: images.append((tag, pixels.shape, step))
-    )
-    module.restored_epoch = 7
-    IncorrectPredictions(num_images=1).on_test_end(make_trainer(loggers=[logger], current_epoch=9), module)
+    writer = SimpleNamespace(add_image=lambda tag, pixels, step, dataformats: images.append((tag, pixels.shape, step)))
+    monkeypatch.setattr(TensorBoardLogger, "experiment", writer)
+    trainer = fake_trainer(tmp_path, loggers=[TensorBoardLogger(tmp_path)], current_epoch=9)
+    IncorrectPredictions(num_images=1).on_test_end(trainer, MODULE)
     file = np.asarray(Image.open(tmp_path / "figures" / "incorrect_test.png"))
     assert images == [("incorrect/test", (*file.shape[:2], 3), 7)]
 
 
 @pytest.mark.parametrize("state", [{"sanity_checking": True}, {"fast_dev_run": True}, {"is_global_zero": False}])
-def test_nothing_is_drawn_on_other_ranks_or_in_rehearsals(
-    tmp_path: Path, module: Any, make_trainer: Callable[..., Any], state: dict[str, bool]
-) -> None:
-    ConfusionMatrix().on_validation_end(make_trainer(**state), module)
-    SampleInputs().on_train_batch_start(make_trainer(**state), module, Batch(IMAGES, LABELS, torch.arange(4)), 0)
+def test_nothing_is_drawn_on_other_ranks_or_in_rehearsals(tmp_path: Path, state: dict[str, bool]) -> None:
+    ConfusionMatrix().on_validation_end(fake_trainer(tmp_path, **state), MODULE)
+    SampleInputs().on_train_batch_start(fake_trainer(tmp_path, **state), MODULE, Batch(IMAGES, LABELS, INDICES), 0)
     assert not list(tmp_path.iterdir())
 
 
