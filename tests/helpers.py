@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -9,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_IMAGES = Path(os.environ.get("CIFAR10_TL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -39,8 +43,8 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def compose_train(*overrides: str) -> DictConfig:
-    """The config of the train command with these overrides, as Hydra composes it, checked."""
+def compose_command(command: str, *overrides: str) -> DictConfig:
+    """Return the checked config of a command with these overrides."""
     from hydra import compose, initialize_config_dir
 
     from cifar10_tl.config.run_dir import CONFIG_DIR, register_resolvers
@@ -48,9 +52,33 @@ def compose_train(*overrides: str) -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides))
+        cfg = compose(command, overrides=list(overrides))
     check_config(cfg)
     return cfg
+
+
+def compose_train(*overrides: str) -> DictConfig:
+    """Return the checked config of the train command with these overrides."""
+    return compose_command("train", *overrides)
+
+
+def write_png(folder: Path, images: torch.Tensor) -> None:
+    """Write images, uint8 [N, 3, S, S], as 00.png, 01.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+
+
+def lock(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make listing a folder fail, also for root."""
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
 
 
 class StepLosses(Callback):

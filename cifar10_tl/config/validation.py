@@ -302,8 +302,9 @@ def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
 
 
 def _left_open(config: Mapping[str, Any], key: str, value: Any) -> bool:
-    """Whether this is null for a reason: evaluate has "as in the checkpoint", and no checkpoint where it compares."""
-    return value is None and "compare" in config and (key == "checkpoint" or key.startswith("data."))
+    """Return whether evaluate takes this value from the checkpoint, or needs no checkpoint because it compares runs."""
+    as_trained = key.startswith("data.") and value == "as_trained"
+    return "compare" in config and (as_trained or (key == "checkpoint" and value is None))
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ over as tensors in memory (:meth:`Source.load`). To add one, write a class with 
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -80,3 +81,19 @@ def _rgb(picture: Image.Image) -> Image.Image:
     page = Image.new("RGB", picture.size, "white")
     page.paste(rgba, mask=rgba.getchannel("A"))
     return page
+
+
+def list_files(folder: Path) -> tuple[list[Path], list[OSError]]:
+    """Return the files below a folder, sorted, and an error for each folder that cannot be read.
+
+    Hidden files and folders are skipped. Links are followed, each folder once; a broken link counts as a file.
+    """
+    files: list[Path] = []
+    errors: list[OSError] = []
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        seen.add(os.path.realpath(parent))
+        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
+        paths = (Path(parent, name) for name in names if name[0] != ".")
+        files += [path for path in paths if path.is_file() or not path.exists()]
+    return sorted(files), errors

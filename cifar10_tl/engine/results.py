@@ -132,13 +132,6 @@ def describe(results: Results, run_dir: Path) -> str:
     return "\n\n".join(["", *(part for part in parts if part)])
 
 
-def write_corruption(path: Path, corruption: Mapping[str, Sequence[Results]]) -> None:
-    """Write a row for each kind and severity."""
-    columns = ("severity", "acc", "loss", "count")
-    rows = [[kind, *(row[key] for key in columns)] for kind, outcomes in corruption.items() for row in outcomes]
-    atomic_write_text(path, csv_text(["corruption", *columns], rows))
-
-
 def _scores(scores: Results, views: Results | None) -> str:
     """The numbers as they are, at the temperature (which changes no prediction), and averaged over views."""
     calibrated = scores["calibrated"]

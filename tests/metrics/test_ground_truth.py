@@ -10,109 +10,125 @@ import torch
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.metrics.evaluation import Evaluation
-from cifar10_tl.metrics.ground_truth import DoubtfulLabels, HumanLabels
+from cifar10_tl.metrics.ground_truth import (
+    accuracy_without,
+    compare_with_people,
+    read_doubtful_labels,
+    read_human_labels,
+)
+
+LABELS = torch.tensor([0, 1, 1, 1])
+CERTAIN = np.eye(2)[LABELS]
 
 
 @pytest.fixture
 def evaluation() -> Evaluation:
     probabilities = torch.tensor([[0.5, 0.5 - 1e-6], [0.8, 0.2], [0.25, 0.75], [0.1, 0.9]])
-    return Evaluation.of(probabilities.log(), torch.tensor([0, 1, 1, 1]), torch.arange(4), ["a", "b"])
+    return Evaluation.of(probabilities.log(), LABELS, torch.arange(4), ["a", "b"])
 
 
-def human(tmp_path: Path, table: object, indices: int = 4) -> HumanLabels:
-    np.save(tmp_path / "people.npy", np.asarray(table))
-    return HumanLabels.read(tmp_path / "people.npy", 2, torch.arange(indices))
+def read_people(folder: Path, table: object, labels: torch.Tensor = LABELS) -> torch.Tensor:
+    np.save(folder / "people.npy", np.asarray(table))
+    return read_human_labels(folder / "people.npy", torch.arange(len(labels)), labels, 2)
 
 
-def test_agreement_with_people_by_hand(evaluation: Evaluation, tmp_path: Path) -> None:
-    people = human(tmp_path, [[1, 0], [0.4, 0.6], [0.5, 0.5], [0, 1.0]])
-    found = people.judge(evaluation)
-    second = 0.4 * math.log(0.8) + 0.6 * math.log(0.2)
-    third = 0.5 * math.log(0.25) + 0.5 * math.log(0.75)
-    wanted = -(math.log(0.5) + second + third + math.log(0.9)) / 4
-    assert found["cross_entropy"] == pytest.approx(wanted, rel=1e-5)
-    entropy = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6) + math.log(0.5)) / 4
-    assert found["lowest_possible"] == pytest.approx(entropy)
-    assert found["agreement"] == 0.5  # of a tie among people the first class counts
+def read_doubtful(path: Path) -> torch.Tensor:
+    return read_doubtful_labels(path, torch.arange(4), LABELS, ["a", "b"])
 
 
-def test_a_limited_test_set_takes_its_rows_of_the_whole_table(tmp_path: Path) -> None:
-    table = np.eye(2)[[0, 1, 0, 1, 1]]
-    np.save(tmp_path / "people.npy", table)
-    limited = torch.tensor([1, 4])
-    people = HumanLabels.read(tmp_path / "people.npy", 2, limited)
-    sure = Evaluation.of(torch.tensor([[0.0, 9.0], [0.0, 9.0]]), torch.tensor([1, 1]), limited, ["a", "b"])
-    assert people.judge(sure)["agreement"] == 1.0
+def test_agreement_with_people(evaluation: Evaluation, tmp_path: Path) -> None:
+    people = read_people(tmp_path, [[1, 0], [0.4, 0.6], [0.4, 0.6], [0, 1.0]])
+    second, third = (0.4 * math.log(p) + 0.6 * math.log(1 - p) for p in (0.8, 0.25))
+    found = compare_with_people(evaluation, people)
+    assert found["cross_entropy"] == pytest.approx(-(math.log(0.5) + second + third + math.log(0.9)) / 4, rel=1e-5)
+    assert found["lowest_possible"] == pytest.approx(-(0.4 * math.log(0.4) + 0.6 * math.log(0.6)) / 2)
+    assert found["agreement"] == 0.75
+
+
+def test_rows_of_a_limited_test_set_are_selected(tmp_path: Path) -> None:
+    np.save(tmp_path / "people.npy", np.eye(2)[[0, 1, 0, 1, 1]])
+    people = read_human_labels(tmp_path / "people.npy", torch.tensor([1, 2]), torch.tensor([1, 0]), 2)
+    assert people.tolist() == [[0, 1], [1, 0]]
+
+
+def test_human_labels_in_another_order_than_the_images_are_refused(tmp_path: Path) -> None:
+    labels = torch.arange(1000) % 2
+    in_order = np.eye(2)[labels]
+    assert read_people(tmp_path, 0.8 * in_order + 0.1, labels).shape == (1000, 2)
+    shuffled = in_order[np.random.default_rng(0).permutation(1000)]
+    for table in (shuffled, in_order[labels.argsort(stable=True)], in_order[:, ::-1], np.full((1000, 2), 0.5)):
+        with pytest.raises(UserError, match=r"agrees with only \d+% of the labels; rows must be in the order"):
+            read_people(tmp_path, table, labels)
 
 
 @pytest.mark.parametrize(
-    ("table", "complaint"),
+    ("table", "message"),
     [
-        (np.ones((4, 3)) / 3, r"should be \[test images, 2\], and is \[4, 3\]"),
-        (np.ones(4), r"should be \[test images, 2\], and is \[4\]"),
+        (np.ones((4, 3)) / 3, r"expected an array of numbers \[test images, 2\]"),
+        (np.ones(4), r"expected an array of numbers \[test images, 2\]"),
+        (np.array([["x", "y"]] * 4), "expected an array of numbers"),
         (np.ones((5, 2)) / 2, "has 5 rows for 4 test images"),
         (np.ones((3, 2)) / 2, "has 3 rows for 4 test images"),
-        (np.ones((4, 2)), "each row should sum to 1"),
-        (np.full((4, 2), np.nan), "shares from 0 to 1"),
-        (np.array([[2.0, -1.0]] * 4), "shares from 0 to 1"),
-        (np.array([["x", "y"]] * 4), "shares from 0 to 1"),
+        (np.ones((4, 2)), "probabilities that sum to 1"),
+        (np.full((4, 2), np.nan), "probabilities that sum to 1"),
+        (np.array([[2.0, -1.0]] * 4), "probabilities that sum to 1"),
     ],
 )
-def test_a_table_of_something_else_is_one_line(tmp_path: Path, table: np.ndarray, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint) as error:
-        human(tmp_path, table)
-    assert "\n" not in str(error.value)
+def test_other_tables_are_refused(tmp_path: Path, table: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_people(tmp_path, table)
 
 
-def test_a_file_that_is_no_array_is_one_line_and_runs_no_code(tmp_path: Path) -> None:
-    path = tmp_path / "people.npy"
-    with pytest.raises(UserError, match="no such file"):
-        HumanLabels.read(path, 2, torch.arange(4))
-    for content in (b"", b"not an array", b"\x93NUMPY\x01\x00"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="is no NumPy array of numbers"):
-            HumanLabels.read(path, 2, torch.arange(4))
-
+def test_files_other_than_an_array_are_refused_and_run_no_code(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self):
-            return (tmp_path.joinpath("sprung").touch, ())
+            return (tmp_path.joinpath("executed").touch, ())
 
+    path = tmp_path / "people.npy"
+    for content in (None, b"", b"not an array", b"\x93NUMPY\x01\x00"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as a NumPy array"):
+            read_human_labels(path, torch.arange(4), LABELS, 2)
     np.save(path, np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="is no NumPy array of numbers"):
-        HumanLabels.read(path, 2, torch.arange(4))
-    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(UserError, match="cannot be read as a NumPy array"):
+        read_human_labels(path, torch.arange(4), LABELS, 2)
+    assert not (tmp_path / "executed").exists()
     with path.open("wb") as file:
         np.savez(file, a=np.ones(3))
-    with pytest.raises(UserError, match="several arrays"):
-        HumanLabels.read(path, 2, torch.arange(4))
+    with pytest.raises(UserError, match="expected an array"):
+        read_human_labels(path, torch.arange(4), LABELS, 2)
 
 
-@pytest.mark.parametrize("text", ["1\n3\n", "3 1 3", json.dumps([1, 3])])
+@pytest.mark.parametrize("text", ["1\n3\n", "3 b\n 1  b \n3", json.dumps([1, 3])])
 def test_accuracy_with_and_without_doubtful_labels(evaluation: Evaluation, tmp_path: Path, text: str) -> None:
     (tmp_path / "doubtful").write_text(text)
-    labels = DoubtfulLabels.read(tmp_path / "doubtful", evaluation.indices)
-    # images 0, 2 and 3 are right
-    assert labels.judge(evaluation) == {"count": 2, "acc_with": 0.75, "acc_without": 1.0, "acc_on_doubtful": 0.5}
+    found = accuracy_without(evaluation, read_doubtful(tmp_path / "doubtful"))
+    assert found == {"count": 2, "acc_with": 0.75, "acc_without": 1.0, "acc_on_doubtful": 0.5}
 
 
-def test_where_all_are_doubtful_nothing_is_left(evaluation: Evaluation, tmp_path: Path) -> None:
-    (tmp_path / "doubtful").write_text("0 1 2 3 999")
-    found = DoubtfulLabels.read(tmp_path / "doubtful", evaluation.indices).judge(evaluation)
+def test_there_is_no_accuracy_without_all_images(evaluation: Evaluation) -> None:
+    found = accuracy_without(evaluation, torch.tensor([0, 1, 2, 3, 999]))
     assert (found["count"], found["acc_without"]) == (4, None)
+
+
+def test_doubtful_labels_that_do_not_match_the_images_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "doubtful"
+    with pytest.raises(UserError, match="No such file"):
+        read_doubtful(path)
+    for text, message in (
+        ("17", "none of the images, which have indices 0 to 3"),
+        ("1 b\n0 b", "image 0 of the data is a, not b"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_doubtful(path)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"one", b"1.5", b"-1", b"[true]", b'["1"]', b"[1", b'{"a": 1}', b"\xff\xfe\x00", b"9" * 30]
 )
-def test_a_file_of_something_else_than_indices_is_one_line(tmp_path: Path, content: bytes) -> None:
+def test_files_without_indices_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "doubtful").write_bytes(content)
-    with pytest.raises(UserError, match="should hold indices"):
-        DoubtfulLabels.read(tmp_path / "doubtful", torch.arange(4))
-
-
-def test_indices_of_other_images_are_told(tmp_path: Path) -> None:
-    (tmp_path / "doubtful").write_text("17")
-    with pytest.raises(UserError, match=r"none of its indices .* 0 to 3"):
-        DoubtfulLabels.read(tmp_path / "doubtful", torch.arange(4))
-    with pytest.raises(UserError, match="no such file"):
-        DoubtfulLabels.read(tmp_path / "nowhere", torch.arange(4))
+    with pytest.raises(UserError, match="expected image indices"):
+        read_doubtful(tmp_path / "doubtful")
