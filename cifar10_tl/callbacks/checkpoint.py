@@ -19,9 +19,9 @@ class RunCheckpoint(ModelCheckpoint):
     saves its last step, so that a longer resume continues that epoch.
 
     Args:
+        filename: Name without extension. If several checkpoints are kept, the epoch is appended to the name of each,
+            and the best one is copied to ``filename``.
         monitor: "val/acc" or "val/loss", which also determines the mode; None to save every time.
-        filename: Without extension. If several checkpoints are kept, the epoch is appended to the name of each, and
-            the best one is copied to ``filename``.
         save_top_k: Number of checkpoints to keep; -1 for all.
         options: Other arguments of ModelCheckpoint.
     """

@@ -235,6 +235,7 @@ RULES: dict[str, Rule] = {
         for name in ("sample_inputs", "correct_predictions", "incorrect_predictions")
     },
     "callbacks.best_checkpoint.monitor": one_of("val/acc", "val/loss"),
+    "callbacks.best_checkpoint.filename": text,
     "callbacks.progress_bar.refresh_seconds": number(0),
     # predict
     "checkpoint": trained_file,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SMALL, TINY, Weights, compose_train
+from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
@@ -76,3 +77,8 @@ def test_training_is_the_same_without_an_average(
 def test_a_decay_outside_of_0_to_1_is_refused(decay: str) -> None:
     with pytest.raises(UserError, match=f"ema_decay={decay}: .* a number above 0 and below 1"):
         compose_train(f"ema_decay={decay}")
+
+
+def test_lightning_keeps_the_average_where_we_move_it() -> None:
+    """WeightAveraging (Lightning pull request 20545) offers no public way to move the average to the device."""
+    assert WeightAveraging()._average_model is None
