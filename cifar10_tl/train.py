@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.resume import resume_command
 from cifar10_tl.config.run_dir import RUN_CONFIG, process_rank
-from cifar10_tl.engine.processes import SignalHandler, Stopped
+from cifar10_tl.engine.processes import SignalHandler, Stopped, own_processes
 from cifar10_tl.io import atomic_write_text, claim, remove_temporary
 
 if TYPE_CHECKING:  # Lightning takes seconds to import: only once the settings are known to be good
@@ -41,26 +40,23 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not fit the data, the machine or another setting.
     """
-    requeue = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
-    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []  # not so under nohup
     run_dir = Path(cfg.paths.output_dir)
-    with SignalHandler(*requeue, *hang_up) as interruption:
+    with SignalHandler() as handler:
         try:
             from cifar10_tl.engine.hardware import quiet_libraries
-            from cifar10_tl.engine.processes import own_processes
 
             quiet_libraries()
-            with own_processes(), only_one_run(run_dir):
-                return _train(cfg, interruption)
+            with own_processes(handler), only_one_run(run_dir):
+                return _train(cfg, handler)
         except Stopped:
             if process_rank() == 0 and (run_dir / RUN_CONFIG).exists():
-                log.info("go on with: %s", resume_command(run_dir))
+                log.info("resume with: %s", resume_command(run_dir))
             if process_rank() > 0 and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
                 raise SystemExit(0) from None  # for these, another status means that the others are to be killed
             raise
 
 
-def _train(cfg: DictConfig, interruption: SignalHandler) -> dict[str, Any] | None:
+def _train(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
     from cifar10_tl.engine.builder import (
@@ -92,7 +88,7 @@ def _train(cfg: DictConfig, interruption: SignalHandler) -> dict[str, Any] | Non
         check_same_run(start, module)
     if cfg.init_from and start is None:
         module.load_weights_from(Path(cfg.init_from))
-    trainer = build_trainer(cfg, start, interruption)
+    trainer = build_trainer(cfg, start, handler)
     speed_up(cfg, module, trainer)
     if cfg.data.cache_features:
         datamodule.feature_cache = build_feature_cache(cfg, module, trainer)

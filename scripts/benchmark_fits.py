@@ -80,8 +80,8 @@ def our_fit(cfg: Any, module: Any, datamodule: Any, steps: int, between: Any = l
     """Return the step times of Trainer.fit as the train command sets it up; see :class:`Clock`."""
     assert steps <= len(datamodule.splits["train"]) // cfg.data.batch_size, "the end of an epoch would be timed"
     cfg.trainer.limit_train_batches = steps
-    with SignalHandler() as interruption:
-        trainer = build_trainer(cfg, interruption=interruption)
+    with SignalHandler() as handler:
+        trainer = build_trainer(cfg, handler=handler)
         if isinstance(module.network, TransferResNet):
             speed_up(cfg, module, trainer)
         trainer.callbacks.append(clock := Clock(steps, between))

@@ -1,4 +1,4 @@
-"""The end of a run that got a signal."""
+"""Callback that stops a run after a signal."""
 
 from __future__ import annotations
 
@@ -9,99 +9,93 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
-from cifar10_tl.data.batch import Batch
-from cifar10_tl.engine.processes import SignalHandler, Stopped, name_the_killed
+if TYPE_CHECKING:
+    from cifar10_tl.data.batch import Batch
+    from cifar10_tl.engine.processes import SignalHandler
 
 log = logging.getLogger(__name__)
 
 
 class GracefulStop(Callback):
-    """Ends the run at the end of the step in which a signal came, with all of it in ``checkpoints/last.ckpt``.
+    """Callback that saves ``checkpoints/last.ckpt`` and stops after the step in which a signal was received.
 
-    Where the signal comes in an epoch's last step, or behind it, the epoch is validated and saved first. Several
-    processes stop at the same step: they ask each other at about every ``ask_every``-th batch, for a signal reaches
-    them at different times. Lightning on its own would ask in every step, and have the device wait for the answer.
-
-    A SLURM job that is told to make room (SIGUSR1, see scripts/slurm.sh) is put back into the queue, too.
+    After the last step of an epoch, validation and the regular checkpoints come first. All processes stop at the same
+    step: a signal reaches them at different times, so they agree after about every ``agree_every_n_batches`` batches.
+    A SLURM job that receives SIGUSR1 (see scripts/slurm.sh) is also requeued.
     """
 
-    def __init__(self, interruption: SignalHandler, ask_every: int = 10) -> None:
-        self.interruption, self.ask_every = interruption, ask_every
+    def __init__(self, handler: SignalHandler, agree_every_n_batches: int = 10) -> None:
+        self.handler, self.agree_every_n_batches = handler, agree_every_n_batches
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Skip the training of a resumed run that early stopping has ended."""
+        callbacks: Any = trainer.early_stopping_callbacks
+        if any(callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED for callback in callbacks):
+            trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals from Lightning, which has just taken them; from here on, they wait for a step's end."""
-        self.interruption.install()
-        self.interruption.deferring = True
-        self.interruption.forward = lambda signum: _tell_children(trainer, signum)
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        """Replace Lightning's signal handlers and its broadcast, which synchronizes the device in each step."""
+        self.handler.install()
+        self.handler.deferred = True
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign] # PL #21487
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take them again."""
-        self.interruption.install()
+        """Replace Lightning's signal handlers."""
+        self.handler.install()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Save and stop, if it is time."""
-        an_update = trainer.accumulate_grad_batches
-        every = an_update if trainer.world_size == 1 else an_update * math.ceil(self.ask_every / an_update)
-        if trainer.is_last_batch or (batch_idx + 1) % every or not self._agreed(trainer):
+        """Save and stop after an optimizer step inside an epoch."""
+        every = trainer.accumulate_grad_batches
+        if trainer.world_size > 1:
+            every *= math.ceil(self.agree_every_n_batches / every)
+        if trainer.is_last_batch or (batch_idx + 1) % every or not self._should_stop(trainer):
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
         self._stop(trainer, f"at epoch {trainer.current_epoch}, step {trainer.global_step}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop behind an epoch, which has been saved."""
-        if self._agreed(trainer):
+        """Stop after the previous epoch, which has been saved."""
+        if self._should_stop(trainer):
             self._stop(trainer, f"after epoch {trainer.current_epoch - 1}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop behind the last epoch; and from here on, a signal does not wait."""
-        self.interruption.deferring = False
-        if self._agreed(trainer):
+        """Stop after the last epoch; later signals stop the run immediately."""
+        self.handler.deferred = False
+        if self._should_stop(trainer):
             self._stop(trainer, "after the last epoch")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Training is over; perhaps because a process that this one started is."""
-        self.interruption.deferring = False
-        name_the_killed(_children(trainer))
+        """Log the processes whose end may have caused the exception."""
+        self.handler.deferred = False
+        self.handler.log_killed()
 
-    def _agreed(self, trainer: pl.Trainer) -> bool:
-        told = self.interruption.received is not None
-        return told if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(told, all=False)
+    def _should_stop(self, trainer: pl.Trainer) -> bool:
+        received = self.handler.received is not None
+        return received if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(received, all=False)
 
     def _stop(self, trainer: pl.Trainer, when: str) -> None:
-        signum = self.interruption.received or signal.SIGTERM  # another process got it
+        signum = self.handler.received or signal.SIGTERM  # received by another process
         log.info("stopped by %s %s", signum.name, when)
-        environment = trainer._accelerator_connector.cluster_environment
-        if signum == signal.SIGUSR1 and isinstance(environment, SLURMEnvironment) and trainer.is_global_zero:
-            _requeue()
-        raise Stopped(signum)
+        if "SLURM_JOB_ID" in os.environ and signum == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
+        self.handler.stop()
 
 
-def _children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """The processes that Lightning started from this one."""
-    return getattr(trainer.strategy.launcher, "procs", [])
-
-
-def _tell_children(trainer: pl.Trainer, signum: int) -> None:
-    for process in _children(trainer):
-        process.send_signal(signum)
-
-
-def _requeue() -> None:
+def requeue() -> None:
+    """Put this SLURM job back into the queue."""
     job = os.environ["SLURM_JOB_ID"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     command = shutil.which("scontrol")
-    done = subprocess.run([command, "requeue", job]) if command else None  # noqa: S603
-    if done is None or done.returncode:
-        log.warning("scontrol requeue %s failed: start the job again by hand, it goes on by itself", job)
+    if command and subprocess.run([command, "requeue", job]).returncode == 0:  # noqa: S603
+        log.info("job %s is requeued and will resume in this folder", job)
     else:
-        log.info("job %s is back in the queue, and will go on in this folder", job)
+        log.warning("scontrol requeue %s failed: submit the job again to resume the run", job)

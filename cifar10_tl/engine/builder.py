@@ -62,18 +62,18 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     return LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
 
 
-def build_trainer(cfg: DictConfig, start: Path | None = None, interruption: SignalHandler | None = None) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, start: Path | None = None, handler: SignalHandler | None = None) -> pl.Trainer:
     """Lightning's Trainer with the callbacks and loggers of ``cfg``, and those that guard every run.
 
     Args:
         cfg: of the train command.
         start: the checkpoint of a run that is resumed.
-        interruption: where the trainer is to heed signals.
+        handler: where the trainer is to heed signals.
 
     Raises:
         UserError: Lightning cannot make such a trainer, or the batch does not fit its devices.
     """
-    callbacks = build_callbacks(cfg, interruption)
+    callbacks = build_callbacks(cfg, handler)
     try:
         trainer = pl.Trainer(
             **trainer_flags(cfg),
@@ -104,7 +104,7 @@ def trainer_flags(cfg: DictConfig) -> dict[str, Any]:
     return flags
 
 
-def build_callbacks(cfg: DictConfig, interruption: SignalHandler | None) -> list[Callback]:
+def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Callback]:
     """Those of the config, and those that settings and every run want; in the order in which they are called."""
     callbacks: list[Callback] = [*instantiate_all(cfg.get("callbacks"), "callbacks", Callback), NaNGuard()]
     if decay := cfg.get("ema_decay"):
@@ -113,8 +113,8 @@ def build_callbacks(cfg: DictConfig, interruption: SignalHandler | None) -> list
         folder = Path(cfg.paths.output_dir) / "checkpoints"
         options = {"filename": "last", "every_n_train_steps": every, "enable_version_counter": False}
         callbacks.append(RunCheckpoint(dirpath=folder, **options))
-    if interruption is not None:
-        callbacks.append(GracefulStop(interruption))  # behind those whose state it saves
+    if handler is not None:
+        callbacks.append(GracefulStop(handler))  # behind those whose state it saves
     if not cfg.trainer.enable_progress_bar:
         callbacks = [c for c in callbacks if not isinstance(c, RunProgressBar)]
     for callback in callbacks:

@@ -1,4 +1,4 @@
-"""The processes that Lightning starts for a run, and that none of them outlives the others."""
+"""Signals and processes of a run: stop after a training step, and never leave a process behind."""
 
 from __future__ import annotations
 
@@ -9,200 +9,168 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
-
-import torch
-from lightning.pytorch.strategies.launchers import subprocess_script
 
 log = logging.getLogger(__name__)
 
+PARENT_VARIABLE = "CIFAR10_TL_PARENT"
 
-#: What Lightning sets for the processes it starts.
+#: Environment variables that Lightning sets for the processes it starts.
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-#: What we set: who started them.
-PARENT_VARIABLE = "CIFAR10_TL_PARENT"
+class Stopped(SystemExit):
+    """Exception that ends the process after a signal, with exit status 128 + signal number."""
 
 
-def started_by_lightning() -> bool:
-    """Whether this process is one that Lightning started from another, rather than a person, torchrun or SLURM."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+class SignalHandler:
+    """Context manager that handles SIGTERM, SIGINT, SIGHUP (unless ``nohup`` ignores it) and, under SLURM, SIGUSR1.
+
+    The first signal raises :class:`Stopped`. While :attr:`deferred` is set, it is only recorded, and
+    :class:`~cifar10_tl.callbacks.GracefulStop` ends the run after the current step. A second SIGINT ends the process
+    immediately.
+
+    Attributes:
+        received: The first signal received, or None.
+        deferred: Whether training is in progress.
+        children: Processes started by this one, which receive the same signals.
+    """
+
+    def __init__(self) -> None:
+        self.signals = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # Windows has no SIGHUP
+            self.signals.append(signal.SIGHUP)
+        if "SLURM_JOB_ID" in os.environ:
+            self.signals.append(signal.SIGUSR1)
+        self.received: signal.Signals | None = None
+        self.deferred = False
+        self.children: Sequence[subprocess.Popen[bytes]] = ()
+        self._received_at = 0.0
+
+    def __enter__(self) -> SignalHandler:
+        self._previous = {signum: signal.getsignal(signum) for signum in self.signals}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
+
+    def install(self) -> None:
+        """Install the handlers, also after another library has replaced them."""
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
+            for signum in self.signals:
+                signal.signal(signum, self._handle)
+
+    def watch(self, children: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Forward signals to ``children`` and end this process if one of them fails."""
+        self.children = children
+        threading.Thread(target=end_with_children, args=(children,), daemon=True).start()
+
+    def log_killed(self) -> None:
+        """Log which children were killed by a signal."""
+        log_killed(self.children)
+
+    def stop(self) -> NoReturn:
+        """Raise :class:`Stopped` for the received signal (SIGTERM if another process received it)."""
+        raise Stopped(128 + (self.received or signal.SIGTERM))
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if signum == signal.SIGINT and not self._is_repeated():
+                os._exit(128 + signum)
+            return
+        self.received, self._received_at = signal.Signals(signum), time.monotonic()
+        for child in self.children:
+            child.send_signal(signum)
+        if not self.deferred:
+            self.stop()
+        log.info("%s: stopping after the current step; press Ctrl-C again to stop immediately", self.received.name)
+
+    def _is_repeated(self) -> bool:
+        """Return whether a child process receives one Ctrl-C twice: from the terminal and from its parent."""
+        is_child = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
+        return is_child and time.monotonic() - self._received_at < 1
 
 
 @contextmanager
-def own_processes() -> Iterator[None]:
-    """Around a run: its processes end together, and are forgotten, so that a sweep's next run starts its own.
+def own_processes(handler: SignalHandler) -> Iterator[None]:
+    """Context manager in which the processes that Lightning starts end together.
 
-    Where something else started them (``torchrun``, SLURM), it looks after them, they serve all runs, and nothing is
-    forgotten.
+    On exit, the launch variables are restored and the process group is destroyed, so that the next run of a sweep
+    starts its own processes. Processes started by ``torchrun`` or SLURM are managed by those.
     """
-    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
+    import torch
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    previous = {name: os.environ.get(name) for name in (*_LAUNCH_VARIABLES, PARENT_VARIABLE)}
     done = threading.Event()
-    if started_by_lightning():
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[PARENT_VARIABLE] = str(os.getpid())  # the parent may have ended before a child asks for its id
+    elif not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
         parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
-        threading.Thread(target=_end_with_parent, args=(parent, done), daemon=True).start()
-    else:
-        os.environ[PARENT_VARIABLE] = str(os.getpid())  # by the time that a child asks for it, this one may be gone
+        threading.Thread(target=end_with_parent, args=(parent, done), daemon=True).start()
+    # Lightning's observer kills this process up to 5 s after a child has ended, before it can report why (PL #18218)
     launcher: Any = subprocess_script
-    lightnings_own, launcher._launch_process_observer = launcher._launch_process_observer, _look_after
+    observer, launcher._launch_process_observer = launcher._launch_process_observer, handler.watch
     try:
         yield
-        if before["LOCAL_RANK"] is None and torch.distributed.is_initialized():
+        if previous["LOCAL_RANK"] is None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     finally:
         done.set()
-        launcher._launch_process_observer = lightnings_own
-        for name in (*_LAUNCH_VARIABLES, PARENT_VARIABLE):
-            os.environ.pop(name, None)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+        launcher._launch_process_observer = observer
+        for name, value in previous.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def name_the_killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Log which of the ``processes`` that this one started a signal has ended."""
+def log_killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Log which of ``processes`` were killed by a signal."""
     if processes:
-        time.sleep(0.5)  # a process's connections end a little before itself
+        time.sleep(0.5)  # the connections of a process close shortly before it ends
     for rank, process in enumerate(processes, 1):
         status = process.poll()
         if status is not None and status < 0:
             log.warning("process %d of this run (%d) was killed by %s", rank, process.pid, signal.Signals(-status).name)
 
 
-def _look_after(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Watch over the ``processes`` from a thread, in place of Lightning.
+def end_with_children(children: Sequence[subprocess.Popen[bytes]], grace: float = 15) -> None:
+    """Wait for ``children``; if one fails, end the others and this process after ``grace`` seconds.
 
-    Lightning would kill this process, too, up to five seconds behind the end of another: often before it could tell.
+    Usually this process ends by itself before: its next collective operation fails, or it received the same signal.
+    But it can wait forever in a rendezvous or an NCCL operation.
     """
-    threading.Thread(target=_end_with_children, args=(processes,), daemon=True).start()
-
-
-def _end_with_children(
-    processes: Sequence[subprocess.Popen[bytes]], grace: float = 20, grace_of_a_signal: float = 10
-) -> None:
-    """End this process and its ``processes`` if one of these fails, and this one does not end by itself soon after.
-
-    Most often it does: its next collective operation raises an error, which says more; or it got the same signal. But
-    where processes meet for the first time, and in NCCL's operations, it may wait for ever.
-
-    Args:
-        processes: that this one started.
-        grace: seconds.
-        grace_of_a_signal: seconds, where the process was asked to end.
-    """
-    while not any(statuses := [process.poll() for process in processes]):
-        if all(status == 0 for status in statuses):
+    while not any(statuses := [child.poll() for child in children]):
+        if None not in statuses:
             return
         time.sleep(1)
-    stopped = next((status for status in statuses if _is_of_a_signal(status)), None)
-    time.sleep(grace if stopped is None else grace_of_a_signal)
-    name_the_killed(processes)
-    for process in processes:
-        process.kill()
-    if stopped is not None:
-        log.info("stopped by %s", signal.Signals(abs(stopped) % 128).name)
-        os._exit(128 + abs(stopped) % 128)
-    _give_up("another process of this run has ended")
+    time.sleep(grace)
+    log_killed(children)
+    for child in children:
+        child.kill()
+    status = next(filter(None, statuses))
+    signum = -status if status < 0 else status - 128
+    if signum in (signal.SIGINT, signal.SIGTERM):
+        os._exit(128 + signum)
+    _fail("another process of this run has ended")
 
 
-def _is_of_a_signal(status: int | None) -> bool:
-    """Whether a process ended, well or not, because it was asked to."""
-    return status in {sign for number in (signal.SIGINT, signal.SIGTERM) for sign in (-number, 128 + number)}
+def end_with_parent(parent: int, done: threading.Event, grace: float = 10) -> None:
+    """End this process if its ``parent`` (process id) is killed and ``done`` is not set within ``grace`` seconds.
 
-
-def _end_with_parent(parent: int, done: threading.Event, grace: float = 10) -> None:
-    """End this process, which Lightning started, if ``parent`` ends (as by kill -9) and it is not ``done`` soon after.
-
-    Lightning looks after the processes that it started, but not the other way round: on GPUs they would wait for their
-    parent in a collective operation for half an hour, and hold the memory.
-
-    Args:
-        parent: its process id.
-        done: set when this process has ended its run by itself.
-        grace: seconds.
+    Lightning does not check this: on GPUs, the process would wait in a collective operation and keep its memory.
     """
     while os.getppid() == parent:
         if done.wait(1):
             return
     if not done.wait(grace):
-        _give_up(f"process {os.environ['LOCAL_RANK']}: the process that started this one ({parent}) was killed")
+        _fail(f"process {os.environ['LOCAL_RANK']}: its parent process ({parent}) was killed")
 
 
-def _give_up(reason: str) -> NoReturn:
-    print(f"error: {reason}; go on with resume= and this run's folder", file=sys.stderr, flush=True)
+def _fail(reason: str) -> NoReturn:
+    print(f"error: {reason}; resume the run with resume=RUN_DIR", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-class Stopped(SystemExit):
-    """The process ends because of a signal, with the status that shells expect: 128 and its number.
-
-    Attributes:
-        signum: which one.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signum = signum
-
-
-class SignalHandler:
-    """While it is entered, keeps SIGTERM, SIGINT and more for a good moment to stop.
-
-    A signal raises :class:`Stopped` at once, but not while training is under way (:attr:`deferring`): then the step is
-    done first, see :class:`~cifar10_tl.callbacks.GracefulStop`. A second SIGINT ends the process on the spot.
-
-    Processes started by another one may get a single Ctrl-C twice, from the terminal and from that process: to them,
-    what comes within a second of the first is the same.
-
-    Attributes:
-        received: the signal that came, or None.
-        deferring: whether to wait for the step's end.
-        forward: called with the signal, to tell processes that this one started.
-    """
-
-    def __init__(self, *more: signal.Signals) -> None:
-        self.signals = (signal.SIGTERM, signal.SIGINT, *more)
-        self.received: signal.Signals | None = None
-        self.deferring = False
-        self.forward: Callable[[int], Any] = lambda signum: None
-        self._before: dict[signal.Signals, Any] = {}
-        self._received_at = 0.0
-
-    def __enter__(self) -> SignalHandler:
-        self._before = {signum: signal.getsignal(signum) for signum in self.signals}
-        self.install()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if _in_main_thread():
-            for signum, handler in self._before.items():
-                signal.signal(signum, handler)
-
-    def install(self) -> None:
-        """Take the signals, also those that something else took meanwhile."""
-        if _in_main_thread():  # elsewhere Python allows no handlers
-            for signum in self.signals:
-                signal.signal(signum, self._handle)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            if signum == signal.SIGINT and not self._is_an_echo():
-                os._exit(128 + signum)
-            return
-        self.received, self._received_at = signal.Signals(signum), time.monotonic()
-        self.forward(signum)
-        if not self.deferring:
-            raise Stopped(signum)
-        log.info("%s: stopping when this step is done and saved; Ctrl-C stops at once", self.received.name)
-
-    def _is_an_echo(self) -> bool:
-        started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
-        return started and time.monotonic() - self._received_at < 1
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

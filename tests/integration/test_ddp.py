@@ -197,7 +197,7 @@ def test_two_processes_stop_together_and_go_on_together(tmp_path: Path) -> None:
         how(job.pid)
         output, _ = job.communicate(timeout=60)
         assert job.returncode == status, output
-        assert output.count("go on with: python -m cifar10_tl.train resume=run") == 1
+        assert output.count("resume with: python -m cifar10_tl.train resume=run") == 1
         assert "Traceback" not in output
 
     stop(lambda pid: os.kill(pid, signal.SIGTERM), 143, *run, "paths.output_dir=run")
