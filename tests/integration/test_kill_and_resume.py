@@ -32,7 +32,7 @@ from cifar10_tl.engine.builder import resume_point
 from cifar10_tl.engine.checkpoints import best_checkpoint, find_resumable
 from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.io import claim
-from cifar10_tl.train import train, wasrequeued
+from cifar10_tl.train import train, was_requeued
 
 Small = Callable[..., DictConfig]
 #: Two epochs of five steps, with all that has a state: augmentation, dropout, an average of the weights.
@@ -283,9 +283,9 @@ def test_a_job_that_slurm_starts_again_goes_on_in_its_folder(
     accident(send(signal.SIGTERM), "step", 6)
     with pytest.raises(Stopped):
         train(cfg)
-    assert not wasrequeued(folder)
+    assert not was_requeued(folder)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert wasrequeued(folder)
+    assert was_requeued(folder)
     train(small_cfg(*RUN, WITH_ACCIDENT))  # the very same command
     assert soak.differences(folder, whole) == []
 
