@@ -1,41 +1,35 @@
-"""Writing files so that a reader never finds half of one."""
+"""Atomic writes, folder locks and CSV text."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 if sys.platform != "win32":
     import fcntl
-import csv
-import io
-from collections.abc import Iterable, Sequence
 
-_UMASK = os.umask(0)  # it can be read only by setting it; once, for threads may write at the same time
-
-
+_UMASK = os.umask(0)  # can be read only by setting it; read once because threads write files at the same time
 os.umask(_UMASK)
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` to write bytes and read them back; on success it takes the name ``path``.
+    """Open a temporary file for reading and writing bytes that replaces ``path`` on success.
 
-    The data is on the disk (fsync) before the name changes hands. On an error ``path`` stays as it was.
-
-    Raises:
-        OSError: the folder cannot be made or written, or the disk is full.
+    The data is on disk (fsync) before the file is renamed. If an error occurs, ``path`` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes it private; a run's files are as shared as any other
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp creates private files
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
@@ -46,43 +40,42 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
         raise
 
 
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8 with :func:`atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def remove_temporary(folder: Path) -> None:
-    """Remove what :func:`atomic_write` left in ``folder``, or below it, when a process was killed in the middle."""
+    """Remove the temporary files that killed processes left in ``folder`` and below."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[bool]:
-    """Gives whether ``folder`` is this process's alone: no other one of this machine is inside such a ``with``.
+    """Lock ``folder`` and yield whether no other process of this machine holds the lock.
 
-    True, too, where the platform or the file system has no locks. A killed process gives its claim up.
+    Yield True where the platform or the file system has no locks. The lock ends with the process.
     """
     if sys.platform == "win32":
         yield True
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    claimed = True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        claimed = True
-    except BlockingIOError:
-        claimed = False
-    except OSError:
-        claimed = True
-    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                claimed = False
         yield claimed
     finally:
         os.close(descriptor)
 
 
-def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8, see :func:`atomic_write`."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """With a header line, quoted where needed; None is an empty cell."""
+    """Return a CSV table with a header line. None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

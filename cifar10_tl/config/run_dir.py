@@ -1,79 +1,139 @@
-"""From the command line to a checked configuration, and from a user's mistake to one clear line.
-
-Every command is started by :func:`run_command`. It imports no torch, so that ``--help``, ``--cfg job`` and a mistake
-in a setting answer at once.
-"""
+"""Run folders, and the environment variables that describe the processes of a job."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from cifar10_tl.config.errors import UserError
+
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
-
-
-#: In a wheel the configs lie inside the package, in a checkout beside it.
+#: The configs are inside the package in a wheel and beside it in a checkout.
 CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
-
-
+RUN_CONFIG = "config.yaml"
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
+_NUMBERS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE"),
+    *("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+)
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
+_resolved_stamps = 0
+_sweep_dirs: set[str] = set()
+
+
+def check_launch_variables() -> None:
+    """Raise :class:`UserError` if a variable of torchrun, SLURM or Lightning is malformed, missing or left over."""
+    env = os.environ
+    for name in _NUMBERS:
+        if name in env and not (env[name].isascii() and env[name].isdecimal()):
+            raise UserError(f"{name}={env[name]} (environment variable): should be a whole number; unset {name}")
+    if int(env.get("MASTER_PORT", 1)) not in range(1, 2**16):
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): should be 1 to 65535")
+    if "TORCHELASTIC_RUN_ID" in env:
+        _require("torchrun", "TORCHELASTIC_RUN_ID", _TORCHRUN)
+        _check_rank("RANK", "WORLD_SIZE")
+    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        _require("srun", "SLURM_NTASKS", _SLURM)
+        _check_rank("SLURM_PROCID", "SLURM_NTASKS")
+    else:
+        for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+            by_hand = name in ("LOCAL_RANK", "NODE_RANK") and env.get("MASTER_ADDR")
+            if int(env.get(name, 0)) > 0 and not by_hand:
+                raise UserError(
+                    f"{name}={env[name]} (environment variable): this process is not the first of a job, but neither "
+                    f"torchrun nor srun nor MASTER_ADDR says which job; unset {name}"
+                )
+
+
+def _require(launcher: str, found: str, names: tuple[str, ...]) -> None:
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise UserError(
+            f"{found} (environment variable) is set, but {', '.join(missing)} is not: start the command with "
+            f"{launcher}, or unset {found}"
+        )
+
+
+def _check_rank(rank: str, size: str) -> None:
+    if int(os.environ[rank]) >= int(os.environ[size]):
+        raise UserError(f"{rank}={os.environ[rank]} (environment variable): should be below {size}={os.environ[size]}")
 
 
 def process_rank() -> int:
-    """0 in the first process of a job, and where there is but one; its rank, or another number above 0, elsewhere."""
+    """Return 0 in the first process of a job and a positive number in all others."""
     for key in ("RANK", "SLURM_PROCID"):
         if key in os.environ:
             return int(os.environ[key])
-    # Lightning starts the others by itself on each machine, and the user says which machine it is
+    # Lightning starts the other processes of each node, and the user sets the node's number
     return int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("NODE_RANK", 0))
 
 
 def run_stamp() -> str:
-    """A name for this run's folder, the same in every process of the job.
+    """Return the name of the run folder, which all processes of the job share.
 
-    The process that a person starts writes it into the environment, from where its children have it. Processes
-    started side by side (``torchrun``, SLURM) take it from what they share: the job's id or the parent's start.
+    Child processes inherit it from the environment. The processes of torchrun and SLURM derive it from the job's ID.
     """
     if STAMP_VARIABLE not in os.environ:
         os.environ[STAMP_VARIABLE] = _new_stamp(os.environ)
     return os.environ[STAMP_VARIABLE]
 
 
-def _new_stamp(environment: os._Environ[str]) -> str:
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:  # not in a script's own shell
-        return f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
-    if "TORCHELASTIC_RUN_ID" in environment:  # a worker of torchrun
-        job = environment["TORCHELASTIC_RUN_ID"]
+def _new_stamp(env: Mapping[str, str]) -> str:
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:  # started by srun, not in the batch script
+        return f"slurm-{env.get('SLURM_JOB_ID', 0)}-{env.get('SLURM_STEP_ID', 0)}"
+    started, process = time.time(), os.getpid()
+    if job := env.get("TORCHELASTIC_RUN_ID"):
         if job != "none":
             return f"torchrun-{job}"
-        parent = os.getppid()
-        started = Path(f"/proc/{parent}").stat().st_mtime
-        return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{parent}"
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
+        process = os.getppid()
+        started = Path(f"/proc/{process}").stat().st_mtime
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{process}"
+
+
+def default_run_dir() -> str:
+    """Return the run folder of a command without ``paths.output_dir``."""
+    return f"outputs/runs/{run_stamp()}"
 
 
 def _run_dir(resume: object) -> str:
-    return str(resume) if resume else f"outputs/runs/{run_stamp()}"
+    return os.path.expanduser(str(resume)) if resume else default_run_dir()
 
 
-def _sweep_dir(output_dir: str) -> str:
-    """A sweep's folder: the ``paths.output_dir`` that the user gave, else one among the sweeps."""
-    given = output_dir != _run_dir(None)
-    return output_dir if given else f"outputs/sweeps/{run_stamp()}"
+def _composed_run_dir(resume: object) -> str:
+    """Return a folder that differs for each composed config, in the same order in all processes of a job."""
+    global _resolved_stamps
+    if resume:
+        return _run_dir(resume)
+    _resolved_stamps += 1
+    return default_run_dir() + (f"_{_resolved_stamps}" if _resolved_stamps > 1 else "")
+
+
+def _sweep_dir(output_dir: object) -> str:
+    folder = f"outputs/sweeps/{run_stamp()}" if output_dir == default_run_dir() else os.path.expanduser(str(output_dir))
+    if folder not in _sweep_dirs and (Path(folder) / "multirun.yaml").exists():
+        raise UserError(f"paths.output_dir={folder}: this folder holds a sweep; choose another folder")
+    _sweep_dirs.add(folder)
+    return folder
+
+
+def _expand_user(path: object) -> object:
+    return os.path.expanduser(path) if isinstance(path, str) else path
 
 
 def _hydra_dir(output_dir: str) -> str:
-    """Hydra's own records: where a run lies already (it is resumed, or named by mistake), its records must stay."""
-    return f".hydra/{run_stamp()}" if (Path(str(output_dir)) / RUN_CONFIG).is_file() else ".hydra"
+    """Return the folder of Hydra's records. Those of an existing run are kept."""
+    return f".hydra/{run_stamp()}" if (Path(output_dir) / RUN_CONFIG).is_file() else ".hydra"
 
 
-def register_resolvers() -> None:
-    """Make ``${run_dir:…}``, ``${sweep_dir:…}`` and ``${hydra_dir:…}`` known to OmegaConf; safe to call again."""
-    for name, resolver in {"run_dir": _run_dir, "sweep_dir": _sweep_dir, "hydra_dir": _hydra_dir}.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
-
-
-RUN_CONFIG = "config.yaml"
+def register_resolvers(command: bool = False) -> None:
+    """Register the resolvers of ``conf/``. Outside a ``command``, each composed config gets its own run folder."""
+    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True)
+    OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True)
+    OmegaConf.register_new_resolver("expand_user", _expand_user, replace=True)
+    run_dir = _run_dir if command else _composed_run_dir
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=not command)

@@ -1,7 +1,9 @@
-"""What a setting may be. Every check names the key, what it was given, and what would be right; torch is not needed."""
+"""Checks of the settings. Each message names the key, its value and what it should be."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,131 +13,96 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar10_tl.config.errors import UserError
 
-#: A rule gives None where the value is right, else what it should be.
+#: Function that returns None for a valid value, else a description of valid values.
 Rule = Callable[[Any], str | None]
 
 
-def whole(low: int, high: int | None = None) -> Rule:
-    """A whole number from ``low`` (to ``high``)."""
-    wanted = f"a whole number from {low} on" if high is None else f"a whole number from {low} to {high}"
-
-    def rule(value: Any) -> str | None:
-        good = isinstance(value, int) and not isinstance(value, bool) and low <= value
-        return None if good and (high is None or value <= high) else wanted
-
-    return rule
+def rule(wanted: str, is_valid: Callable[[Any], bool]) -> Rule:
+    """Return the rule that values satisfy ``is_valid``."""
+    return lambda value: None if is_valid(value) else wanted
 
 
-def number(low: float, high: float | None = None, *, above: bool = False, below: bool = False) -> Rule:
-    """A number from ``low`` to ``high``, or strictly ``above`` the one and ``below`` the other."""
-    parts = [f"above {low:g}" if above else f"of at least {low:g}"]
-    if high is not None:
-        parts.append(f"below {high:g}" if below else f"at most {high:g}")
+def whole(low: int, high: float = math.inf) -> Rule:
+    """Return the rule for integers from ``low`` to ``high``."""
+    wanted = f"a whole number of at least {low}" if high == math.inf else f"a whole number from {low} to {high}"
+    return rule(wanted, lambda value: type(value) is int and low <= value <= high)
 
-    def rule(value: Any) -> str | None:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        good = good and (value > low if above else value >= low)
-        good = good and (high is None or (value < high if below else value <= high)) and abs(value) != float("inf")
-        return None if good else f"a number {' and '.join(parts)}"
 
-    return rule
+def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+    """Return the rule for finite numbers from ``low`` to ``high``, without ``low`` (above) or ``high`` (below)."""
+    wanted = f"a number {'above' if above else 'of at least'} {low:g}"
+    if high < math.inf:
+        wanted += f" and {'below' if below else 'at most'} {high:g}"
+
+    def is_valid(value: Any) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        return (value > low if above else value >= low) and (value < high if below else value <= high)
+
+    return rule(wanted, is_valid)
 
 
 def one_of(*choices: Any) -> Rule:
-    """One of some values."""
-    wanted = f"one of {', '.join('null' if c is None else str(c) for c in choices)}"
-    return lambda value: None if any(value is c or (type(value) is type(c) and value == c) for c in choices) else wanted
+    """Return the rule for a set of values. 1 and True are different."""
+    wanted = f"one of {', '.join('null' if choice is None else str(choice) for choice in choices)}"
+    return rule(wanted, lambda value: any(type(value) is type(c) and value == c for c in choices))
 
 
 def either(*rules: Rule) -> Rule:
-    """What any of the rules allows."""
+    """Return the rule that any of ``rules`` holds."""
 
-    def rule(value: Any) -> str | None:
+    def check(value: Any) -> str | None:
         answers = [r(value) for r in rules]
         return None if None in answers else " or ".join(a for a in answers if a)
 
-    return rule
+    return check
 
 
-def text(value: Any) -> str | None:
-    """Any text that is not empty."""
-    return None if isinstance(value, str) and value else "a text"
+def list_of(wanted: str, item: Rule, shortest: int = 0) -> Rule:
+    """Return the rule for lists of items with at least ``shortest`` of them."""
+    return rule(wanted, lambda v: isinstance(v, list) and len(v) >= shortest and not any(item(x) for x in v))
 
 
-def widths(value: Any) -> str | None:
-    """A list of layer widths."""
-    good = isinstance(value, list) and all(whole(1, 10**9)(v) is None for v in value)
-    return None if good else "a list of whole numbers from 1 on, such as [512]"
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
-def devices(value: Any) -> str | None:
-    """What Lightning takes for devices."""
-    if value in ("auto", "-1", -1) or whole(1)(value) is None:
-        return None
+def _is_devices(value: Any) -> bool:
     many = value.split(",") if isinstance(value, str) else value
-    if isinstance(many, list) and many and all(re.fullmatch(r"\d+", str(v).strip()) for v in many):
-        return None
-    return "auto, a number of devices, or a list of device numbers such as [0,1]"
+    is_list = isinstance(many, list) and bool(many) and all(re.fullmatch(r"\d+", str(v).strip()) for v in many)
+    return value in ("auto", "-1", -1) or whole(1)(value) is None or is_list
 
 
-def duration(value: Any) -> str | None:
-    """A time span as Lightning writes it."""
-    return None if isinstance(value, str) and re.fullmatch(r"\d+(:\d\d){3}", value) else "days:hours:minutes:seconds"
-
-
-def folder_name(value: Any) -> str | None:
-    """A path to a folder that is there, or can be made."""
-    if not isinstance(value, str) or not value:
+def folder(value: Any) -> str | None:
+    """Return None for the path of a folder that exists or can be created."""
+    if not _is_text(value):
         return "a folder"
-    taken = next((p for p in (Path(value), *Path(value).parents) if p.exists()), None)
-    return None if taken is None or taken.is_dir() else f"a folder, but {taken} is a file"
+    path = Path(value).expanduser()
+    existing = next((p for p in (path, *path.parents) if p.exists()), None)
+    return None if existing is None or existing.is_dir() else f"a folder, but {existing} is a file"
 
 
-def trained_file(value: Any) -> str | None:
-    """The path of a trained network; whether it is there is looked at later."""
-    return text(value) and "the file of a trained network, such as outputs/runs/<time>/checkpoints/best.ckpt"
-
-
-def texts(value: Any) -> str | None:
-    """A list of texts."""
-    return None if isinstance(value, list) and not any(text(v) for v in value) else "a list of texts, such as [a,b]"
-
-
-def checksum(value: Any) -> str | None:
-    """An md5 in hexadecimal."""
-    good = isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{32}", value)
-    return None if good else "an md5 of 32 hexadecimal digits"
-
-
-def profiler(value: Any) -> str | None:
-    """What Lightning takes for a profiler, or a class of one."""
-    return None if isinstance(value, dict) else one_of(None, "simple", "advanced", "pytorch")(value)
-
-
-def image_names(value: Any) -> str | None:
-    """Where the pictures are to be found."""
-    names = value if isinstance(value, list) else [value]
-    good = names and not any(text(name) for name in names)
-    return None if good else "a file, a folder, a pattern such as 'photos/*.jpg', or a list of these"
-
-
-def run_folders(value: Any) -> str | None:
-    """Two or more folders of runs."""
-    good = isinstance(value, list) and len(value) > 1 and not any(text(folder) for folder in value)
-    return None if good else "two or more folders of runs, such as outputs/runs/a,outputs/runs/b"
-
-
+text = rule("a string", _is_text)
 flag = one_of(True, False)
-
-
 null = one_of(None)
-
-
-share = number(0, 1)
-
-
+fraction = number(0, 1)
 limit = either(null, whole(1), number(0, 1, above=True))
-
+devices = rule("auto, a number of devices, or a list of device numbers such as [0,1]", _is_devices)
+duration = rule("days:hours:minutes:seconds", lambda v: isinstance(v, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", v)))
+checksum = rule("an md5 of 32 hexadecimal digits", lambda v: bool(re.fullmatch(r"[0-9a-fA-F]{32}", str(v))))
+profiler = either(rule("a class", lambda v: isinstance(v, dict)), one_of(None, "simple", "advanced", "pytorch"))
+hidden_sizes = list_of("a list of whole numbers of at least 1, such as [512]", whole(1, 10**9))
+trained_file = rule("a checkpoint file, such as outputs/runs/<time>/checkpoints/best.ckpt", _is_text)
+image_names = rule(
+    "a file, a folder, a pattern such as 'photos/*.jpg', or a list of these",
+    lambda v: _is_text(v) or (isinstance(v, list) and bool(v) and all(map(_is_text, v))),
+)
+run_folders = list_of("two or more run folders, such as outputs/runs/a,outputs/runs/b", text, 2)
+precisions = one_of(
+    *("auto", 32, 16, 64, "32", "16", "64", "32-true", "64-true"),
+    *("bf16-mixed", "16-mixed", "bf16-true", "16-true", "bf16"),
+)
+strings = list_of("a list of strings, such as [a,b]", text)
 
 RULES: dict[str, Rule] = {
     "seed": whole(0, 2**32 - 1),
@@ -146,11 +113,11 @@ RULES: dict[str, Rule] = {
     "trust": flag,
     "resume": either(null, text),
     "init_from": either(null, text),
-    "paths.output_dir": folder_name,
-    "paths.data_dir": folder_name,
-    "paths.cache_dir": folder_name,
+    "paths.output_dir": folder,
+    "paths.data_dir": folder,
+    "paths.cache_dir": folder,
     "data.source": text,
-    "data.root": folder_name,
+    "data.root": folder,
     "data.batch_size": whole(1),
     "data.val_size": either(whole(1), number(0, 1, above=True, below=True)),
     "data.split_seed": whole(0),
@@ -159,8 +126,8 @@ RULES: dict[str, Rule] = {
     "data.cache_features": flag,
     "data.native_size": whole(8, 1024),
     "data.skip_bad": flag,
-    "data.cache_dir": folder_name,
-    "data.mirrors": texts,
+    "data.cache_dir": folder,
+    "data.mirrors": strings,
     "data.md5": checksum,
     "data.stall_seconds": number(0, above=True),
     "data.train_size": whole(1, 10**9),
@@ -168,8 +135,8 @@ RULES: dict[str, Rule] = {
     "data.drawing_seed": whole(0),
     "data.augment.horizontal_flip": flag,
     "data.augment.random_crop_padding": whole(0),
-    "data.augment.random_erasing": share,
-    "data.augment.color_jitter": share,
+    "data.augment.random_erasing": fraction,
+    "data.augment.color_jitter": fraction,
     "data.augment.mix": one_of("none", "mixup", "cutmix"),
     "data.augment.mix_alpha": number(0.01, 100),
     "model.backbone": text,
@@ -181,7 +148,7 @@ RULES: dict[str, Rule] = {
     "model.label_smoothing": number(0, 1, below=True),
     "model.head.name": text,
     "model.head.dropout": number(0, 1, below=True),
-    "model.head.hidden": widths,
+    "model.head.hidden": hidden_sizes,
     "model.head.lstm_size": whole(1),
     "model.head.bidirectional": flag,
     "optimizer.name": text,
@@ -191,27 +158,12 @@ RULES: dict[str, Rule] = {
     "optimizer.momentum": number(0, 1, below=True),
     "optimizer.nesterov": flag,
     "scheduler.name": text,
-    "scheduler.warmup": share,
-    "scheduler.final": share,
+    "scheduler.warmup": fraction,
+    "scheduler.final": fraction,
     "trainer.accelerator": text,
     "trainer.devices": devices,
     "trainer.num_nodes": whole(1),
-    "trainer.precision": one_of(
-        "auto",
-        32,
-        16,
-        64,
-        "32",
-        "16",
-        "64",
-        "32-true",
-        "64-true",
-        "bf16-mixed",
-        "16-mixed",
-        "bf16-true",
-        "16-true",
-        "bf16",
-    ),
+    "trainer.precision": precisions,
     "trainer.max_epochs": whole(1, 1_000_000),
     "trainer.max_steps": either(one_of(-1), whole(1)),
     "trainer.max_time": either(null, duration),
@@ -257,7 +209,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-#: What the train command cannot do without; ``~`` and an edited config may have taken it away.
+#: Keys that the train command needs; ``~key`` or an edited config may have removed them.
 NEEDED = (
     *("seed", "test", "compile", "checkpoint_every_n_steps", "init_from", "resume", "paths.output_dir"),
     *("paths.cache_dir", "data.source", "data.batch_size", "data.cache_features", "model.backbone", "model.weights"),
@@ -265,32 +217,46 @@ NEEDED = (
     *("trainer.accelerator", "trainer.devices", "trainer.precision", "trainer.benchmark", "trainer.deterministic"),
     *("trainer.fast_dev_run", "trainer.enable_progress_bar", "trainer.max_epochs", "trainer.limit_test_batches"),
 )
-
-
-#: Groups that must be there, for a command that has no such thing at all would fail far from here.
 SECTIONS = ("data", "data.augment", "model", "model.head", "optimizer", "scheduler", "trainer", "paths")
+#: Settings that name files or folders, in which a leading ``~`` is expanded.
+PATHS = (
+    *("paths.data_dir", "paths.cache_dir", "paths.output_dir", "data.root", "data.cache_dir", "resume", "init_from"),
+    *("checkpoint", "images", "output", "compare", "compare_on", "human_labels", "doubtful_labels", "model.weights"),
+)
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Look at each setting by itself, then at those that must fit together.
+    """Expand ``~`` in the paths of ``cfg`` and check every setting, then those that depend on each other.
 
     Raises:
-        UserError: the first fault found.
+        UserError: A setting is invalid.
     """
+    expand_home(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for section in SECTIONS:
         found, value = _lookup(plain, section)
         if found and not isinstance(value, dict):
             raise UserError(f"{section}={_shown(value)}: this is a group of settings; {section}.KEY=VALUE sets one")
-    for key, rule in RULES.items():
+    for key, check in RULES.items():
         found, value = _lookup(plain, key)
-        if found and not _left_open(plain, key, value) and (wanted := rule(value)):
+        if found and not _left_open(plain, key, value) and (wanted := check(value)):
             raise UserError(f"{key}={_shown(value)}: should be {wanted}")
     if {"trainer", "optimizer"} <= plain.keys():
         for key in NEEDED:
             if not _lookup(plain, key)[0]:
-                raise UserError(f"{key} is missing, and nothing works without it; give it a value: {key}=...")
+                raise UserError(f"{key} is missing; set {key}=...")
+    _check_files(plain)
     _check_together(plain)
+
+
+def expand_home(cfg: DictConfig) -> None:
+    """Expand a leading ``~`` in every path of ``cfg``."""
+    for key in PATHS:
+        value: Any = OmegaConf.select(cfg, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(cfg, key, os.path.expanduser(value))
+        elif OmegaConf.is_list(value):
+            OmegaConf.update(cfg, key, [os.path.expanduser(v) if isinstance(v, str) else v for v in value])
 
 
 def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
@@ -312,42 +278,47 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _check_together(config: Mapping[str, Any]) -> None:
+def _check_files(config: Mapping[str, Any]) -> None:
     for key in ("init_from", "checkpoint"):
         needed = config.get(key) and not config.get("resume")  # a resumed run has its own weights
         if needed and not Path(config[key]).is_file():
             raise UserError(f"{key}={config[key]}: there is no such file")
     if "compare" in config and bool(config["checkpoint"]) == bool(config["compare"]):
-        raise UserError("give one of checkpoint=FILE, and compare=RUN,RUN (the folders of tested runs)")
+        raise UserError("set either checkpoint=FILE or compare=RUN,RUN (the folders of tested runs)")
+
+
+def _check_together(config: Mapping[str, Any]) -> None:
     data, model, trainer = config.get("data", {}), config.get("model", {}), config.get("trainer", {})
     if model.get("stem") == "cifar" and model.get("weights") is not None:
-        raise UserError(
-            "model.stem=cifar has no pretrained weights: add model.weights=null, or use model.stem=imagenet"
-        )
+        raise UserError("model.stem=cifar has no pretrained weights: use model.weights=null or model.stem=imagenet")
     padding, size = data.get("augment", {}).get("random_crop_padding", 0), data.get("native_size", 32)
     if padding >= size:
-        raise UserError(f"data.augment.random_crop_padding={padding}: should be below the images' {size} pixels")
+        raise UserError(f"data.augment.random_crop_padding={padding}: should be below the image size of {size} pixels")
     if data.get("cache_features"):
         _check_cached_features(data, model)
     every, epochs = trainer.get("check_val_every_n_epoch", 1), trainer.get("max_epochs", 1)
     if every > epochs:
-        raise UserError(
-            f"trainer.check_val_every_n_epoch={every}: no validation in {epochs} epochs to choose the best by"
-        )
+        raise UserError(f"trainer.check_val_every_n_epoch={every}: {epochs} epochs would have no validation")
     if "overfit_batches" in trainer:
-        raise UserError("trainer.overfit_batches does not fit this project's loaders; use debug=overfit")
+        raise UserError("trainer.overfit_batches is not supported; use debug=overfit")
+    interval = trainer.get("val_check_interval", 1.0)
+    if type(interval) is not float or interval != 1.0:
+        raise UserError(
+            f"trainer.val_check_interval={_shown(interval)}: not supported because best.ckpt and metrics.csv hold one "
+            "validation per epoch; use trainer.check_val_every_n_epoch"
+        )
 
 
 def _check_cached_features(data: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     if model["freeze"] != "backbone":
         raise UserError(
-            "data.cache_features=true is for a backbone that does not change: add model.freeze=backbone, or use "
+            "data.cache_features=true needs a frozen backbone: add model.freeze=backbone, or use "
             "data.cache_features=false"
         )
     for key, none in {"random_crop_padding": 0, "random_erasing": 0, "color_jitter": 0, "mix": "none"}.items():
         if data["augment"][key] != none:
             raise UserError(
-                f"data.augment.{key}={data['augment'][key]} changes images in each epoch, and data.cache_features=true "
-                f"keeps their features: add data.augment.{key}={none} (horizontal_flip may be true), or use "
+                f"data.augment.{key}={data['augment'][key]} changes images in each epoch, but data.cache_features=true "
+                f"computes their features once: add data.augment.{key}={none} (horizontal_flip may be true), or use "
                 "data.cache_features=false"
             )

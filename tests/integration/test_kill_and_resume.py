@@ -384,7 +384,7 @@ def test_a_folder_that_names_other_code_is_not_resumed_unless_trusted(whole: Pat
     config.callbacks.curves = {"_target_": "os.system", "command": f"touch {tmp_path / 'harm'}"}
     OmegaConf.save(config, run / RUN_CONFIG)
     given = [f"resume={run}"]
-    with pytest.raises(UserError, match=r"callbacks\.curves\._target_=os\.system; look at it, .* add trust=true"):
+    with pytest.raises(UserError, match=r"callbacks\.curves\._target_=os\.system; read it, and add trust=true"):
         resumed_config(compose_train(*given), given)
     assert resumed_config(compose_train(*given), [*given, "trust=true"]).callbacks.curves["_target_"] == "os.system"
     assert not (tmp_path / "harm").exists()
@@ -399,7 +399,7 @@ def test_a_folder_that_names_other_code_is_not_resumed_unless_trusted(whole: Pat
         ("x: [1, 2", "is damaged"),
         ("x: 1\nx: 2", "is damaged"),
         ("paths: null", "is damaged"),
-        ("paths: {output_dir: 7}", "is damaged .paths.output_dir is not a text."),
+        ("paths: {output_dir: 7}", "is damaged .paths.output_dir is not a string."),
         ("\0\x81", "is damaged"),
         (None, "is damaged"),
     ],

@@ -226,10 +226,10 @@ def test_processes_other_than_those_started_are_a_mistake_in_a_line(monkeypatch:
 def test_machines_without_a_common_name_for_their_folder_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose_train("trainer.num_nodes=2")
     with pytest.raises(UserError, match=r"same paths\.output_dir="):
-        launcher._check_one_folder(cfg)
-    launcher._check_one_folder(compose_train("trainer.num_nodes=2", "paths.output_dir=shared"))
+        launcher.check_nodes(cfg)
+    launcher.check_nodes(compose_train("trainer.num_nodes=2", "paths.output_dir=shared"))
     monkeypatch.setenv(STAMP_VARIABLE, "torchrun-night")
-    launcher._check_one_folder(compose_train("trainer.num_nodes=2"))
+    launcher.check_nodes(compose_train("trainer.num_nodes=2"))
 
 
 # --------------------------------------------------------------------------------------------------------- how they end
@@ -254,7 +254,7 @@ def test_an_error_is_told_once_a_machine(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert launcher._tells(error) is tells
+    assert launcher.should_print(error) is tells
 
 
 @pytest.mark.slow

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import compose_train
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.resume import resume_command, resumed_config
+from cifar10_tl.config.run_dir import RUN_CONFIG
+
+
+def test_a_resumed_run_keeps_its_settings_but_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    own = compose_train("optimizer.lr=0.5", "data.batch_size=32", f"paths.output_dir={tmp_path}")
+    (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
+    given = [f"resume='~/{tmp_path.name}'", "trainer.max_epochs=99", "test=false"]
+    cfg = resumed_config(compose_train(*given), given)
+    assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.trainer.max_epochs, cfg.test) == (0.5, 32, 99, False)
+    assert (cfg.paths.output_dir, cfg.resume) == (str(tmp_path), str(tmp_path))
+    for override in ("optimizer.lr=1", "init_from=some.ckpt"):
+        with pytest.raises(UserError, match=rf"{override}: a resumed run keeps its own settings"):
+            resumed_config(compose_train(*given), [*given, override])
+    with pytest.raises(UserError, match="no run lies there"):
+        resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run", "a b", "a=b", "a,b", "it's", 'a"b', "a\\b", "a\\", "[x]", "{x: 1}", "$HOME", "~x", "-m", "ü", "1"),
+        *("null", "True", "a;b", "outputs/runs/2026-01-01_00-00-00_1"),
+    ],
+)
+def test_the_resume_command_is_parsed_by_shell_and_hydra(name: str) -> None:
+    typed = shlex.split(resume_command(Path(name)))
+    assert typed[:3] == ["python", "-m", "cifar10_tl.train"]
+    (override,) = OverridesParser.create().parse_overrides(typed[3:])
+    assert override.key_or_group == "resume"
+    assert Path(str(override.value())) == Path(f"./{name}")

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from helpers import compose_train
+
+from cifar10_tl.config import launcher, run_dir
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.run_dir import STAMP_VARIABLE, check_launch_variables, process_rank
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "night",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "2",
+}
+VARIABLES = {*TORCHRUN, *SLURM, *run_dir._NUMBERS, STAMP_VARIABLE, "SLURM_JOB_NAME"}
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "stamp", "rank"),
+    [
+        ({}, rf"\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_{os.getpid()}", 0),
+        (TORCHRUN, "torchrun-night", 3),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, rf"\d{{4}}-.*_{os.getppid()}", 3),
+        (SLURM, "slurm-77-2", 3),
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, rf"\d{{4}}-.*_{os.getpid()}", 0),
+        ({"MASTER_ADDR": "a", "NODE_RANK": "1"}, r"\d{4}-.*", 1),
+        ({"MASTER_ADDR": "a", "NODE_RANK": "0", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),
+    ],
+)
+def test_processes_of_a_job_share_a_stamp_and_have_ranks(
+    variables: dict[str, str], stamp: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_environment(monkeypatch, variables)
+    assert re.fullmatch(stamp, run_dir.run_stamp())
+    assert run_dir.run_stamp() == os.environ[STAMP_VARIABLE]
+    assert process_rank() == rank
+
+
+@pytest.mark.parametrize("value", ["", " ", "x", "-1", "1.5", "²"])
+@pytest.mark.parametrize("name", run_dir._NUMBERS)
+def test_malformed_launch_variables_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"{name}={re.escape(value)} \(environment variable\): should be a whole"):
+        check_launch_variables()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1"}, "RANK=1 .*unset RANK"),
+        ({"RANK": "1", "MASTER_ADDR": "a"}, "RANK=1 .*unset RANK"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 .*unset LOCAL_RANK"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 .*unset NODE_RANK"),
+        ({"SLURM_PROCID": "1"}, "SLURM_PROCID=1 .*unset SLURM_PROCID"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 .*1 to 65535"),
+        (TORCHRUN | {"RANK": "4"}, "RANK=4 .*below WORLD_SIZE=4"),
+        (SLURM | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 .*below SLURM_NTASKS=4"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "but RANK, LOCAL_RANK, .*torchrun"),
+        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS .*but SLURM_PROCID.*srun"),
+    ],
+)
+def test_stray_launch_variables_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_environment(monkeypatch, variables)
+    with pytest.raises(UserError, match=message):
+        check_launch_variables()
+
+
+@pytest.mark.parametrize("variables", [{}, TORCHRUN, SLURM, {"RANK": "0"}, {"NODE_RANK": "1", "MASTER_ADDR": "a"}])
+def test_complete_launch_variables_are_accepted(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, variables)
+    check_launch_variables()
+
+
+def test_each_composed_config_has_its_own_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir, "_resolved_stamps", 0)
+    first, second = compose_train(), compose_train()
+    assert first.paths.output_dir == f"outputs/runs/{run_dir.run_stamp()}"
+    assert second.paths.output_dir == f"{first.paths.output_dir}_2"
+    assert first.paths.output_dir == first.copy().paths.output_dir == f"outputs/runs/{run_dir.run_stamp()}"
+
+
+def test_nodes_need_a_common_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose_train("trainer.num_nodes=2")
+    with pytest.raises(UserError, match=r"same paths\.output_dir="):
+        launcher.check_nodes(cfg)
+    launcher.check_nodes(compose_train("trainer.num_nodes=2", "paths.output_dir=shared"))
+    monkeypatch.setenv(STAMP_VARIABLE, "torchrun-night")
+    launcher.check_nodes(compose_train("trainer.num_nodes=2"))
+
+
+def test_a_node_rank_needs_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(UserError, match=r"NODE_RANK .*trainer\.num_nodes above 1"):
+        launcher.check_nodes(compose_train())
