@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -78,9 +77,3 @@ class Curves(Callback):
             if isinstance(callback, MetricsLogger) and callback.rows and wants_figures(trainer):
                 figure = plots.curves(callback.rows, heading="Training and validation")
                 publish(trainer, "curves", figure, step=int(callback.rows[-1]["epoch"] or 0))
-
-
-def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
-    """Return the event file writers of the trainer's TensorBoard loggers."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [logger.experiment._get_file_writer() for logger in loggers]

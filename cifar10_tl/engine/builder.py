@@ -1,7 +1,8 @@
-"""From a checked configuration to the parts of a run: data, module, trainer and what goes with it."""
+"""Objects of a run, built from its validated config."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import FeatureCache, Processes
-from cifar10_tl.engine.checkpoints import AtomicCheckpointIO, read_checkpoint
+from cifar10_tl.engine.checkpoints import RunCheckpointIO
 from cifar10_tl.engine.hardware import choose_compile, choose_precision, tune_for
 from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -28,8 +29,7 @@ from cifar10_tl.models.weights import check_weights
 
 log = logging.getLogger(__name__)
 
-
-#: What Lightning calls of every callback in every training step.
+#: Hooks that Lightning calls in every training step.
 STEP_HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -41,15 +41,15 @@ STEP_HOOKS = (
 
 
 def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
-    """The DataModule of ``cfg.data``."""
+    """Build the DataModule of ``cfg.data``."""
     options = plain(cfg.data)
-    options.pop("cache_features")  # no property of the data: see build_feature_cache
+    options.pop("cache_features")  # see build_feature_cache
     return CIFAR10DataModule(**options, seed=cfg.seed)
 
 
 def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifier:
-    """The LightningModule of ``cfg.model``, for the classes of the data."""
-    check_weights(cfg.model.backbone, cfg.model.weights)  # now, rather than after the data was fetched
+    """Build the LightningModule of ``cfg.model`` for the classes of the data, after checking its settings."""
+    check_weights(cfg.model.backbone, cfg.model.weights)
     find_optimizer(cfg.optimizer.name)
     schedule_factor(plain(cfg.scheduler), num_steps=1)
     own = {
@@ -62,50 +62,56 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     return LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
 
 
-def build_trainer(cfg: DictConfig, start: Path | None = None, handler: SignalHandler | None = None) -> pl.Trainer:
-    """Lightning's Trainer with the callbacks and loggers of ``cfg``, and those that guard every run.
+def build_trainer(
+    cfg: DictConfig,
+    resumed: Mapping[str, Any] | None = None,
+    handler: SignalHandler | None = None,
+    checkpoint_io: RunCheckpointIO | None = None,
+) -> pl.Trainer:
+    """Build the Trainer of ``cfg`` with its callbacks and loggers.
 
     Args:
-        cfg: of the train command.
-        start: the checkpoint of a run that is resumed.
-        handler: where the trainer is to heed signals.
+        cfg: Config of the train command.
+        resumed: Content of the checkpoint that the run resumes from.
+        handler: Handler of the signals that stop the run.
+        checkpoint_io: Plugin that reads and writes checkpoints.
 
     Raises:
-        UserError: Lightning cannot make such a trainer, or the batch does not fit its devices.
+        UserError: Lightning refuses the settings, or the batch size is not divisible by the number of devices.
     """
     callbacks = build_callbacks(cfg, handler)
     try:
         trainer = pl.Trainer(
-            **trainer_flags(cfg),
+            **trainer_arguments(cfg),
             callbacks=callbacks,
-            logger=build_loggers(cfg, start) or False,
+            logger=build_loggers(cfg, resumed) or False,
             default_root_dir=cfg.paths.output_dir,
             enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,  # ours knows its rank, and never pads
+            plugins=[checkpoint_io or RunCheckpointIO()],
+            use_distributed_sampler=False,  # BatchSampler is distributed and does not pad
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
-        raise UserError(f"{given}: {error} (conf/trainer shows what goes together)") from error
+        raise UserError(f"{given}: {error}") from error
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     if cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type != "cuda":
-        raise UserError("trainer.sync_batchnorm=true is for GPUs; BatchNorm on a CPU has the statistics of its process")
+        raise UserError("trainer.sync_batchnorm=true requires GPUs; use trainer.sync_batchnorm=false on a CPU")
     return trainer
 
 
-def trainer_flags(cfg: DictConfig) -> dict[str, Any]:
-    """The arguments in ``cfg.trainer``, with what "auto" and null stand for on this machine."""
-    flags: dict[str, Any] = instantiate(cfg.trainer, _convert_="all")
-    if flags["precision"] == "auto":
-        flags["precision"], reason = choose_precision(flags["accelerator"])
-        log.info("precision %s: %s", flags["precision"], reason)
-    if flags["benchmark"] is None:
-        flags["benchmark"] = flags["deterministic"] is False
-    return flags
+def trainer_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of the Trainer in ``cfg.trainer``, with "auto" and null resolved for this machine."""
+    arguments: dict[str, Any] = instantiate(cfg.trainer, _convert_="all")
+    if arguments["precision"] == "auto":
+        arguments["precision"], reason = choose_precision(arguments["accelerator"])
+        log.info("precision %s: %s", arguments["precision"], reason)
+    if arguments["benchmark"] is None:
+        arguments["benchmark"] = arguments["deterministic"] is False
+    return arguments
 
 
 def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Callback]:
-    """Those of the config, and those that settings and every run want; in the order in which they are called."""
+    """Build the callbacks of ``cfg.callbacks`` and those of other settings, in the order in which they are called."""
     callbacks: list[Callback] = [*instantiate_all(cfg.get("callbacks"), "callbacks", Callback), NaNGuard()]
     if decay := cfg.get("ema_decay"):
         callbacks.append(WeightEMA(decay))
@@ -114,7 +120,7 @@ def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Call
         options = {"filename": "last", "every_n_train_steps": every, "enable_version_counter": False}
         callbacks.append(RunCheckpoint(dirpath=folder, **options))
     if handler is not None:
-        callbacks.append(GracefulStop(handler))  # behind those whose state it saves
+        callbacks.append(GracefulStop(handler))  # after the callbacks whose state it saves
     if not cfg.trainer.enable_progress_bar:
         callbacks = [c for c in callbacks if not isinstance(c, RunProgressBar)]
     for callback in callbacks:
@@ -122,113 +128,118 @@ def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Call
     return callbacks
 
 
-def build_loggers(cfg: DictConfig, start: Path | None) -> list[Logger]:
-    """Those of the config, TensorBoard's told where a resumed run goes on; none for a ``fast_dev_run``."""
+def build_loggers(cfg: DictConfig, resumed: Mapping[str, Any] | None) -> list[Logger]:
+    """Build the loggers of ``cfg.logger``, none for a ``fast_dev_run``.
+
+    TensorBoard discards the epochs that were logged after the checkpoint which is resumed, and does not log the test
+    of the same epoch again.
+    """
     if cfg.trainer.fast_dev_run:
         return []
-    point = resume_point(start, begun=(Path(cfg.paths.output_dir) / RUN_CONFIG).is_file())
     entries = plain(cfg.logger) if cfg.get("logger") else {}
     for entry in entries.values():
-        if isinstance(entry, dict) and str(entry.get("_target_")).endswith("TensorBoardLogger"):
-            entry.update(point)
+        if isinstance(entry, dict) and str(entry.get("_target_")).endswith(".RunTensorBoardLogger"):
+            if resumed is not None:
+                entry["purge_step"] = next_epoch(resumed)
+                entry["tested_epoch"] = (read_results(cfg) or {}).get("best_epoch")
+            elif (Path(cfg.paths.output_dir) / RUN_CONFIG).is_file():  # killed before its first checkpoint
+                entry["purge_step"] = 0
     return instantiate_all(entries, "logger", Logger)
 
 
-def skip_idle_hooks(callback: Callback) -> None:
-    """Take away the hooks of a step in which ``callback`` does nothing.
+def next_epoch(checkpoint: Mapping[str, Any]) -> int:
+    """Return the first epoch that is not complete in a checkpoint."""
+    rows = checkpoint.get("callbacks", {}).get("MetricsLogger", {}).get("rows", [])
+    return int(rows[-1]["epoch"]) + 1 if rows else 0
 
-    Lightning enters its profiler for each callback at each hook, idle or not, which adds up to a tenth of a millisecond
-    a step and more; it looks first whether the hook can be called.
+
+def read_results(cfg: DictConfig) -> dict[str, Any] | None:
+    """Return the tested results of an earlier start of this run, None if there are none."""
+    try:
+        results: dict[str, Any] = json.loads((Path(cfg.paths.output_dir) / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return results if "test" in results else None
+
+
+def skip_idle_hooks(callback: Callback) -> None:
+    """Disable the step hooks that a callback of this project does not implement.
+
+    Lightning profiles each hook of each callback, which takes up to 0.1 ms per step even if the hook does nothing.
     """
+    if not type(callback).__module__.startswith("cifar10_tl."):
+        return
     for name in STEP_HOOKS:
         if getattr(type(callback), name) is getattr(Callback, name) and name not in vars(callback):
             setattr(callback, name, None)
 
 
 def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> FeatureCache:
-    """The cache of the features that ``module`` computes on ``trainer``, shared by the processes of a machine."""
+    """Build the cache of the backbone's features, shared by the processes of this machine."""
     processes = Processes(trainer.local_rank, trainer.num_devices, trainer.strategy.barrier)
     folder = Path(cfg.paths.cache_dir) / "features"
     return FeatureCache(folder, module.features, module.features_description, processes)
 
 
 def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> None:
-    """Choose what is faster on the trainer's device, and compile the network where that helps.
-
-    ``Module.compile`` compiles in place: names in checkpoints stay as they are.
-    """
+    """Prepare the network for the device of the trainer, and compile it where that is faster."""
     device = trainer.strategy.root_device
     tune_for(device, module.network)
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
-        module.network.compile()
+        module.network.compile()  # in place: the names in checkpoints do not change
     log.info("compile %s: %s", str(compiled).lower(), reason)
 
 
 def instantiate_all(entries: Mapping[str, Any] | None, group: str, kind: type[Any]) -> list[Any]:
-    """The objects of the config group ``group``, one an entry; an entry that is null is left out.
+    """Instantiate the entries of a config group that are not null.
 
     Raises:
-        UserError: an entry is none of that ``kind``.
+        UserError: An entry is not of the given kind.
     """
-    found = []
+    instances = []
     for name, entry in (entries or {}).items():
         if entry is None:
             continue
         is_config = isinstance(entry, Mapping | DictConfig) and "_target_" in entry
-        made = instantiate(entry, _convert_="all") if is_config else entry
-        if not isinstance(made, kind):
+        instance = instantiate(entry, _convert_="all") if is_config else entry
+        if not isinstance(instance, kind):
             raise UserError(
-                f"{group}.{name}={made}: this is no {kind.__name__}; _target_ names the class of one, null takes it "
-                "away"
+                f"{group}.{name}={instance}: should be a {kind.__name__} (_target_ names its class) or null"
             )
-        found.append(made)
-    return found
-
-
-def resume_point(start: Path | None, begun: bool) -> dict[str, int]:
-    """What makes TensorBoard forget the epochs that were logged but not yet in the checkpoint, which come again.
-
-    Args:
-        start: the checkpoint, if there is one.
-        begun: whether a run has begun in this folder.
-    """
-    if start is None:
-        return {"purge_step": 0} if begun else {}
-    rows = read_checkpoint(start).get("callbacks", {}).get("MetricsLogger", {}).get("rows", [])
-    return {"purge_step": rows[-1]["epoch"] + 1 if rows else 0}
+        instances.append(instance)
+    return instances
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Complain of a global batch that cannot be shared evenly.
+    """Check that the global batch can be divided over the devices.
 
     Raises:
-        UserError: with the nearest sizes that can.
+        UserError: It cannot; the message names the nearest sizes.
     """
     below = batch_size // world_size * world_size
     if below != batch_size:
-        near = " or ".join(str(n) for n in (below, below + world_size) if n)
+        nearest = " or ".join(str(n) for n in (below, below + world_size) if n)
         raise UserError(
-            f"data.batch_size={batch_size} is for all devices together and cannot be divided over {world_size}: "
-            f"choose {near}"
+            f"data.batch_size={batch_size}: the global batch is not divisible by {world_size} devices; use {nearest}"
         )
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """A group of settings as plain dicts, lists and values: what may travel in a checkpoint."""
+    """Return a config as dicts, lists and values that a checkpoint may contain."""
     container: Any = OmegaConf.to_container(cfg, resolve=True)
     return container
 
 
 def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, start: Path | None) -> str:
-    """What is about to run, in a line."""
-    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Return a line that describes the run."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     parts = [
         f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {cfg.model.image_size} px)",
         f"{cfg.model.head.name} head",
-        f"{learning / 1e6:.1f} M parameters to learn",
+        f"{trainable / 1e6:.1f} M trainable parameters",
         f"data {cfg.data.source}",
         f"{trainer.world_size} x {trainer.strategy.root_device.type}",
-        f"going on from {start}" if start else f"run folder {cfg.paths.output_dir}",
+        f"resuming from {start}" if start else f"run folder {cfg.paths.output_dir}",
     ]
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Reading checkpoint files, without running code that they name."""
+"""Checkpoint files: read without running code, written atomically."""
 
 from __future__ import annotations
 
@@ -22,69 +22,113 @@ from cifar10_tl.models.weights import load_safely
 log = logging.getLogger(__name__)
 
 
+class RunCheckpointIO(TorchCheckpointIO):
+    """Checkpoint plugin that writes files atomically and does not read again what :meth:`read` has just read."""
+
+    def __init__(self) -> None:
+        self._content: dict[Path, Mapping[str, Any]] = {}
+
+    def read(self, path: Path) -> Mapping[str, Any]:
+        """Return the content of a checkpoint, see :func:`read_checkpoint`, and keep it for the next load."""
+        self._content = {path: read_checkpoint(path)}
+        return self._content[path]
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint for Lightning."""
+        return self._content.pop(Path(path), None) or super().load_checkpoint(path, *args, **kwargs)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint atomically, see :func:`cifar10_tl.io.atomic_write`.
+
+        Raises:
+            UserError: The file cannot be written; an existing file is unchanged.
+        """
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if it cannot complete the file
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            kept = "the previous checkpoint is unchanged" if Path(path).is_file() else "there is no earlier checkpoint"
+            raise UserError(
+                f"cannot write the checkpoint {path}: {cause}; {kept}. Free some disk space, then continue with "
+                f"resume={Path(path).parent.parent}"
+            ) from error
+
+
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """The content of a checkpoint.
+    """Return the content of a checkpoint.
 
     Raises:
-        UserError: the file is missing, broken, or no checkpoint of this project.
+        UserError: The file is missing, broken, or not a checkpoint of this project.
     """
     content = load_safely(path)
     if not isinstance(content, Mapping) or not {"state_dict", "hyper_parameters", "epoch"} <= content.keys():
-        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict, hyper_parameters and epoch")
+        raise UserError(f"{path} is not a checkpoint of this project: no state_dict, hyper_parameters and epoch")
     return content
 
 
-def find_resumable(run_dir: Path) -> Path | None:
-    """The newest good checkpoint to go on from; None if there is none yet. Broken ones are told and passed over.
+def find_resumable(run_dir: Path, checkpoint_io: RunCheckpointIO) -> tuple[Path, Mapping[str, Any]] | None:
+    """Return the latest intact checkpoint of a run and its content, None if there is no checkpoint.
+
+    A run killed while it saved an epoch has a best checkpoint that is newer than the last one. The result is then
+    copied to last.ckpt.
 
     Raises:
-        UserError: there are checkpoints, but each is broken.
+        UserError: All checkpoints are broken.
     """
-    found = [p for p in (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")) if p.is_file()]
-    steps: dict[Path, int] = {}
-    for path in found:
+    folder = run_dir / "checkpoints"
+    paths = sorted(folder.glob("*.ckpt"), key=lambda path: (_step(path), path.name == "last.ckpt"), reverse=True)
+    for path in paths:
         try:
-            content = read_checkpoint(path)
+            content = checkpoint_io.read(path)
             if missing := {"global_step", "optimizer_states", "loops", "callbacks"} - content.keys():
-                raise UserError(f"{path} cannot be gone on from: it has no {', '.join(sorted(missing))}")
-            steps[path] = content["global_step"]
+                raise UserError(f"{path} cannot be resumed: no {', '.join(sorted(missing))}")
         except UserError as error:
             log.warning("%s", error)
-    if found and not steps:
-        raise UserError(f"{run_dir}: its checkpoints are broken; start a new run, or bring a good copy of {found[0]}")
-    if len(steps) < len(found):
-        log.warning("going on from %s, at step %d", *max(steps.items(), key=lambda item: item[1]))
-    return max(steps, key=steps.__getitem__, default=None)
+        else:
+            if path != paths[0]:
+                log.warning("resuming from %s, at step %d", path, content["global_step"])
+            return path, content
+    if paths:
+        raise UserError(f"{run_dir}: all checkpoints are broken; start a new run, or restore a copy of {paths[0]}")
+    return None
 
 
-def make_last(path: Path) -> None:
-    """Copy the checkpoint that a run goes on from to last.ckpt, which a kill left behind an earlier step, or broken."""
+def _step(path: Path) -> int:
+    """Return the step of a checkpoint without reading its tensors, -1 if it is broken."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # a truncated file fails in many ways
+        return -1
+
+
+def copy_to_last(path: Path) -> None:
+    """Copy a checkpoint to last.ckpt."""
     last = path.with_name("last.ckpt")
     if path != last:
         with path.open("rb") as source, atomic_write(last) as target:
             shutil.copyfileobj(source, target)
 
 
-def best_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """Return what the run's first checkpoint callback calls its best, else last.ckpt; None if neither can be read."""
+def best_checkpoint(trainer: pl.Trainer) -> tuple[Path, int] | None:
+    """Return the best checkpoint of the first checkpoint callback, else last.ckpt, and its epoch; None if broken."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    checkpoint_io: Any = trainer.strategy.checkpoint_io
     for path in (*([Path(best)] if best else []), last):
         if path.is_file():
             try:
-                read_checkpoint(path)
+                return path, checkpoint_io.read(path)["epoch"]
             except UserError as error:
                 log.warning("%s", error)
-            else:
-                return path
     return None
 
 
 def restore(checkpoint: Path) -> LitClassifier:
-    """The classifier in a checkpoint, in eval mode on the CPU, from that file alone; no code it names is run.
+    """Return the classifier of a checkpoint, in eval mode on the CPU.
 
     Raises:
-        UserError: the file is missing, broken, no checkpoint, or does not fit this version of the project.
+        UserError: The file is missing, broken, not a checkpoint, or of an incompatible version.
     """
     content = read_checkpoint(checkpoint)
     try:
@@ -97,31 +141,10 @@ def restore(checkpoint: Path) -> LitClassifier:
 
 
 def recorded_precision(checkpoint: Path) -> str | None:
-    """The precision a run was tested in, where ``checkpoint`` still lies in its folder with the results; else None."""
+    """Return the precision in which a run was tested, None if its results.json is not beside the checkpoint."""
     try:
         results = json.loads((checkpoint.resolve().parent.parent / "results.json").read_text())
         precision = results["environment"]["precision"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return precision if RULES["trainer.precision"](precision) is None else None
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to write checkpoints, but no reader and no power cut ever meets half a file."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``, see :func:`cifar10_tl.files.atomic_write`.
-
-        Raises:
-            UserError: it cannot be written; what lay there is as it was.
-        """
-        try:
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch could not finish the file
-            cause = error if isinstance(error, OSError) else error.__context__ or error
-            kept = f"the last good one, {path}, is whole" if Path(path).is_file() else "there was none before"
-            raise UserError(
-                f"the checkpoint {path} cannot be written: {cause}; {kept}. Make room on the disk, then go on with "
-                f"resume={Path(path).parent.parent}"
-            ) from error

@@ -1,4 +1,4 @@
-"""The machine and the libraries under a run: precision, how files are written, which messages are kept back."""
+"""Choices that depend on the hardware, and the warnings of libraries that do not apply."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.models.network import TransferResNet
 
-#: Of no use to someone who runs our commands: each is about a choice made here on purpose.
+#: Warnings about deliberate choices of this project.
 _WARNINGS = (
-    r".*does not have many workers.*",  # batches are one index operation; see BatchLoader
-    r".*module\(s\) in eval mode at the start of training.*",  # a frozen backbone is
-    r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+    r".*does not have many workers.*",  # a batch is one index operation
+    r".*module\(s\) in eval mode at the start of training.*",  # a frozen backbone
+    r".*Checkpoint directory .* exists and is not empty.*",  # of a resumed run
     r".*could not find the monitored key.*",  # an epoch without validation
-    r".*is smaller than the logging interval.*",  # nothing is logged by the step
-    r".*recommended to use `self\.log\(.*sync_dist=True\)`.*",  # each process has the numbers of all images
+    r".*is smaller than the logging interval.*",  # nothing is logged per step
+    r".*recommended to use `self\.log\(.*sync_dist=True\)`.*",  # metrics are computed from all processes' logits
     r".*`_get_pg_default_device`.*",
     r".*Grad strides do not match bucket view strides.*",  # channels_last
     r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
@@ -29,9 +29,8 @@ _WARNINGS = (
     r".*The epoch parameter in `scheduler\.step\(\)`.*",
 )
 
-
-#: Tips, adverts, and lists of the hardware that was found.
-_CHATTERERS = (
+#: Loggers of tips, advertisements and lists of the available hardware.
+_VERBOSE_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
     "lightning.fabric.utilities.distributed",
@@ -40,19 +39,15 @@ _CHATTERERS = (
 
 
 def quiet_libraries() -> None:
-    """Keep back Lightning's tips and a few warnings, by name; what else it says is shown as ever."""
-    for name in _CHATTERERS:
+    """Suppress Lightning's tips and the warnings that do not apply."""
+    for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
 
 
 def choose_precision(accelerator: str) -> tuple[str, str]:
-    """What ``trainer.precision=auto`` stands for on this machine, and why.
-
-    Args:
-        accelerator: as Lightning's Trainer takes it.
-    """
+    """Return the precision for ``trainer.precision=auto`` and the reason, for an accelerator as Lightning names it."""
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if on_gpu and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -63,24 +58,24 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
             return "bf16-mixed", "this CPU computes in bfloat16"
         return "32-true", "this CPU has no native bfloat16"
-    return "32-true", f"not tried on accelerator {accelerator}"
+    return "32-true", f"bfloat16 is untested on accelerator {accelerator}"
 
 
 def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str]:
-    """What the setting ``compile`` (True, False or "auto") comes to on ``device``, and why.
+    """Return whether to compile the network for ``compile`` (True, False or "auto") on ``device``, and the reason.
 
-    On a CPU the compiled network trains more slowly than PyTorch's own kernels; see docs/performance.md.
+    Compiled networks train more slowly on a CPU; see docs/performance.md.
 
     Raises:
-        UserError: compiling is asked for, but the machine has no compiler for it.
+        UserError: ``compile=true``, but the machine has no compiler.
     """
     has_compiler = _has_triton(device) if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
     if setting == "auto":
         if device.type != "cuda":
             return False, f"slower on {device.type}"
-        return (True, "a GPU with Triton") if has_compiler else (False, "Triton is not there")
+        return (True, "a GPU with Triton") if has_compiler else (False, "Triton is not installed")
     if setting and not has_compiler:
-        needed = "Triton, which this machine or GPU lacks" if device.type == "cuda" else "a C++ compiler (g++)"
+        needed = "Triton and a GPU that it supports" if device.type == "cuda" else "a C++ compiler (g++)"
         raise UserError(f"compile=true needs {needed}; use compile=false")
     return bool(setting), "as set"
 
@@ -90,10 +85,7 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def tune_for(device: torch.device, network: TransferResNet) -> None:
-    """Choose what is faster for ``network`` on ``device``: the layout of its weights, TensorFloat-32, memory kept.
-
-    TensorFloat-32 is for float32 products on a GPU; convolutions use it by PyTorch's own default.
-    """
+    """Choose the layout of the weights, TensorFloat-32 matrix products and the memory allocator for ``device``."""
     network.lay_out_for(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -101,22 +93,13 @@ def tune_for(device: torch.device, network: TransferResNet) -> None:
         keep_freed_memory()
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
-_LARGEST = 2**31 - 1
-
-
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory of tensors it has freed, for those that come next; False where it cannot.
+    """Keep the memory of freed tensors in this process, and return whether the C library supports that.
 
-    Otherwise glibc asks the system for each buffer of 32 MiB or more anew, which fills it with zeros, page by page: a
-    step of ResNet50 in fp32 at 128 px takes 1.7 times as long for it (see docs/performance.md). For a process that is
-    about tensors on a CPU: its memory stays at its peak to its end.
-
-    Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD. Other C libraries than glibc are left as they are.
+    By default, glibc returns every freed buffer of 32 MiB or more to the system, which later has to clear it again: a
+    step of ResNet50 in fp32 at 128 px takes 1.7 times as long (docs/performance.md). Source: mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(_M_MMAP_THRESHOLD, _LARGEST), mallopt(_M_TRIM_THRESHOLD, _LARGEST)])
+    mallopt, trim_threshold, mmap_threshold, largest = ctypes.CDLL(None).mallopt, -1, -3, 2**31 - 1
+    return all([mallopt(mmap_threshold, largest), mallopt(trim_threshold, largest)])
