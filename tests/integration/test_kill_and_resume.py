@@ -28,8 +28,8 @@ from cifar10_tl.callbacks.graceful_stop import requeue
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.resume import is_trusted, resume_command, resumed_config
 from cifar10_tl.config.run_dir import RUN_CONFIG
-from cifar10_tl.engine.builder import resume_point
-from cifar10_tl.engine.checkpoints import best_checkpoint, find_resumable
+from cifar10_tl.engine.builder import build_loggers, next_epoch
+from cifar10_tl.engine.checkpoints import RunCheckpointIO, best_checkpoint, find_resumable
 from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.io import claim
 from cifar10_tl.train import train, was_requeued
@@ -110,12 +110,12 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not(small_cfg: Small, whole: Pa
     accident(power_cut, "step", step)
     with pytest.raises(RuntimeError, match="the power is gone"):
         train(cfg)
-    found = find_resumable(folder)
+    found = find_resumable(folder, RunCheckpointIO())
     if step == 1:
         assert found is None
     else:
         assert found is not None
-        saved = torch.load(found, weights_only=True)["global_step"]
+        saved = found[1]["global_step"]
         assert saved == {3: 2, 6: 6, 9: 8}[step], "every second step inside an epoch, and at its end"
     resume(folder)
     assert soak.differences(folder, whole) == []
@@ -127,9 +127,11 @@ def test_the_newest_good_checkpoint_is_found(whole: Path, tmp_path: Path, caplog
     content = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save(content | {"global_step": 5}, checkpoints / "last.ckpt")
     torch.save(content | {"global_step": 10}, checkpoints / "best.ckpt")
-    assert find_resumable(tmp_path) == checkpoints / "best.ckpt", "killed between the two writes of an epoch"
+    assert find_resumable(tmp_path, RunCheckpointIO())[0] == checkpoints / "best.ckpt", (
+        "killed between the two writes of an epoch"
+    )
     (checkpoints / "best.ckpt").write_bytes(b"PK half")
-    assert find_resumable(tmp_path) == checkpoints / "last.ckpt"
+    assert find_resumable(tmp_path, RunCheckpointIO())[0] == checkpoints / "last.ckpt"
     assert "best.ckpt cannot be read safely: it is broken" in caplog.text
     assert "going on from" in caplog.text
 
@@ -186,16 +188,17 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     last, best = (tmp_path / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
     spoil(last)
-    assert find_resumable(tmp_path) == best
+    assert find_resumable(tmp_path, RunCheckpointIO())[0] == best
     assert "last.ckpt is broken: the checksum of" in caplog.text
     spoil(best)
     trainer: Any = SimpleNamespace(
         checkpoint_callback=SimpleNamespace(best_model_path=str(tmp_path / "checkpoints" / "best.ckpt")),
         default_root_dir=str(tmp_path),
+        strategy=SimpleNamespace(checkpoint_io=RunCheckpointIO()),
     )
     assert best_checkpoint(trainer) is None
     shutil.copy(whole / "checkpoints" / "last.ckpt", last)
-    assert best_checkpoint(trainer) == last, "which is tested, then"
+    assert best_checkpoint(trainer) == (last, torch.load(last, weights_only=True)["epoch"])
 
 
 def spoil(path: Path) -> None:
@@ -233,9 +236,15 @@ def test_what_to_type_to_go_on_is_taken_by_shell_and_hydra(name: str) -> None:
     assert override.value() == name
 
 
-def test_tensorboard_forgets_what_was_logged_before_the_first_checkpoint() -> None:
-    assert resume_point(None, begun=True) == {"purge_step": 0}
-    assert resume_point(None, begun=False) == {}
+def test_tensorboard_discards_what_was_logged_after_the_checkpoint(small_cfg: Small) -> None:
+    cfg = small_cfg(*RUN)
+    rows = {"MetricsLogger": {"rows": [{"epoch": 0}, {"epoch": 1}]}}
+    assert next_epoch({"callbacks": rows}) == 2
+    assert build_loggers(cfg, {"callbacks": rows})[0]._kwargs["purge_step"] == 2
+    assert "purge_step" not in build_loggers(cfg, None)[0]._kwargs
+    Path(cfg.paths.output_dir).mkdir(parents=True)
+    (Path(cfg.paths.output_dir) / RUN_CONFIG).touch()
+    assert build_loggers(cfg, None)[0]._kwargs["purge_step"] == 0, "killed before its first checkpoint"
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
@@ -272,7 +281,7 @@ def test_a_process_that_got_a_signal_says_how_to_go_on(tmp_path: Path, signum: s
     assert "resume with: python -m cifar10_tl.train resume=run" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert find_resumable(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert find_resumable(tmp_path / "run", RunCheckpointIO())[0] == tmp_path / "run" / "checkpoints" / "last.ckpt"
 
 
 def test_a_job_that_slurm_starts_again_goes_on_in_its_folder(
@@ -324,9 +333,9 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(
         train(cfg)
     monkeypatch.undo()
     assert not list(folder.rglob("*.tmp"))
-    found = find_resumable(folder)
+    found = find_resumable(folder, RunCheckpointIO())
     assert found is not None
-    assert torch.load(found, weights_only=True)["global_step"] == 5
+    assert found[1]["global_step"] == 5
 
 
 @pytest.mark.slow

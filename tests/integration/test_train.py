@@ -21,7 +21,7 @@ from cifar10_tl.config.resume import resumed_config
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.builder import check_batch_size
-from cifar10_tl.engine.checkpoints import find_resumable
+from cifar10_tl.engine.checkpoints import RunCheckpointIO, find_resumable
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.network import TransferResNet
 from cifar10_tl.train import train
@@ -255,10 +255,10 @@ def test_broken_checkpoints_are_not_a_reason_to_start_anew(finished_run: Path, t
     shutil.copytree(finished_run, copy)
     last, best = (copy / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
     last.write_bytes(last.read_bytes()[:1000])
-    assert find_resumable(copy) == best
+    assert find_resumable(copy, RunCheckpointIO())[0] == best
     best.write_bytes(b"")
     with pytest.raises(UserError, match="its checkpoints are broken"):
-        find_resumable(copy)
+        find_resumable(copy, RunCheckpointIO())
 
 
 def test_without_any_validation_the_last_weights_are_tested(small_cfg: Small) -> None:
