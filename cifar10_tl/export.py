@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # slow to import, therefore imported by the functions that ne
 
 log = logging.getLogger(__name__)
 
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+
 #: Largest difference of two logits, absolute and relative to the largest logit. Summing float32 in another order
 #: changes logits by up to 3e-4; another resize changes them by 1e-2 and more.
 ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE = 1e-3, 1e-4
@@ -39,24 +41,20 @@ BATCH_SIZES = (1, 7, *7 * [8])
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write the model file of ``cfg``, and keep it only if it matches the checkpoint.
-
-    Returns:
-        The file.
+    """Write the model file of ``cfg`` if it matches the checkpoint, and return its path.
 
     Raises:
         UserError: A setting is invalid, a package is missing, the network cannot be exported, or the logits differ. An
             existing file is then unchanged.
     """
-    chosen = FORMATS[cfg.format]
-    output = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{chosen.suffix}")
-    if output.suffix != chosen.suffix or output.is_dir():
-        raise UserError(f"output={output}: format={cfg.format} needs a file name that ends in {chosen.suffix}")
-    if missing := [package for package in chosen.packages if find_spec(package) is None]:
-        raise UserError(
-            f"format={cfg.format}: {', '.join(missing)} not installed; run pip install 'cifar10_tl[export]', or use "
-            "format=torch_export"
-        )
+    suffix = SUFFIXES[cfg.format]
+    output = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{suffix}")
+    if output.suffix != suffix or output.is_dir():
+        raise UserError(f"output={output}: format={cfg.format} needs a file name that ends in {suffix}")
+    missing = [package for package in ("onnx", "onnxruntime", "onnxscript") if find_spec(package) is None]
+    if missing and cfg.format == "onnx":
+        advice = "run pip install 'cifar10_tl[export]', or use format=torch_export"
+        raise UserError(f"format=onnx: {', '.join(missing)} not installed; {advice}")
 
     import torch
 
@@ -72,7 +70,7 @@ def export(cfg: DictConfig) -> Path:
     origin = {"checkpoint": cfg.checkpoint, "epoch": module.restored_epoch}
     versions = {"cifar10_tl": __version__, "torch": torch.__version__}
     metadata = {"class_names": classes, "native_size": size, **origin, **versions}
-    parity = write_verified(output, chosen, module.network, metadata, comparison_images(cfg.compare_on, size))
+    parity = write_verified(output, module.network, metadata, comparison_images(cfg.compare_on, size))
     shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     log.info(
         f"\n\n  model   {output} ({output.stat().st_size / 1e6:.1f} MB)"
@@ -107,20 +105,8 @@ def comparison_images(folder: str | None, size: int) -> Tensor:
         raise UserError(f"compare_on={folder}: {error}") from error
 
 
-def write_verified(
-    output: Path, chosen: Format, network: torch.nn.Module, metadata: Mapping[str, Any], images: Tensor
-) -> str:
-    """Write ``output``, read it back, and keep it only if its logits match those of ``network``.
-
-    Args:
-        output: File to write; it is unchanged after an error.
-        chosen: Format of the file.
-        network: Network in eval mode.
-        metadata: Plain values to store in the file.
-        images: uint8 [sum(BATCH_SIZES), 3, S, S].
-
-    Returns:
-        A description of the match.
+def write_verified(output: Path, network: torch.nn.Module, metadata: Mapping[str, Any], images: Tensor) -> str:
+    """Write ``output`` if its logits of ``images`` match those of ``network``, and return a description of the match.
 
     Raises:
         UserError: The network cannot be exported, or the logits differ.
@@ -128,13 +114,12 @@ def write_verified(
     import torch
 
     batches = torch.split(images, list(BATCH_SIZES))
-    example = torch.zeros_like(images[:2])  # torch.export stores it in the file
     with torch.no_grad(), atomic_write(output) as file:
         expected = torch.cat([network(batch) for batch in batches])  # before the exporter can change the network
         try:
-            chosen.write(network, example, metadata, file)
+            write_model(network, torch.zeros_like(images[:2]), metadata, file, output.suffix)
             file.seek(0)
-            model = chosen.read(file)
+            model = read_model(file, output.suffix)
             matches, parity = compare(expected, torch.cat([model(batch) for batch in batches]))
         except OSError:  # such as a full disk
             raise
@@ -150,67 +135,41 @@ def compare(expected: Tensor, logits: Tensor) -> tuple[bool, str]:
     """Return whether logits, float [n, K], match the expected ones, and a description of the differences."""
     difference = float((logits - expected).abs().max())
     tolerance = ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * float(expected.abs().max())
-    same = int((logits.argmax(1) == expected.argmax(1)).sum())
-    return difference <= tolerance, (
-        f"largest difference of a logit {difference:.1e} (tolerance {tolerance:.1e}), "
-        f"same class for {same} of {len(expected)} images"
+    same = f"same class for {int((logits.argmax(1) == expected.argmax(1)).sum())} of {len(expected)} images"
+    return (
+        difference <= tolerance,
+        f"largest difference of a logit {difference:.1e} (tolerance {tolerance:.1e}), {same}",
     )
 
 
-def write_onnx(network: torch.nn.Module, example: Tensor, metadata: Mapping[str, Any], file: IO[bytes]) -> None:
-    """Write an ONNX file; metadata other than text is stored as JSON."""
+def write_model(
+    network: torch.nn.Module, example: Tensor, metadata: Mapping[str, Any], file: IO[bytes], suffix: str
+) -> None:
+    """Write a .pt2 or .onnx file. Metadata is stored as metadata.json, or as ONNX properties (text, or else JSON)."""
     import torch
 
-    program: Any = torch.onnx.export(
-        network,
-        (example,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("N")},),
-        verbose=False,
-    )
-    program.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
-    file.write(program.model_proto.SerializeToString())
+    dynamic_shapes: Any = ({0: torch.export.Dim("N")},)
+    if suffix == ".pt2":
+        program = torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+        return
+    options: Any = {"dynamo": True, "verbose": False, "input_names": ["images"], "output_names": ["logits"]}
+    onnx: Any = torch.onnx.export(network, (example,), dynamic_shapes=dynamic_shapes, **options)
+    onnx.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+    file.write(onnx.model_proto.SerializeToString())
 
 
-def read_onnx(file: IO[bytes]) -> Callable[[Tensor], Tensor]:
-    """Return the model of an ONNX file, run by ONNX Runtime on the CPU."""
+def read_model(file: IO[bytes], suffix: str) -> Callable[[Tensor], Tensor]:
+    """Return the model of a .pt2 or .onnx file, on the CPU."""
+    import torch
+
+    if suffix == ".pt2":
+        return torch.export.load(file).module()
+
     import onnxruntime
-    import torch
 
     session = onnxruntime.InferenceSession(file.read(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def write_torch_export(network: torch.nn.Module, example: Tensor, metadata: Mapping[str, Any], file: IO[bytes]) -> None:
-    """Write a torch.export file; the extra file metadata.json contains the metadata."""
-    import torch
-
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("N")},))
-    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
-
-
-def read_torch_export(file: IO[bytes]) -> Callable[[Tensor], Tensor]:
-    """Return the model of a torch.export file."""
-    import torch
-
-    return torch.export.load(file).module()
-
-
-class Format(NamedTuple):
-    """Format of a model file."""
-
-    suffix: str
-    packages: tuple[str, ...]  # optional dependencies
-    write: Callable[[torch.nn.Module, Tensor, Mapping[str, Any], IO[bytes]], None]
-    read: Callable[[IO[bytes]], Callable[[Tensor], Tensor]]
-
-
-FORMATS = {
-    "onnx": Format(".onnx", ("onnx", "onnxruntime", "onnxscript"), write_onnx, read_onnx),
-    "torch_export": Format(".pt2", (), write_torch_export, read_torch_export),
-}
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -16,42 +16,99 @@ from cifar10_tl.callbacks import RunProgressBar
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
-from cifar10_tl.engine.checkpoints import read_checkpoint, recorded_precision
-from cifar10_tl.engine.hardware import choose_precision, tune_for
+from cifar10_tl.engine.checkpoints import read_checkpoint, recorded_precision, restore
+from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
+from cifar10_tl.engine.results import describe, environment, write_json, write_predictions
+from cifar10_tl.io import atomic_write
+from cifar10_tl.metrics import ground_truth
+from cifar10_tl.metrics.calibration import fit_temperature
 from cifar10_tl.metrics.corruptions import CORRUPTIONS, corrupt
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.metrics.tta import additional_views
 from cifar10_tl.models.lit_classifier import LitClassifier
+from cifar10_tl.plots import evaluation_figures, to_png
 
 log = logging.getLogger(__name__)
 
-#: Value of a data setting that is taken from the checkpoint.
-AS_TRAINED = "as_trained"
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate ``cfg.checkpoint``, write metrics, figures and predictions, and return the content of results.json.
+
+    Raises:
+        UserError: A file cannot be used, or a setting does not fit the checkpoint or its data.
+    """
+    quiet_libraries()
+    start = time.perf_counter()
+    module = restore(Path(cfg.checkpoint))
+    trainer = build_trainer(cfg)
+    datamodule = build_datamodule(cfg, module)
+    split = datamodule.splits[cfg.split]
+    people = ground_truth.read_human_labels(cfg.human_labels, split, len(module.class_names))
+    doubtful = ground_truth.read_doubtful_labels(cfg.doubtful_labels, split, module.class_names)
+    evaluator = Evaluator(module, trainer, datamodule.hparams["batch_size"])
+    evaluation = evaluator(split, cfg.split)
+    val = evaluation if cfg.split == "val" else evaluator(datamodule.splits["val"], "val, to fit the temperature")
+    temperature = fit_temperature(val.logits, val.labels)
+
+    results = {
+        "checkpoint": str(cfg.checkpoint),
+        "epoch": module.restored_epoch,
+        "split": cfg.split,
+        cfg.split: all_metrics(evaluation, temperature),
+        "confusion_matrix": evaluation.confusion_matrix.tolist(),
+        "class_names": list(module.class_names),
+        "data": dict(datamodule.hparams),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "environment": environment(trainer.strategy.root_device, 1, str(trainer.precision_plugin.precision)),
+    }
+    if cfg.tta != "none":
+        results["tta"] = evaluator.test_time_augmentation(split, evaluation, cfg.tta)
+    if cfg.corrupt != "none":
+        results["corruption"] = evaluator.corruptions(split, evaluation, cfg.corrupt)
+    if people is not None:
+        results["human_labels"] = ground_truth.compare_with_people(evaluation, people)
+    if doubtful is not None:
+        results["doubtful_labels"] = ground_truth.accuracy_without(evaluation, doubtful)
+    run_dir, where = Path(cfg.paths.output_dir), f"{SPLIT_NAMES[cfg.split]}, epoch {module.restored_epoch}"
+    for name, figure in evaluation_figures(evaluation, evaluation.scaled(temperature), split, where).items():
+        with atomic_write(run_dir / "figures" / f"{name}_{cfg.split}.png") as file:
+            file.write(to_png(figure))
+    write_predictions(run_dir / "predictions.csv", evaluation)
+    results["seconds"] = {"evaluate": time.perf_counter() - start}
+    write_json(run_dir / "results.json", results)
+    log.info("%s", describe(results, run_dir))
+    return results
+
+
+def all_metrics(evaluation: Evaluation, temperature: float) -> dict[str, Any]:
+    """Return all metrics of an evaluation, and its calibration at ``temperature``."""
+    calibrated = evaluation.scaled(temperature)
+    return {
+        **evaluation.scores(),
+        "calibrated": {"temperature": temperature, "nll": calibrated.loss, **calibrated.calibration()},
+        "per_class": evaluation.per_class(),
+        "confused_pairs": evaluation.confused_pairs(),
+        "confident_errors": evaluation.confident_errors(),
+    }
 
 
 class Evaluator:
-    """Evaluator of images on one device, by the test loop of training, so that the numbers are the same.
-
-    Args:
-        module: Classifier to evaluate.
-        trainer: See :func:`build_trainer`.
-        batch_size: Images per step.
-    """
+    """Evaluator of images on one device, by the test loop of training, so that the numbers are the same."""
 
     def __init__(self, module: LitClassifier, trainer: pl.Trainer, batch_size: int) -> None:
         self.module, self.trainer, self.batch_size = module, trainer, batch_size
-        self.device: torch.device = trainer.strategy.root_device
-        tune_for(self.device, module.network)
+        tune_for(trainer.strategy.root_device, module.network)
 
     def __call__(self, split: Split, description: str, images: Tensor | None = None) -> Evaluation:
-        """Evaluate a split, or other ``images`` of it; the progress bar shows ``description``."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunProgressBar):
-                callback.description = description
-        if images is not None:
-            split = Split(images, split.labels, split.indices)
+        """Evaluate a split, or other ``images`` with its labels; the progress bar shows ``description``."""
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, RunProgressBar):
+            bar.description = description
+        split = split if images is None else Split(images, split.labels, split.indices)
         sampler = BatchSampler(len(split), self.batch_size, shuffle=False)
-        loader = BatchLoader(split, sampler, pin_memory=self.device.type == "cuda")
+        loader = BatchLoader(split, sampler, pin_memory=self.trainer.strategy.root_device.type == "cuda")
         self.trainer.test(self.module, dataloaders=loader, verbose=False)
         assert self.module.evaluation is not None
         return self.module.evaluation
@@ -77,7 +134,7 @@ class Evaluator:
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Return a Trainer for one device that writes nothing."""
-    precision = cfg.trainer.precision
+    precision, show_bar = cfg.trainer.precision, cfg.trainer.enable_progress_bar
     if precision == "auto":
         recorded = recorded_precision(Path(cfg.checkpoint))
         precision, reason = (recorded, "as in the run") if recorded else choose_precision(cfg.trainer.accelerator)
@@ -88,9 +145,9 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         precision=precision,
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=cfg.trainer.enable_progress_bar,
+        enable_progress_bar=show_bar,
         enable_model_summary=False,
-        callbacks=[RunProgressBar()] if cfg.trainer.enable_progress_bar else [],
+        callbacks=[RunProgressBar()] if show_bar else [],
         default_root_dir=cfg.paths.output_dir,
     )
 
@@ -118,12 +175,8 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
 
 
 def data_options(settings: Mapping[str, Any], trained_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings if they name a source, else those of training, changed by the given ones.
-
-    Raises:
-        UserError: No source is known.
-    """
-    given = {key: value for key, value in settings.items() if value != AS_TRAINED}
+    """Return the settings if they name a source, else those of training, changed by the given ones."""
+    given = {key: value for key, value in settings.items() if value != "as_trained"}
     options = given if "source" in given else {**trained_with, **given}
     if "source" not in options:
         raise UserError("the checkpoint does not name its data: add data=cifar10, data=folder or data=shapes")
@@ -131,18 +184,14 @@ def data_options(settings: Mapping[str, Any], trained_with: Mapping[str, Any]) -
 
 
 def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]) -> None:
-    """Refuse to split the images of training in another way, which would put training images into val.
-
-    Raises:
-        UserError: A setting of the split differs from training.
-    """
+    """Refuse to split the images of training in another way, which would put training images into val."""
     if _origin(options) != _origin(trained_with):
         return
     for key in ("val_size", "split_seed", "train_size"):
-        if options.get(key) != trained_with.get(key):
+        own, used = options.get(key), trained_with.get(key)
+        if own != used:
             raise UserError(
-                f"data.{key}={options.get(key)}: training used data.{key}={trained_with.get(key)}; with another split, "
-                "val contains training images"
+                f"data.{key}={own}: with another split than data.{key}={used}, val contains training images"
             )
 
 

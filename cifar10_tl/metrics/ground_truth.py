@@ -5,48 +5,49 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.metrics.evaluation import Evaluation
 
+if TYPE_CHECKING:
+    from cifar10_tl.data.batch import Split
 
-def read_human_labels(path: Path, indices: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Read the distribution of human labels, such as CIFAR-10H's cifar10h-probs.npy (https://arxiv.org/abs/1908.07086).
+
+def read_human_labels(path: str | None, split: Split, num_classes: int) -> Tensor | None:
+    """Read the fraction of people who chose each class, such as CIFAR-10H's cifar10h-probs.npy (arXiv:1908.07086).
 
     Args:
-        path: ``.npy`` file, [test images, K] probabilities.
-        indices: int64 [n], indices in the test set of the images to evaluate.
-        labels: int64 [n], classes of these images.
+        path: ``.npy`` file with a row per image of the test set; None to read nothing.
+        split: Test images, all or some of them.
         num_classes: K.
 
     Returns:
-        float64 [n, K].
+        float64 [N, K], the rows of ``split``.
 
     Raises:
         UserError: The file cannot be read, or its rows do not match the images.
     """
+    if path is None:
+        return None
     try:
-        table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"human_labels={path}: cannot be read as a NumPy array: {error}") from error
-    if not isinstance(table, np.ndarray) or table.dtype.kind not in "fiu" or table.shape[1:] != (num_classes,):
-        raise UserError(f"human_labels={path}: expected an array of numbers [test images, {num_classes}]")
-    needed = int(indices.max()) + 1
-    is_limited = needed > len(indices)  # by data.image_limit: the size of the whole test set is not known here
-    if len(table) < needed or (len(table) > needed and not is_limited):
-        raise UserError(f"human_labels={path}: has {len(table)} rows for {needed} test images")
-    if not ((table >= 0).all() and np.allclose(table.sum(1), 1, atol=1e-3)):
+        table = torch.from_numpy(np.load(path, allow_pickle=False)).double()
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise UserError(f"human_labels={path}: cannot be read as a NumPy array of numbers: {error}") from error
+    needed = int(split.indices.max()) + 1
+    is_limited = needed > len(split)  # by data.image_limit: the size of the whole test set is not known here
+    if table.shape[1:] != (num_classes,) or len(table) < needed or (len(table) > needed and not is_limited):
+        raise UserError(f"human_labels={path}: expected shape [{needed}, {num_classes}], got {list(table.shape)}")
+    if not ((table >= 0).all() and torch.allclose(table.sum(1), torch.ones(()).double(), atol=1e-3)):
         raise UserError(f"human_labels={path}: each row must hold probabilities that sum to 1")
-    people = torch.from_numpy(table.astype(np.float64))[indices]
-    majority = people.argmax(1)
-    agreement = float((majority == labels).double().mean())
-    counts = [torch.bincount(values, minlength=num_classes).double() for values in (majority, labels)]
-    chance = float((counts[0] * counts[1]).sum()) / len(labels) ** 2
+    people = table[split.indices]
+    own, majority = (F.one_hot(labels, num_classes).double() for labels in (split.labels, people.argmax(1)))
+    agreement, chance = float((own * majority).sum(1).mean()), float(own.mean(0) @ majority.mean(0))
     if agreement - chance < 0.5 * (1 - chance):  # Cohen's kappa below 0.5; it is about 0 in an unrelated order
         raise UserError(
             f"human_labels={path}: the majority agrees with only {agreement:.0%} of the labels; rows must be in the "
@@ -70,28 +71,22 @@ def compare_with_people(evaluation: Evaluation, people: Tensor) -> dict[str, flo
     }
 
 
-def read_doubtful_labels(path: Path, indices: Tensor, labels: Tensor, class_names: Sequence[str]) -> Tensor:
-    """Read the indices of doubtful images: ``INDEX`` or ``INDEX LABEL`` in each line, or a JSON list of indices.
-
-    Args:
-        path: File to read.
-        indices: int64 [N], indices of the images to evaluate.
-        labels: int64 [N], classes of these images; labels in the file must be the same.
-        class_names: Names of the classes.
-
-    Returns:
-        int64 [n].
+def read_doubtful_labels(path: str | None, split: Split, class_names: Sequence[str]) -> Tensor | None:
+    """Read the indices of doubtful images, int64 [n]: lines of ``INDEX`` or ``INDEX LABEL``, or a JSON list of indices.
 
     Raises:
-        UserError: The file cannot be read, or does not match the images.
+        UserError: The file cannot be read, or its indices or labels do not match the images of ``split``.
     """
+    if path is None:
+        return None
     try:
-        listed = _parse(path.read_text())
+        listed = _parse(Path(path).read_text())
     except OSError as error:
         raise UserError(f"doubtful_labels={path}: {error.strerror}") from error
     except ValueError as error:  # includes text that is not UTF-8
         raise UserError(f"doubtful_labels={path}: expected image indices, one per line, or a JSON list") from error
-    names = {index: class_names[label] for index, label in zip(indices.tolist(), labels.tolist(), strict=True)}
+    labels = zip(split.indices.tolist(), split.labels.tolist(), strict=True)
+    names = {index: class_names[label] for index, label in labels}
     for index, label in listed:
         if label and names.get(index, label) != label:
             raise UserError(f"doubtful_labels={path}: image {index} of the data is {names[index]}, not {label}")
@@ -105,8 +100,7 @@ def _parse(text: str) -> list[tuple[int, str]]:
     if text.lstrip().startswith("["):
         found = [(index, "") for index in json.loads(text)]
     else:
-        rows = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-        found = [(int(row[0]), " ".join(row[1:]).strip()) for row in rows]
+        found = [(int(row[0]), " ".join(row[1:])) for row in map(str.split, text.splitlines()) if row]
     if not found or not all(type(index) is int and 0 <= index < 2**63 for index, _ in found):
         raise ValueError
     return found

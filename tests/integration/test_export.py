@@ -18,8 +18,7 @@ from cifar10_tl.config.validation import RULES
 from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.engine.checkpoints import restore
-from cifar10_tl.export import BATCH_SIZES, FORMATS, comparison_images, export, write_torch_export
-from cifar10_tl.export import compare as compare_logits
+from cifar10_tl.export import BATCH_SIZES, SUFFIXES, compare, comparison_images, export, write_model
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.resize import Resize
 
@@ -82,7 +81,7 @@ def error_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", SUFFIXES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_file_returns_the_logits_of_the_checkpoint(name: str, format_name: str, tmp_path: Path) -> None:
     module = write_checkpoint(tmp_path / "a.ckpt", name)
@@ -100,7 +99,7 @@ def test_file_returns_the_logits_of_the_checkpoint(name: str, format_name: str, 
 
 
 def test_files_contain_their_metadata(best: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for format_name in FORMATS:
+    for format_name in SUFFIXES:
         with caplog.at_level("INFO"):
             export(
                 compose_command("export", f"checkpoint={best}", f"format={format_name}", f"paths.output_dir={tmp_path}")
@@ -133,11 +132,11 @@ def test_files_contain_their_metadata(best: Path, tmp_path: Path, caplog: pytest
 def test_logits_match_within_a_tolerance() -> None:
     expected = torch.tensor([[5.0, 1.0, 0.0], [2.0, 2.0005, -1.0], [0.0, 1.0, 3.0]])
     change = torch.tensor([[0.0, 0.0, 0.0], [1e-3, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    matches, text = compare_logits(expected, expected + change)
+    matches, text = compare(expected, expected + change)
     assert matches
     assert text == "largest difference of a logit 1.0e-03 (tolerance 1.5e-03), same class for 2 of 3 images"
     for other in (expected.flip(1), expected + 2 * change, expected * torch.nan):
-        assert not compare_logits(expected, other)[0]
+        assert not compare(expected, other)[0]
 
 
 def test_comparison_images_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +153,7 @@ def test_comparison_images_come_from_a_folder(tmp_path: Path, monkeypatch: pytes
 def test_files_that_differ_or_fail_are_not_written(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_with_another_resize(network, *rest) -> None:
         network.resize = Resize(32, network.resize.size, "bilinear")
-        write_torch_export(network, *rest)
+        write_model(network, *rest)
 
     def fail(*_) -> None:
         raise NotImplementedError("no such operator: mirror\nin a graph of\nmany lines")
@@ -165,7 +164,7 @@ def test_files_that_differ_or_fail_are_not_written(best: Path, tmp_path: Path, m
         (write_with_another_resize, f"{tmp_path}/model.pt2 was not written because its logits differ"),
         (fail, "cannot export this network to .pt2: NotImplementedError: no such operator: mirror"),
     ):
-        monkeypatch.setitem(FORMATS, "torch_export", FORMATS["torch_export"]._replace(write=write))
+        monkeypatch.setattr("cifar10_tl.export.write_model", write)
         options = (f"checkpoint={tmp_path}/lstm.ckpt", "format=torch_export", f"paths.output_dir={tmp_path}")
         assert error_of(*options).startswith(message)
     assert files_in(tmp_path) == ["lstm.ckpt", "model.pt2"]
@@ -186,7 +185,7 @@ def test_invalid_settings_are_refused_before_any_work(
     assert "broken.ckpt" in error_of(f"checkpoint={tmp_path}/broken.ckpt", f"paths.output_dir={tmp_path}")
     assert f"compare_on={tmp_path}" in error_of(f"checkpoint={best}", f"compare_on={tmp_path}")
     assert files_in(tmp_path) == ["a.pt2", "broken.ckpt"]
-    assert all(RULES["format"](name) is None for name in FORMATS)
+    assert all(RULES["format"](name) is None for name in SUFFIXES)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert error_of(f"checkpoint={best}").startswith("format=onnx: onnxscript not installed; run pip install")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.batch import Split
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.metrics.ground_truth import (
     accuracy_without,
@@ -18,7 +19,6 @@ from cifar10_tl.metrics.ground_truth import (
 )
 
 LABELS = torch.tensor([0, 1, 1, 1])
-CERTAIN = np.eye(2)[LABELS]
 
 
 @pytest.fixture
@@ -27,13 +27,25 @@ def evaluation() -> Evaluation:
     return Evaluation.of(probabilities.log(), LABELS, torch.arange(4), ["a", "b"])
 
 
+def split_of(labels: torch.Tensor, indices: torch.Tensor | None = None) -> Split:
+    return Split(torch.empty(len(labels), 3, 1, 1, dtype=torch.uint8), labels, indices)
+
+
+def read(path: Path, labels: torch.Tensor = LABELS, indices: torch.Tensor | None = None) -> torch.Tensor:
+    people = read_human_labels(str(path), split_of(labels, indices), 2)
+    assert people is not None
+    return people
+
+
 def read_people(folder: Path, table: object, labels: torch.Tensor = LABELS) -> torch.Tensor:
     np.save(folder / "people.npy", np.asarray(table))
-    return read_human_labels(folder / "people.npy", torch.arange(len(labels)), labels, 2)
+    return read(folder / "people.npy", labels)
 
 
 def read_doubtful(path: Path) -> torch.Tensor:
-    return read_doubtful_labels(path, torch.arange(4), LABELS, ["a", "b"])
+    doubtful = read_doubtful_labels(str(path), split_of(LABELS), ["a", "b"])
+    assert doubtful is not None
+    return doubtful
 
 
 def test_agreement_with_people(evaluation: Evaluation, tmp_path: Path) -> None:
@@ -47,7 +59,7 @@ def test_agreement_with_people(evaluation: Evaluation, tmp_path: Path) -> None:
 
 def test_rows_of_a_limited_test_set_are_selected(tmp_path: Path) -> None:
     np.save(tmp_path / "people.npy", np.eye(2)[[0, 1, 0, 1, 1]])
-    people = read_human_labels(tmp_path / "people.npy", torch.tensor([1, 2]), torch.tensor([1, 0]), 2)
+    people = read(tmp_path / "people.npy", torch.tensor([1, 0]), torch.tensor([1, 2]))
     assert people.tolist() == [[0, 1], [1, 0]]
 
 
@@ -64,11 +76,11 @@ def test_human_labels_in_another_order_than_the_images_are_refused(tmp_path: Pat
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (np.ones((4, 3)) / 3, r"expected an array of numbers \[test images, 2\]"),
-        (np.ones(4), r"expected an array of numbers \[test images, 2\]"),
-        (np.array([["x", "y"]] * 4), "expected an array of numbers"),
-        (np.ones((5, 2)) / 2, "has 5 rows for 4 test images"),
-        (np.ones((3, 2)) / 2, "has 3 rows for 4 test images"),
+        (np.ones((4, 3)) / 3, r"expected shape \[4, 2\], got \[4"),
+        (np.ones(4), r"expected shape \[4, 2\], got \[4"),
+        (np.array([["x", "y"]] * 4), "cannot be read as a NumPy array of numbers"),
+        (np.ones((5, 2)) / 2, r"expected shape \[4, 2\], got \[5"),
+        (np.ones((3, 2)) / 2, r"expected shape \[4, 2\], got \[3"),
         (np.ones((4, 2)), "probabilities that sum to 1"),
         (np.full((4, 2), np.nan), "probabilities that sum to 1"),
         (np.array([[2.0, -1.0]] * 4), "probabilities that sum to 1"),
@@ -89,15 +101,15 @@ def test_files_other_than_an_array_are_refused_and_run_no_code(tmp_path: Path) -
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as a NumPy array"):
-            read_human_labels(path, torch.arange(4), LABELS, 2)
+            read(path)
     np.save(path, np.array([Trap()], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read as a NumPy array"):
-        read_human_labels(path, torch.arange(4), LABELS, 2)
+        read(path)
     assert not (tmp_path / "executed").exists()
     with path.open("wb") as file:
         np.savez(file, a=np.ones(3))
-    with pytest.raises(UserError, match="expected an array"):
-        read_human_labels(path, torch.arange(4), LABELS, 2)
+    with pytest.raises(UserError, match="cannot be read as a NumPy array"):
+        read(path)
 
 
 @pytest.mark.parametrize("text", ["1\n3\n", "3 b\n 1  b \n3", json.dumps([1, 3])])
