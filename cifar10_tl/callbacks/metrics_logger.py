@@ -59,20 +59,9 @@ class MetricsLogger(Callback):
         row = self._row(trainer, pl_module)
         self.rows.append(row)
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics({k: v for k in METRICS if (v := row[k]) is not None}, step=trainer.current_epoch)
             lines = ([row[column] for column in COLUMNS] for row in self.rows)
             atomic_write_text(Path(trainer.default_root_dir) / "metrics.csv", csv_text(COLUMNS, lines))
             log.info("%s", _summary(row, trainer.max_epochs))
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the test at the epoch whose checkpoint was tested."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
-            return
-        epoch: Any = pl_module.restored_epoch
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.current_epoch if epoch is None else epoch)
 
     def _row(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float | int | None]:
         evaluation: Evaluation | None = pl_module.evaluation  # callback_metrics has float32 only

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,9 +28,10 @@ from cifar10_tl.models.weights import (
     check_weights,
     fetch_weights,
     load_backbone_state,
+    load_safely,
     load_weights,
     normalisation,
-    read_state_dict,
+    state_dict_of,
 )
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ class LitClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         class_names, head = list(class_names), dict(head or {"name": "dense"})
+        if not class_names or len(set(class_names)) < len(class_names):
+            raise UserError(f"class_names={class_names}: give at least one class, and each name once")
         optimizer = dict(optimizer or {"name": "Adam", "lr": 1e-3, "backbone_lr_scale": 0.1})
         scheduler = dict(scheduler or {"name": "constant"})
         self.save_hyperparameters(logger=False)
@@ -100,7 +104,7 @@ class LitClassifier(pl.LightningModule):
         # looked at now: FSDP makes every parameter a shard of one axis before it asks for the optimizer
         self._decayed = {p for p in self.network.parameters() if p.ndim > 1}
         self.evaluation: Evaluation | None = None  # of the latest pass over val or test
-        self.restored_epoch: int | None = None  # whose weights these are, if they came from a checkpoint
+        self.restored_epoch: int | None = None  # last epoch that trained these weights
         self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         self._totals = torch.zeros(3, dtype=torch.float64)  # of this epoch: loss, hits and number of images
         self._has_weights = weights is None
@@ -153,26 +157,31 @@ class LitClassifier(pl.LightningModule):
         return self.trainer.state.fn == "fit" and not self._has_weights and not self.trainer.ckpt_path
 
     def load_weights_from(self, checkpoint: Path) -> None:
-        """Start from the weights in another run's checkpoint; the head is left out where its shapes differ.
+        """Load the weights of another run's checkpoint; load the head only if classes and shapes are the same.
 
         Raises:
-            UserError: the file is no checkpoint of such a network.
+            UserError: If the file is not a checkpoint of a network with this backbone.
         """
-        content = read_state_dict(checkpoint)
-        if not any(name.startswith("network.") for name in content):
+        content = load_safely(checkpoint)
+        tensors = state_dict_of(content, checkpoint)
+        if not any(name.startswith("network.") for name in tensors):
             raise UserError(
-                f"init_from={checkpoint} is no checkpoint of this project; the weights of a ResNet are given by "
-                "model.weights=FILE"
+                f"init_from={checkpoint} is not a checkpoint of this project; use model.weights=FILE to load the "
+                "weights of a ResNet"
             )
-        state = {k.removeprefix("network."): v for k, v in content.items()}
+        state = {k.removeprefix("network."): v for k, v in tensors.items()}
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         load_backbone_state(self.network.backbone, backbone, f"init_from={checkpoint}")
         own = self.network.head.state_dict()
         head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-        if head.keys() == own.keys() and all(v.shape == own[k].shape for k, v in head.items()):
+        fits = head.keys() == own.keys() and all(v.shape == own[k].shape for k, v in head.items())
+        same_classes = content.get("hyper_parameters", {}).get("class_names") == self.class_names
+        if fits and same_classes:
             self.network.head.load_state_dict(head)
+            log.info("init_from=%s: loaded backbone and head", checkpoint)
         else:
-            log.info("%s has another head: only its backbone is taken", checkpoint)
+            reason = "its head has other layers" if same_classes else "its classes differ"
+            log.warning("init_from=%s: loaded the backbone only, because %s", checkpoint, reason)
         self._has_weights = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,10 +202,10 @@ class LitClassifier(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
-        """Bring the totals, perhaps those of an epoch to go on with, to the device; and the loader to its position.
+        """Move the totals to the device, and restore the position of the training loader.
 
-        Lightning restores the position when it makes the loader, but for the number of steps, which the schedule asks
-        for, the loader is made before the checkpoint is read: the position is still to be restored.
+        Lightning loses the position of a stateful loader if ``configure_optimizers`` reads
+        ``estimated_stepping_batches``: https://github.com/Lightning-AI/pytorch-lightning/issues/20550.
         """
         self.trainer.fit_loop._load_combined_loader_states()
         has_float64 = self.device.type != "mps"
@@ -208,13 +217,14 @@ class LitClassifier(pl.LightningModule):
         self.evaluation = None  # that of another epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Key dropout by the batch, so that a resumed run draws what the uninterrupted one would have."""
+        """Seed dropout by epoch and batch, so that a resumed run drops the same units as an uninterrupted one."""
+        self.restored_epoch = self.current_epoch
         seed = int(hash32(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
         # not torch.manual_seed: where CUDA was never used it keeps a stack trace of each call, 2 ms and for ever
         (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss to minimise; what is reported is added up on the device, for no step waits for a number."""
+        """Return the loss to minimize, and add the reported loss and accuracy to totals on the device."""
         logits = self._logits(batch)
         loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
         with torch.no_grad():
@@ -224,11 +234,23 @@ class LitClassifier(pl.LightningModule):
             loss_total.add_(reported, alpha=len(labels))
             hits.add_((logits.argmax(1) == labels).sum())
             count.add_(len(labels))
-        return loss
+        return loss * self._accumulation_scale(batch_idx)
+
+    def _accumulation_scale(self, batch_idx: int) -> float:
+        """Return the factor that makes the last, shorter group of accumulated batches of an epoch a mean.
+
+        Lightning divides each loss by ``accumulate_grad_batches``, also where fewer batches are left.
+        """
+        if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
+            return 1.0
+        size = self.trainer.accumulate_grad_batches
+        remainder = self.trainer.num_training_batches % size
+        is_last_group = batch_idx >= self.trainer.num_training_batches - remainder
+        return size / remainder if is_last_group else 1.0
 
     def on_train_epoch_end(self) -> None:
-        """Make the epoch's means known to callbacks that watch a metric."""
-        self.log_dict(self.training_metrics(), logger=False)
+        """Log the mean loss and accuracy of the epoch."""
+        self._log_epoch(self.training_metrics(), self.current_epoch)
 
     def training_metrics(self) -> dict[str, float]:
         """Mean loss and accuracy over this epoch so far, of all processes; to be called in each of them."""
@@ -270,7 +292,11 @@ class LitClassifier(pl.LightningModule):
         self.evaluation = Evaluation.of(logits, labels, indices, self.class_names)
         # every process has all the logits, and so the same numbers: nothing to reduce
         metrics = {f"{stage}/loss": self.evaluation.loss, f"{stage}/acc": self.evaluation.accuracy}
-        self.log_dict(metrics, logger=False, batch_size=1)
+        self._log_epoch(metrics, self.restored_epoch)
+
+    def _log_epoch(self, metrics: dict[str, float], epoch: int | None) -> None:
+        """Log metrics at an epoch: Lightning takes the value called ``step`` as the x axis of the loggers."""
+        self.log_dict({**metrics, "step": float(epoch or 0)}, batch_size=1)
 
     def _gathered_outputs(self) -> list[Tensor]:
         """Logits, labels and indices of all images, on the CPU."""
@@ -299,10 +325,12 @@ class LitClassifier(pl.LightningModule):
         ]
         if "fused" in inspect.signature(optimizer_class).parameters and not settings.get("foreach"):
             settings.setdefault("fused", True)
+        if settings.get("fused") and self._clips_in_mixed_precision():
+            settings["fused"] = False  # Lightning does not clip the gradients of a fused optimizer in mixed precision
         try:
             optimizer = optimizer_class(groups, **settings)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"optimizer {name}: {error} (~optimizer.KEY takes away what it does not know)") from error
+            raise UserError(f"optimizer.name={name}: {error} (~optimizer.KEY removes a setting)") from error
         if self.hparams["scheduler"]["name"] == "constant":
             return optimizer
         schedule = schedule_factor(self.hparams["scheduler"], int(self.trainer.estimated_stepping_batches))
@@ -310,3 +338,7 @@ class LitClassifier(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
         }
+
+    def _clips_in_mixed_precision(self) -> bool:
+        clips = self.trainer.gradient_clip_val is not None
+        return clips and isinstance(self.trainer.precision_plugin, MixedPrecision)

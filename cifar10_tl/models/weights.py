@@ -104,10 +104,10 @@ def _check_digest(file: Path) -> None:
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a ``.safetensors`` or PyTorch file; no code in it is run.
+    """Read the tensors of a ``.safetensors`` or PyTorch file without running code from the file.
 
     Raises:
-        UserError: the file holds something else, or is broken.
+        UserError: If the file is broken or does not contain a state dict.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -116,13 +116,21 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         try:
             return dict(load_file(path))
         except SafetensorError as error:
-            raise UserError(f"{path} is broken or no safetensors file: {error}") from error
-    content = load_safely(path)
+            raise UserError(f"{path} is broken or not a safetensors file: {error}") from error
+    return state_dict_of(load_safely(path), path)
+
+
+def state_dict_of(content: Any, path: Path) -> Mapping[str, Tensor]:
+    """Return the state dict in the content of a PyTorch file.
+
+    Raises:
+        UserError: If there is none.
+    """
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no state dict (names and tensors)")
+        raise UserError(f"{path} does not contain a state dict")
     return {str(k).removeprefix("module."): v for k, v in content.items()}
 
 

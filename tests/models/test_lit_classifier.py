@@ -3,13 +3,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.checkpoints import restore
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.optim import parameter_groups, schedule_factor
@@ -55,7 +58,7 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay() -> None:
         head={"name": "dense", "hidden": [8]},
         scheduler={"name": "cosine"},
     )
-    net._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    net._trainer = SimpleNamespace(estimated_stepping_batches=10, gradient_clip_val=None)  # type: ignore[assignment]
     optimizer = net.configure_optimizers()["optimizer"]
     groups = {g["name"]: g for g in optimizer.param_groups}
     assert {n: (g["initial_lr"], g["weight_decay"]) for n, g in groups.items()} == {
@@ -88,7 +91,7 @@ def test_a_frozen_backbone_is_not_optimized() -> None:
 )
 def test_a_wrong_optimizer_is_explained(optimizer: dict, message: str) -> None:
     net = module(optimizer=optimizer)
-    net._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    net._trainer = SimpleNamespace(estimated_stepping_batches=10, gradient_clip_val=None)  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
         net.configure_optimizers()
 
@@ -105,22 +108,70 @@ def test_cosine_rises_in_a_line_and_falls_along_half_a_cosine() -> None:
         schedule_factor({"name": "step"}, 100)
 
 
-def test_init_from_takes_the_head_only_where_it_fits(tmp_path: Path) -> None:
-    source = module()
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "source.ckpt")
+def test_init_from_loads_the_head_only_for_the_same_classes_and_shapes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    source, path = module(), tmp_path / "source.ckpt"
+    torch.save({"state_dict": source.state_dict(), "hyper_parameters": dict(source.hparams)}, path)
 
     same = LitClassifier(NAMES, backbone="resnet18", image_size=64, weights="IMAGENET1K_V1")
-    same.load_weights_from(tmp_path / "source.ckpt")
+    same.load_weights_from(path)
     assert all(torch.equal(v, same.state_dict()[k]) for k, v in source.state_dict().items())
+    assert "loaded backbone and head" in caplog.text
 
-    other = LitClassifier(["a", "b"], backbone="resnet18", image_size=32)
-    head = other.network.head.layers[-1].weight.clone()
-    other.load_weights_from(tmp_path / "source.ckpt")
-    assert torch.equal(other.network.backbone.conv1.weight, source.network.backbone.conv1.weight)
-    assert torch.equal(other.network.head.layers[-1].weight, head)
+    for names, options, reason in (
+        (["ant", "bee", "cat"], {}, "its classes differ"),
+        (NAMES[::-1], {}, "its classes differ"),
+        (["a", "b"], {}, "its classes differ"),
+        (NAMES, {"head": {"name": "linear"}}, "its head has other layers"),
+    ):
+        other = LitClassifier(names, backbone="resnet18", image_size=32, **options)
+        head = other.network.head.layers[-1].weight.clone()
+        other.load_weights_from(path)
+        assert torch.equal(other.network.backbone.conv1.weight, source.network.backbone.conv1.weight)
+        assert torch.equal(other.network.head.layers[-1].weight, head)
+        assert reason in caplog.records[-1].message
 
     with pytest.raises(UserError, match="init_from="):
-        LitClassifier(NAMES, backbone="resnet34", image_size=32).load_weights_from(tmp_path / "source.ckpt")
+        LitClassifier(NAMES, backbone="resnet34", image_size=32).load_weights_from(path)
+
+
+@pytest.mark.parametrize("names", [[], ["ant", "bee", "ant"]])
+def test_class_names_must_be_present_and_unique(names: list[str]) -> None:
+    with pytest.raises(UserError, match="class_names"):
+        LitClassifier(names, backbone="resnet18", image_size=32)
+
+
+def fitted(batch_size: int, **trainer_options: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a frozen-backbone model after an epoch of SGD on 24 images."""
+    torch.manual_seed(0)
+    data = CIFAR10DataModule(source="shapes", batch_size=batch_size, train_size=34, val_size=10, test_size=10)
+    optimizer = trainer_options.pop("optimizer", {"name": "SGD", "lr": 0.1})
+    net = LitClassifier(
+        data.class_names, "resnet18", image_size=32, freeze="backbone", head={"name": "linear"}, optimizer=optimizer
+    )
+    options: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "limit_val_batches": 0}
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    pl.Trainer(**options, **quiet, **trainer_options).fit(net, data)
+    return net.network.head.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_last_group_of_accumulated_batches_is_a_mean() -> None:
+    # a single group of two batches: Lightning alone divides both losses by 8
+    accumulated, whole = fitted(12, accumulate_grad_batches=8), fitted(24)
+    for name, value in whole.items():
+        assert torch.allclose(accumulated[name], value, atol=1e-5), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("settings", [{}, {"fused": True}])
+def test_gradients_are_clipped_in_every_precision(precision: str, settings: dict[str, Any]) -> None:
+    optimizer = {"name": "Adam", "lr": 0.001, **settings}
+    weights = fitted(12, precision=precision, gradient_clip_val=1, optimizer=optimizer)
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_a_checkpoint_is_restored_from_its_file_alone(finished_run: Path) -> None:
