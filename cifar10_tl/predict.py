@@ -12,8 +12,8 @@ import io
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,24 +52,31 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     classify = load_classifier(cfg.checkpoint, cfg.device)
     if cfg.top_k > len(classify.class_names):
         raise UserError(f"top_k={cfg.top_k}: {cfg.checkpoint} has only {len(classify.class_names)} classes")
-    unreadable = [Prediction(error.filename, error=error.strerror) for error in errors]
+    stream = classify.stream(files, cfg.batch_size)
+    progress = tqdm(stream, total=len(files), unit=" images", disable=None, leave=False)
+    unreadable: list[Prediction] = []
     shown: list[tuple[Prediction, Pixels]] = []
     labels: Counter[str | None] = Counter()
-    with open_table(run_dir / TABLE, classify.class_names, cfg.top_k) as write_row:
-        for folder in unreadable:
-            write_row(folder)
-        stream = classify.stream(files, cfg.batch_size)
-        for prediction, pixels in tqdm(stream, total=len(files), unit=" images", disable=None, leave=False):
-            write_row(prediction)
-            if pixels is None:
-                unreadable.append(prediction)
-                continue
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    more = [f"{kind}_{rank}" for rank in range(2, cfg.top_k + 1) for kind in ("label", "probability")]
+    table.writerow(["path", "label", "probability", *classify.class_names, *more, "error"])
+    folders = ((Prediction(error.filename, error=error.strerror), None) for error in errors)
+    for prediction, pixels in chain(folders, progress):
+        if pixels is None:
+            unreadable.append(prediction)
+            cells = [""] * (2 + len(classify.class_names) + len(more))
+        else:
             labels[prediction.label] += 1
-            if len(shown) < GRID_IMAGES:
-                shown.append((prediction, pixels))
-        if not shown:
-            first = _printable(unreadable[0])
-            raise UserError(f"images={cfg.images}: contains no readable image ({len(unreadable):,} tried): {first}")
+            shown += [(prediction, pixels)] if len(shown) < GRID_IMAGES else []
+            top = [cell for label, p in prediction.top(cfg.top_k) for cell in (label, f"{p:.6g}")]
+            cells = [*top[:2], *(f"{p:.6g}" for p in prediction.probabilities.values()), *top[2:]]
+        table.writerow([prediction.path, *cells, prediction.error])
+    if not shown:
+        first = _printable(unreadable[0])
+        raise UserError(f"images={cfg.images}: contains no readable image ({len(unreadable):,} tried): {first}")
+    with atomic_write(run_dir / TABLE) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))  # file names keep bytes that are not UTF-8
     write_grid(run_dir / GRID, shown, labels.total())
     log.info("%s", summary(labels, unreadable, run_dir))
     return unreadable
@@ -90,37 +97,15 @@ def find_files(images: str | Sequence[str], run_dir: Path) -> tuple[list[str], l
     found: list[str] = []
     errors: list[OSError] = []
     for name in [images] if isinstance(images, str) else images:
-        matches = [name] if Path(name).exists() else glob.glob(name, recursive=True)
-        listings = [list_files(Path(m)) if Path(m).is_dir() else ([Path(m)], []) for m in matches]
-        files = {str(path) for paths, _ in listings for path in paths if path.resolve() not in own}
-        if not files and not any(failed for _, failed in listings):
-            raise UserError(f"images={name}: " + ("no files in this folder" if matches else "no such file or folder"))
-        found += sorted(files, key=Path)
-        errors += [error for _, failed in listings for error in failed]
+        matches = map(Path, [name] if Path(name).exists() else glob.glob(name, recursive=True))
+        listings = [list_files(path) if path.is_dir() else ([path], []) for path in matches]
+        files = {path for paths, _ in listings for path in paths if path.resolve() not in own}
+        failed = [error for _, folders in listings for error in folders]
+        if not files and not failed:
+            raise UserError(f"images={name}: {'no files in this folder' if listings else 'no such file or folder'}")
+        found += map(str, sorted(files))
+        errors += failed
     return found, errors
-
-
-@contextmanager
-def open_table(path: Path, class_names: Sequence[str], top_k: int) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that adds a prediction to a table, which replaces ``path`` once it is complete.
-
-    Its columns are path, label, probability, one per class, label_2, probability_2, ... up to ``top_k``, error.
-    """
-    more = [f"{kind}_{rank}" for rank in range(2, top_k + 1) for kind in ("label", "probability")]
-    with atomic_write(path) as file:
-        # file names that are not UTF-8 keep their bytes
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "label", "probability", *class_names, *more, "error"])
-
-        def write_row(prediction: Prediction) -> None:
-            top = [cell for label, p in prediction.top(top_k) for cell in (label, f"{p:.6g}")]
-            cells = [*top[:2], *(f"{p:.6g}" for p in prediction.probabilities.values()), *top[2:]]
-            cells = cells or [""] * (2 + len(class_names) + len(more))
-            writer.writerow([prediction.path, *cells, prediction.error])
-
-        yield write_row
-        text.detach()  # flushes, and leaves closing to atomic_write
 
 
 def write_grid(path: Path, shown: Sequence[tuple[Prediction, Pixels]], total: int) -> None:
@@ -141,15 +126,14 @@ def write_grid(path: Path, shown: Sequence[tuple[Prediction, Pixels]], total: in
 
 def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Path, limit: int = 20) -> str:
     """Return the closing lines: labels, files written, and up to ``limit`` files that cannot be read."""
-    found = ", ".join(f"{count:,} {label}" for label, count in labels.most_common(10))
+    total, found = labels.total(), ", ".join(f"{count:,} {label}" for label, count in labels.most_common(10))
     lines = [
-        "",
-        f"  {labels.total():,} image{'s' * (labels.total() != 1)}: {found}{', ...' if len(labels) > 10 else ''}",
+        f"\n  {total:,} image{'s' * (total != 1)}: {found}{', ...' if len(labels) > 10 else ''}",
         f"  table    {run_dir / TABLE}",
         f"  picture  {run_dir / GRID}",
     ]
     if unreadable:
-        lines.append(f"  {len(unreadable):,} of {labels.total() + len(unreadable):,} files cannot be read:")
+        lines.append(f"  {len(unreadable):,} of {total + len(unreadable):,} files cannot be read:")
         lines += [f"    {_printable(p)}" for p in unreadable[:limit]]
     if len(unreadable) > limit:
         lines.append(f"    and {len(unreadable) - limit:,} more; see the column error of the table")
@@ -160,14 +144,14 @@ def _printable(prediction: Prediction) -> str:
     return f"{prediction.path}: {prediction.error}".encode(errors="backslashreplace").decode()
 
 
+def _predict_and_exit(cfg: DictConfig) -> None:
+    if predict(cfg):
+        sys.exit(EXIT_SOME_UNREADABLE)
+
+
 def main() -> None:
     """Run ``python -m cifar10_tl.predict``."""
-
-    def task(cfg: DictConfig) -> None:
-        if predict(cfg):
-            sys.exit(EXIT_SOME_UNREADABLE)
-
-    run_command("predict", task)
+    run_command("predict", _predict_and_exit)
 
 
 if __name__ == "__main__":
