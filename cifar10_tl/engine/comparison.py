@@ -71,24 +71,22 @@ def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs[1:]:
         if run.labels != first.labels or len({r.results.get("test_images") for r in (first, run)} - {None}) > 1:
             raise UserError(f"{first.folder} and {run.folder} cannot be compared: they were tested on different images")
-    return [dict(zip(COLUMNS, [*_summary(run), *_difference(run, first)], strict=True)) for run in runs]
+    return [_row(run, first) for run in runs]
 
 
-def _summary(run: Run) -> list[Any]:
+def _row(run: Run, first: Run) -> dict[str, Any]:
     results, correct, count = run.results, len(run.correct), len(run.labels)
     val_acc, fit_seconds = results.get("val", {}).get("acc"), results.get("seconds", {}).get("fit")
     loss, epochs = results["test"].get("loss"), results.get("epochs")
-    return [str(run.folder), correct / count, *wilson_interval(correct, count), loss, val_acc, epochs, fit_seconds]
-
-
-def _difference(run: Run, first: Run) -> list[Any]:
+    row = [str(run.folder), correct / count, *wilson_interval(correct, count), loss, val_acc, epochs, fit_seconds]
     if run is first:
-        return [None] * 5
+        return dict(zip(COLUMNS, [*row, *[None] * 5], strict=True))
     only_first, only_this = len(first.correct - run.correct), len(run.correct - first.correct)
-    own, other = _settings(run.results), _settings(first.results)
+    own, other = _settings(results), _settings(first.results)
     settings = " ".join(f"{key}={value}" for key, value in own.items() if key not in other or other[key] != value)
-    gain = (only_this - only_first) / len(run.labels)
-    return [gain, only_first, only_this, mcnemar_p_value(only_first, only_this), settings or None]
+    p_value = mcnemar_p_value(only_first, only_this)
+    row += [(only_this - only_first) / count, only_first, only_this, p_value, settings or None]
+    return dict(zip(COLUMNS, row, strict=True))
 
 
 def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,10 +101,7 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
 
     Source: T. Dietterich, "Approximate statistical tests for comparing supervised classification learning algorithms"
     (1998), section 3.1.
-
-    Args:
-        only_first: Number of images that only the first classifies correctly.
-        only_second: Number of images that only the second classifies correctly.
+    ``only_first`` and ``only_second`` count the images that only one of them classifies correctly.
     """
     n = only_first + only_second
     tail = term = 1  # sums of binomial coefficients, exact as integers

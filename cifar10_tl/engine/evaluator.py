@@ -18,7 +18,7 @@ from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.checkpoints import read_checkpoint, recorded_precision, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
-from cifar10_tl.engine.results import describe, environment, write_json, write_predictions
+from cifar10_tl.engine.results import describe, environment, images_checksum, write_json, write_predictions
 from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics import ground_truth
 from cifar10_tl.metrics.calibration import fit_temperature
@@ -63,6 +63,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         "config": OmegaConf.to_container(cfg, resolve=True),
         "environment": environment(trainer.strategy.root_device, 1, str(trainer.precision_plugin.precision)),
     }
+    if cfg.split == "test":
+        results["test_images"] = images_checksum(split.images)
     if cfg.tta != "none":
         results["tta"] = evaluator.test_time_augmentation(split, evaluation, cfg.tta)
     if cfg.corrupt != "none":

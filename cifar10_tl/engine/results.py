@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
+from torch import Tensor
 
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
@@ -226,7 +228,16 @@ def test_results(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) ->
     count, expected = len(module.evaluation), len(datamodule.splits["test"])
     if cfg.trainer.limit_test_batches is None and count != expected:
         raise RuntimeError(f"the test counted {count} of {expected} images")
-    return {"test": module.evaluation.metrics(), "confusion_matrix": module.evaluation.confusion_matrix.tolist()}
+    return {
+        "test": module.evaluation.metrics(),
+        "confusion_matrix": module.evaluation.confusion_matrix.tolist(),
+        "test_images": images_checksum(datamodule.splits["test"].images),
+    }
+
+
+def images_checksum(images: Tensor) -> str:
+    """Return a checksum of images, by which results on different images with the same labels are told apart."""
+    return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 
 def write_results(run_dir: Path, results: Mapping[str, Any], module: LitClassifier, trainer: pl.Trainer) -> None:

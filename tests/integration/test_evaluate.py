@@ -84,6 +84,7 @@ def test_numbers_are_those_of_the_run(full_evaluation: Path, finished_run: Path)
     assert own["class_names"] == of_run["class_names"]
     assert own["epoch"] == of_run["best_epoch"]
     assert own["environment"]["precision"] == of_run["environment"]["precision"] == "32-true"
+    assert own["test_images"] == of_run["test_images"]
     for name in ("confusion_matrix", "correct", "incorrect"):
         file = f"figures/{name}_test.png"
         assert (full_evaluation / file).read_bytes() == (finished_run / file).read_bytes()
@@ -285,6 +286,15 @@ def test_runs_and_evaluations_are_compared(finished_run: Path, full_evaluation: 
     assert [float(row["test acc"]) for row in table] == [first["test acc"]] * 2
     assert (tmp_path / "comparison.md").read_text().count("\n") == 4
     assert {p.name for p in tmp_path.iterdir()} == {"comparison.csv", "comparison.md"}
+
+
+def test_evaluations_of_different_images_are_not_compared(
+    run_evaluate: Evaluate, finished_run: Path, tmp_path: Path
+) -> None:
+    run_evaluate("data.drawing_seed=1")
+    folders = quote_list(f"compare={finished_run},{tmp_path / 'evaluation'}")
+    with pytest.raises(UserError, match="tested on different images"):
+        evaluate(compose_command("evaluate", folders, f"paths.output_dir={tmp_path / 'comparison'}"))
 
 
 def test_runs_to_compare_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
