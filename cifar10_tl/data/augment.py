@@ -1,8 +1,4 @@
-"""Random changes of training images, a whole uint8 batch at once, on whatever device it lies.
-
-Randomness is keyed, not streamed: what happens to an image is a pure function of (seed, epoch, image index), by an
-integer hash. So a run draws the same on one process or many, and after any stop and resume, with no state to save.
-"""
+"""Augmentation of a whole uint8 batch on its device, with independent random numbers for each image."""
 
 from __future__ import annotations
 
@@ -23,12 +19,12 @@ class Augment:
     """Settings of :func:`augment`.
 
     Attributes:
-        horizontal_flip: mirror left to right, with probability 1/2.
-        random_crop_padding: pixels of reflected border before a random crop of the old size.
-        random_erasing: probability that a random rectangle (2 to 33 % of the area) becomes grey.
-        color_jitter: brightness, contrast and saturation each change by a factor from [1 - jitter, 1 + jitter].
+        horizontal_flip: Flip images horizontally with probability 0.5.
+        random_crop_padding: Reflection padding in pixels before a random crop to the original size.
+        random_erasing: Probability of replacing a random rectangle (2 to 33 % of the area) with gray.
+        color_jitter: Maximum relative change of brightness, contrast and saturation.
         mix: "none", "mixup" (https://arxiv.org/abs/1710.09412) or "cutmix" (https://arxiv.org/abs/1905.04899).
-        mix_alpha: both parameters of the Beta distribution of the second image's share.
+        mix_alpha: Both parameters of the Beta distribution of the weight of the second image.
     """
 
     horizontal_flip: bool = False
@@ -40,10 +36,10 @@ class Augment:
 
 
 def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_classes: int) -> Batch:
-    """A batch with each image changed by its own draw.
+    """Return an augmented batch.
 
-    Mixing pairs each image with the one half a batch on. Where the batch is every W-th image of a global batch whose
-    half W divides, that is the image half a *global* batch on: the pairs do not depend on the number of processes.
+    Mixing combines each image with the one half a batch away. If ``world_size`` divides half of the global batch, the
+    pairs are the same for any number of processes.
     """
     images, targets, indices, _ = batch
     draw = KeyedRNG(seed, epoch, indices)
@@ -59,7 +55,7 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
 
 
 def choose_view(batch: Batch, *, flip: bool, seed: int, epoch: int) -> Batch:
-    """A batch of cached features [N, V, ...], the view of each (plain or mirrored) by the draw of :func:`augment`."""
+    """Select the plain or mirrored view of cached features [N, V, ...] with the random numbers of :func:`augment`."""
     images, targets, indices, features = batch
     assert features is not None
     if not flip:
@@ -72,7 +68,7 @@ def choose_view(batch: Batch, *, flip: bool, seed: int, epoch: int) -> Batch:
 
 
 def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
-    """Both in one gather: each pixel of the result knows the row and the column it comes from."""
+    """Flip and crop by one gather of the source row and column of each pixel."""
     _, channels, height, width = images.shape
     padding = settings.random_crop_padding
     rows = torch.arange(height, device=images.device).expand(len(images), -1)
@@ -91,40 +87,40 @@ def _mirrored(draw: KeyedRNG) -> Tensor:
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Mirror positions outside [0, size) back in at the border pixel, as ``F.pad(mode="reflect")`` does."""
+    """Reflect positions outside [0, size) at the border pixels, as ``F.pad(mode="reflect")`` does."""
     return (size - 1) - ((size - 1) - positions.abs()).abs()
 
 
 def _jitter(images: Tensor, draw: KeyedRNG, strength: float) -> Tensor:
-    """Brightness, contrast and saturation, in torchvision's definitions of them, but each image by its own factors."""
+    """Change brightness, contrast and saturation as torchvision does, with different factors for each image."""
 
     def factor(name: str) -> Tensor:
         return (1 + strength * (2 * draw.uniform(name) - 1))[:, None, None, None]
 
     x = images.float() * factor("brightness")
-    x = torch.lerp(_grey(x).mean((2, 3), keepdim=True), x, factor("contrast"))
-    x = torch.lerp(_grey(x), x, factor("saturation"))
+    x = torch.lerp(_gray(x).mean((2, 3), keepdim=True), x, factor("contrast"))
+    x = torch.lerp(_gray(x), x, factor("saturation"))
     return x.round().clamp(0, 255).byte()
 
 
-def _grey(images: Tensor) -> Tensor:
+def _gray(images: Tensor) -> Tensor:
     return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
 
 
 def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:
-    """Random erasing (https://arxiv.org/abs/1708.04896) with grey, the middle of the range."""
+    """Erase a random rectangle with gray (https://arxiv.org/abs/1708.04896)."""
     area = 0.02 + 0.31 * draw.uniform("area")
-    aspect = 0.3 ** (1 - 2 * draw.uniform("aspect"))  # from 0.3 to 1/0.3, even on a logarithmic scale
+    aspect = 0.3 ** (1 - 2 * draw.uniform("aspect"))  # log-uniform in [0.3, 1/0.3]
     box = _boxes(images, draw, (area * aspect).sqrt(), (area / aspect).sqrt())
     chosen = draw.uniform("erase") < probability
     return images.masked_fill(box & chosen[:, None, None, None], 128)
 
 
-def _boxes(images: Tensor, draw: KeyedRNG, height_share: Tensor, width_share: Tensor) -> Tensor:
-    """Bool [N, 1, H, W]: a rectangle in each image, wholly inside it, sides given as shares of the image's."""
+def _boxes(images: Tensor, draw: KeyedRNG, height_fraction: Tensor, width_fraction: Tensor) -> Tensor:
+    """Return masks [N, 1, H, W] of a random rectangle per image, with sides as fractions [N] of the image's sides."""
     inside = []
-    for size, share, name in ((images.shape[2], height_share, "y"), (images.shape[3], width_share, "x")):
-        length = (share * size).round().clamp(0, size)
+    for size, fraction, name in ((images.shape[2], height_fraction, "y"), (images.shape[3], width_fraction, "x")):
+        length = (fraction * size).round().clamp(0, size)
         start = (draw.uniform(name) * (size - length + 1)).floor()
         position = torch.arange(size, device=images.device)
         inside.append((position >= start[:, None]) & (position < (start + length)[:, None]))
@@ -134,36 +130,36 @@ def _boxes(images: Tensor, draw: KeyedRNG, height_share: Tensor, width_share: Te
 def _mix(images: Tensor, targets: Tensor, draw: KeyedRNG, settings: Augment, num_classes: int) -> tuple[Tensor, Tensor]:
     half = len(images) // 2
     second = images.roll(-half, 0)
-    share = _beta(draw.uniform("mix"), settings.mix_alpha)
+    fraction = _beta(draw.uniform("mix"), settings.mix_alpha)
     if settings.mix == "mixup":
-        weight = share[:, None, None, None]
+        weight = fraction[:, None, None, None]
         images = torch.lerp(images.float(), second.float(), weight).round().byte()
     else:
-        side = share.sqrt()
+        side = fraction.sqrt()
         box = _boxes(images, draw, side, side)
         images = torch.where(box, second, images)
-        share = box.float().mean((1, 2, 3))  # rounding to pixels moved it
+        fraction = box.float().mean((1, 2, 3))  # after rounding to whole pixels
     one_hot = F.one_hot(targets, num_classes).float()
-    return images, torch.lerp(one_hot, one_hot.roll(-half, 0), share[:, None])
+    return images, torch.lerp(one_hot, one_hot.roll(-half, 0), fraction[:, None])
 
 
 def _beta(uniform: Tensor, alpha: float) -> Tensor:
-    """Beta(alpha, alpha) from a uniform draw, by its inverse distribution function, read off a table."""
+    """Transform uniform numbers to Beta(alpha, alpha) by a table of the inverse cumulative distribution."""
     values, cumulative = (table.to(uniform.device) for table in _beta_table(alpha))
-    place = torch.searchsorted(cumulative, uniform.contiguous()).clamp(1, len(values) - 1)
-    low, high = cumulative[place - 1], cumulative[place]
+    position = torch.searchsorted(cumulative, uniform.contiguous()).clamp(1, len(values) - 1)
+    low, high = cumulative[position - 1], cumulative[position]
     between = (uniform - low) / (high - low).clamp_min(1e-12)
-    return torch.lerp(values[place - 1], values[place], between.clamp(0, 1))
+    return torch.lerp(values[position - 1], values[position], between.clamp(0, 1))
 
 
 @cache
 def _beta_table(alpha: float) -> tuple[Tensor, Tensor]:
-    """Values of Beta(alpha, alpha) and the distribution function at them, float32 [2049] each."""
+    """Return values and the cumulative distribution of Beta(alpha, alpha) at them, float32 [2049] each."""
     t = torch.linspace(0, 0.5, 1025, dtype=torch.float64)
-    power = max(1.0, 1 / alpha)  # crowds the values where the density may have its pole, at 0
+    power = max(1.0, 1 / alpha)  # denser near 0, where the density may have a pole
     values = t**power / (t**power + (1 - t) ** power)
     middle = (values[1:] + values[:-1]) / 2
     mass = (middle * (1 - middle)) ** (alpha - 1) * values.diff()
     cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum() / 2])
-    # the upper half mirrors the lower
+    # The distribution is symmetric.
     return tuple(torch.cat([x, 1 - x[:-1].flip(0)]).float() for x in (values, cumulative))  # type: ignore[return-value]

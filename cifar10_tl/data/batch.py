@@ -1,12 +1,7 @@
-"""Random changes of training images, a whole uint8 batch at once, on whatever device it lies.
-
-Randomness is keyed, not streamed: what happens to an image is a pure function of (seed, epoch, image index), by an
-integer hash. So a run draws the same on one process or many, and after any stop and resume, with no state to save.
-"""
+"""Batches, and the sampler and loader that produce them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,13 +13,13 @@ from cifar10_tl.data.keyed_rng import hash32
 
 
 class Batch(NamedTuple):
-    """What a step gets.
+    """Batch of images.
 
     Attributes:
         images: uint8 [N, 3, H, W].
-        targets: int64 [N] classes, or float32 [N, K] class probabilities where images were mixed.
-        indices: int64 [N], the place of each image in its source.
-        features: of a frozen backbone, where they are cached: float [N, ...], from a loader [N, V, ...] of V views.
+        targets: Labels, int64 [N], or class probabilities, float32 [N, K], after mixing.
+        indices: Index of each image in its source, int64 [N].
+        features: Cached features of a frozen backbone, float [N, ...], or [N, V, ...] with V views from a loader.
     """
 
     images: Tensor
@@ -34,13 +29,13 @@ class Batch(NamedTuple):
 
 
 class Split(Dataset[Batch]):
-    """Images of one split in memory, fetched a whole batch at once.
+    """Images of one split in memory, indexed by a whole batch at once.
 
-    Attributes:
+    Args:
         images: uint8 [N, 3, H, W].
         labels: int64 [N].
-        indices: int64 [N], the place of each image in its source: its name in augmentation, figures and tables.
-        views: of the images' features, where they are cached: tensors [N, ...].
+        indices: Index of each image in its source, int64 [N]; 0 to N - 1 by default.
+        views: Cached features of each view of the images, [N, ...] each.
     """
 
     def __init__(
@@ -52,39 +47,45 @@ class Split(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, places: Tensor) -> Batch:
-        places = places.to(self.images.device, non_blocking=True)
-        # not images[places], which copies byte by byte: 400 us for 128 images, rather than 15
+    def __getitem__(self, positions: Tensor) -> Batch:
+        positions = positions.to(self.images.device, non_blocking=True)
+        # Indexing with brackets copies byte by byte: 400 us for 128 images instead of 15.
         images, labels, indices, *views = (
-            tensor.index_select(0, places) for tensor in (self.images, self.labels, self.indices, *self.views)
+            tensor.index_select(0, positions) for tensor in (self.images, self.labels, self.indices, *self.views)
         )
         return Batch(images, labels, indices, torch.stack(views, 1) if views else None)
 
     def to(self, device: torch.device) -> Split:
-        """The split with its tensors on ``device``."""
+        """Return the split with its tensors on ``device``."""
         views = [view.to(device) for view in self.views]
         return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), views)
 
-    def subset(self, places: Tensor) -> Split:
-        """The images at ``places`` (int64 [n]), their indices kept."""
-        return Split(self.images[places], self.labels[places], self.indices[places])
+    def subset(self, positions: Tensor) -> Split:
+        """Return the images at ``positions`` (int64 [n]), with the same indices."""
+        return Split(self.images[positions], self.labels[positions], self.indices[positions])
 
     def by_index(self, indices: Tensor) -> Tensor:
-        """The images with these ``indices`` (int64 [n], sorted or not): uint8 [n, 3, H, W]."""
+        """Return the images with these indices (int64 [n]) as uint8 [n, 3, H, W]."""
         return self.images[torch.searchsorted(self.indices, indices)]
 
 
 class BatchSampler(Sampler[Tensor]):
-    """Yields, for each step, the places of this process's share of the global batch (int64 [n]).
+    """Sampler of whole batches that yields the positions of this process's images (int64 [n]) for each step.
 
-    The order of an epoch is a pure function of (seed, epoch). Of each global batch, rank r takes every
-    ``world_size``-th place from r on, so that the global batch holds the same images for any number of processes.
+    The order of an epoch is a function of (seed, epoch). Rank r takes every ``world_size``-th position of a global
+    batch, so that the global batches are the same for any number of processes.
 
-    Training (``shuffle=True``): a new order each epoch, full batches only; the rest waits for another epoch.
-    Evaluation: in order, every image exactly once, nothing padded. All ranks yield equally many batches, so that
-    none waits for another, and a rank's last batch may be empty.
+    Training (``shuffle=True``) uses a new order in each epoch and full batches only. Evaluation visits every image
+    exactly once, without padding; all ranks yield the same number of batches, and the last one may be empty.
 
-    Lightning calls :meth:`set_epoch`. :meth:`state_dict` tells the position, for going on inside an epoch.
+    Args:
+        num_images: Number of images in the split.
+        batch_size: Number of images per global batch.
+        shuffle: Shuffle in each epoch and drop the last incomplete batch.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        mixed: Evaluate in a random order that is the same in each epoch, for evaluation of the first batches only.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class BatchSampler(Sampler[Tensor]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        mixed: bool = False,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} cannot be divided over {world_size} processes")
         self.num_images, self.batch_size, self.shuffle, self.seed = num_images, batch_size, shuffle, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.mixed = rank, world_size, mixed
         self.epoch = 0
         self._position = {"epoch": 0, "batches_done": 0}
         self._resume_from: dict[str, int] | None = None
@@ -110,7 +112,7 @@ class BatchSampler(Sampler[Tensor]):
         return whole + (rest > 0 and not self.shuffle)
 
     def __iter__(self) -> Iterator[Tensor]:
-        # A generator: nothing here runs before the first batch is asked for, by when the epoch is set.
+        # As a generator, this runs at the first batch, after Lightning called set_epoch.
         order = self.order()
         resume_from, self._resume_from = self._resume_from, None
         start = resume_from["batches_done"] if resume_from and resume_from["epoch"] == self.epoch else 0
@@ -119,62 +121,51 @@ class BatchSampler(Sampler[Tensor]):
             yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
 
     def order(self) -> Tensor:
-        """The places of all images in this epoch's order, int64 [num_images]."""
-        if not self.shuffle:
+        """Return the positions of all images in the order of this epoch, int64 [num_images]."""
+        if not self.shuffle and not self.mixed:
             return torch.arange(self.num_images)
-        generator = torch.Generator().manual_seed(int(hash32(self.seed, self.epoch)))
+        generator = torch.Generator().manual_seed(int(hash32(self.seed, self.epoch if self.shuffle else 0)))
         return torch.randperm(self.num_images, generator=generator)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the epoch and how many of its batches are out."""
+        """Return the epoch and the number of its batches that were yielded."""
         return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position, if the epoch it is in comes next; any other epoch starts at its first batch."""
+        """Resume inside an epoch, if that epoch is iterated next."""
         self._position = dict(state)
         self._resume_from = dict(state)
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A DataLoader that fetches a whole batch by one index operation, and can be resumed inside an epoch.
+    """DataLoader that fetches a whole batch by one index operation and can be resumed inside an epoch.
 
-    ``batch_size=None`` is PyTorch's way to say that the sampler's items are batches already. There are no workers:
-    indexing a tensor in memory takes less time than handing the result from one process to another.
+    There are no workers, because indexing takes less time than sending the result to another process.
 
-    With ``pin_memory`` batches lie where a GPU can fetch them while the processor goes on.
-
-    Attributes:
-        requested_at: Time (``time.perf_counter``) at which the latest batch was asked for.
+    Args:
+        dataset: Split to load.
+        sampler: Sampler of whole batches.
+        pin_memory: Copy batches to pinned memory.
     """
 
-    def __init__(self, dataset: Dataset[Batch], order: BatchSampler, *, pin_memory: bool = False) -> None:
-        super().__init__(dataset, sampler=order, batch_size=None, collate_fn=_as_it_is, pin_memory=pin_memory)
-        self.order = order
-        self.requested_at = 0.0
+    sampler: BatchSampler
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yield the batches."""
-        batches = super().__iter__()
-        while True:
-            self.requested_at = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            yield batch
+    def __init__(self, dataset: Dataset[Batch], sampler: BatchSampler, *, pin_memory: bool = False) -> None:
+        # batch_size=None: the items of the sampler are batches already.
+        super().__init__(dataset, sampler=sampler, batch_size=None, collate_fn=_identity, pin_memory=pin_memory)
 
     def state_dict(self) -> dict[str, int]:
-        """See :meth:`BatchSampler.state_dict`."""
-        return self.order.state_dict()
+        """Return the state of the sampler."""
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """See :meth:`BatchSampler.load_state_dict`."""
-        self.order.load_state_dict(state)
+        """Restore the state of the sampler."""
+        self.sampler.load_state_dict(state)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

@@ -1,13 +1,15 @@
-"""The data of a run: splits, loaders, and the augmentation that a batch gets on its device."""
+"""DataModule with the splits, loaders and augmentation of a run."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from cifar10_tl.config.errors import UserError, known_arguments
@@ -19,29 +21,27 @@ from cifar10_tl.data.sources import SOURCES
 
 
 class CIFAR10DataModule(pl.LightningDataModule):
-    """CIFAR-10, or a data set in its place, as Lightning wants it.
+    """DataModule for CIFAR-10, a folder of images, or the built-in shapes.
 
-    The test images are never used to choose anything: validation images are split off the training images, as many
-    of each class, by ``split_seed``.
+    Validation images are held out from the training images, stratified by class, unless the source has a "val" split.
 
     Args:
         source: "cifar10", "folder" or "shapes".
-        batch_size: images a step over all processes together.
-        val_size: training images held out for validation, a number or (float) a share; unused where the source has a
-            "val" of its own.
-        split_seed: which ones.
-        image_limit: at most so many images in each of train, val and test (after the split), classes in proportion.
-        augment: arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
-        on_device: keep the images in the accelerator's memory, so that no step waits for a copy (N * 3 * H * W bytes).
-        seed: of the order and the augmentation.
-        **source_options: arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
+        batch_size: Images per step over all processes.
+        val_size: Number (int) or fraction (float) of training images held out for validation.
+        split_seed: Seed of the choice of validation images.
+        image_limit: Maximum number of images in each of train, val and test, stratified by class.
+        augment: Arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
+        on_device: Keep the images in the memory of the accelerator.
+        seed: Seed of the order and the augmentation.
+        **source_options: Arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
 
     Attributes:
-        splits: "train", "val" and "test", from :meth:`setup` on.
-        feature_cache: where set, batches bring the features of their images.
+        splits: "train", "val" and "test", available after :meth:`setup`.
+        feature_cache: Cache of the features that are added to batches, if set.
 
     Raises:
-        UserError: the source finds a fault with its options, or (later) the batch or val_size does not fit the data.
+        UserError: If an argument is invalid for the source.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         self.augment = Augment(**known_arguments(Augment, augment or {}, "data.augment"))
         self.save_hyperparameters({**self._plain(locals()), "augment": asdict(self.augment)}, logger=False)
         if source not in SOURCES:
-            raise UserError(f"data.source={source}: there are {', '.join(SOURCES)}")
+            raise UserError(f"data.source={source}: choose one of {', '.join(SOURCES)}")
         self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}
@@ -71,14 +71,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
         names = ("source", "batch_size", "val_size", "split_seed", "image_limit", "on_device", "seed")
         return {**{n: arguments[n] for n in names}, **arguments["source_options"]}
 
-    # ------------------------------------------------------------------------------------------------------- set-up
-
     def prepare_data(self) -> None:
-        """Download or decode; Lightning calls this in one process a machine."""
+        """Download or decode the images; called in one process per machine."""
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all splits; the second call finds them there."""
+        """Load all splits, once."""
         if self.splits:
             return
         splits = {name: Split(*image_set) for name, image_set in self.source.load().items()}
@@ -91,16 +89,22 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if isinstance(size, float):
             size = max(classes, round(size * len(train)))
         if len(train) < 2 * classes:
-            raise UserError(f"{len(train)} training images of {classes} classes: too few to train and validate with")
+            raise UserError(f"{len(train)} training images are too few for {classes} classes: at least 2 per class")
         if not classes <= size <= len(train) - classes:
             raise UserError(
-                f"data.val_size={self.hparams['val_size']} of {len(train)} training images: "
-                f"choose {classes} to {len(train) - classes}"
+                f"data.val_size={self.hparams['val_size']} does not fit {len(train)} training images of {classes} "
+                f"classes; choose {classes} to {len(train) - classes}"
             )
         held_out = stratified(train.labels, size, self.hparams["split_seed"])
-        rest = torch.ones(len(train), dtype=torch.bool)
-        rest[held_out] = False
-        return train.subset(rest.nonzero().flatten()), train.subset(held_out)
+        mask = torch.ones(len(train), dtype=torch.bool)
+        mask[held_out] = False
+        counts = torch.bincount(train.labels[mask], minlength=classes)
+        if missing := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
+            raise UserError(
+                f"data.val_size={self.hparams['val_size']} leaves no training image of {', '.join(missing)}; "
+                "choose a smaller data.val_size or add images"
+            )
+        return train.subset(mask.nonzero().flatten()), train.subset(held_out)
 
     def _limited(self, split: Split) -> Split:
         limit = self.hparams["image_limit"]
@@ -108,38 +112,57 @@ class CIFAR10DataModule(pl.LightningDataModule):
             return split
         return split.subset(stratified(split.labels, limit, self.hparams["split_seed"]))
 
-    # ------------------------------------------------------------------------------------------------------ loaders
+    def state_dict(self) -> dict[str, dict[str, str]]:
+        """Return a checksum of the labels and indices of each split, to detect changed data on resume."""
+        return {"splits": {name: _fingerprint(split) for name, split in self.splits.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the splits with those of the checkpoint when a training run is resumed.
+
+        Raises:
+            UserError: If a split has other images or labels.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        current = self.state_dict()["splits"]
+        changed = [name for name, found in state_dict.get("splits", {}).items() if current.get(name) != found]
+        if changed:
+            raise UserError(
+                f"the data has changed since the checkpoint was written ({', '.join(changed)}): restore the files and "
+                "the data settings, or start a new run with init_from=CHECKPOINT"
+            )
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled full batches; one smaller batch where there are fewer training images than ``batch_size``."""
+        """Return shuffled full batches, or one smaller batch if there are fewer images than ``batch_size``."""
         split, world_size = self.splits["train"], self._world_size
         if len(split) < world_size:
-            raise UserError(f"{len(split)} training images cannot be shared by {world_size} processes")
+            raise UserError(f"{len(split)} training images are too few for {world_size} processes")
         batch_size = min(self.hparams["batch_size"], len(split) - len(split) % world_size)
         return self._loader("train", batch_size, shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
-        """Every validation image once, in order."""
+        """Return every validation image once, in order unless ``limit_val_batches`` is set."""
         return self._loader("val", self.hparams["batch_size"], shuffle=False)
 
     def test_dataloader(self) -> BatchLoader:
-        """Every test image once, in order."""
+        """Return every test image once, in order unless ``limit_test_batches`` is set."""
         return self._loader("test", self.hparams["batch_size"], shuffle=False)
 
     def _loader(self, name: str, batch_size: int, *, shuffle: bool) -> BatchLoader:
         split = self._with_features(name)
-        rank = self.trainer.global_rank if self.trainer else 0
-        order = BatchSampler(
+        limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
+        sampler = BatchSampler(
             len(split),
             batch_size,
             shuffle=shuffle,
-            seed=self.hparams["seed"],
-            rank=rank,
+            seed=self.hparams["seed"] if shuffle else self.hparams["split_seed"],
+            rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size,
+            mixed=not (isinstance(limit, float) and limit == 1.0),  # files are often sorted by class
         )
         if self.hparams["on_device"]:
-            return BatchLoader(split.to(self._device), order)
-        return BatchLoader(split, order, pin_memory=self._device.type == "cuda")
+            return BatchLoader(split.to(self._device), sampler)
+        return BatchLoader(split, sampler, pin_memory=self._device.type == "cuda")
 
     def _with_features(self, name: str) -> Split:
         split = self.splits[name]
@@ -157,25 +180,23 @@ class CIFAR10DataModule(pl.LightningDataModule):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    # ------------------------------------------------------------------------------------------------- augmentation
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment a training batch, on the device where it now lies."""
+        """Augment a training batch on its device."""
         if self.trainer is not None and self.trainer.training:
             return self.augmented(batch, self.trainer.current_epoch)
         return batch if batch.features is None else batch._replace(features=batch.features[:, 0])
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
-        """``batch`` as the network sees it in this epoch."""
+        """Return ``batch`` augmented for this epoch."""
         if batch.features is not None:
             return choose_view(batch, flip=self.augment.horizontal_flip, seed=self.hparams["seed"], epoch=epoch)
         return augment(batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
 
 
 def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
-    """Places of ``size`` of the ``labels`` (int64 [N]), each class in proportion, chosen by ``seed``; sorted.
+    """Return sorted positions of ``size`` of the ``labels`` (int64 [N]), each class in proportion, chosen by ``seed``.
 
-    What does not divide evenly goes to the classes with the largest remainders, the first classes first.
+    Remaining images go to the classes with the largest remainders, the first classes first.
     """
     counts = torch.bincount(labels)
     quota = counts * size / len(labels)
@@ -186,3 +207,10 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=generator)
     chosen = [shuffled[labels[shuffled] == label][:n] for label, n in enumerate(take.tolist())]
     return torch.cat(chosen).sort().values
+
+
+def _fingerprint(split: Split) -> str:
+    digest = hashlib.sha256()
+    for tensor in (split.labels, split.indices):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return f"{len(split)}-{digest.hexdigest()[:16]}"

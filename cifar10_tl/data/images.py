@@ -1,8 +1,4 @@
-"""Where images come from: torchvision's CIFAR-10, a folder of pictures, or shapes drawn by code.
-
-A source knows its class names at once, makes its images ready once a machine (:meth:`Source.prepare`), and hands them
-over as tensors in memory (:meth:`Source.load`). To add one, write a class with these three and name it in ``SOURCES``.
-"""
+"""Find and decode image files."""
 
 from __future__ import annotations
 
@@ -18,38 +14,38 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class BadImageError(ValueError):
-    """A file that is no picture, cut off, too large or not to be read; the text, of one line, says which."""
+    """Error for a file that is unreadable, truncated, too large or not an image; the message is one line."""
 
 
 def decode_image(path: Path | str, size: int) -> NDArray[np.uint8]:
-    """A picture file as uint8 [3, size, size], see :func:`to_pixels`. Training and prediction both read files by it.
+    """Decode an image file to uint8 [3, size, size]; see :func:`to_pixels`.
 
     Raises:
-        BadImageError: the file is no image, is cut off, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        BadImageError: If the file is unreadable, truncated, not an image, or has more than
+            ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow only warns from its limit on, and refuses from twice the limit on.
+            # Pillow only warns up to twice the limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of broken EXIF, passed over below
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about broken EXIF, ignored below
             with Image.open(path) as picture:
                 return to_pixels(picture, size)
     except UnidentifiedImageError as error:
-        raise BadImageError("no image of a kind that Pillow reads") from error
+        raise BadImageError("not an image format that Pillow can read") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImageError(f"too large, not decoded: {error}") from error
-    except Exception as error:  # a broken file fails in many ways, each kind of image in its own
+        raise BadImageError(f"too large: {error}") from error
+    except Exception as error:  # Pillow raises many types of errors for broken files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error
 
 
 def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """A picture as RGB, uint8 [3, size, size], as the network is trained on.
+    """Convert a picture to RGB, uint8 [3, size, size], as in training.
 
-    It is turned upright where its EXIF says so. What is transparent becomes white. 16-bit grey is scaled to 8 bits,
-    not cut off; floats are taken to lie in [0, 1]. Colour profiles are not applied, and of several frames the first
-    counts. A picture of another size is squeezed to the square with Pillow's bicubic, which averages over the pixels
-    that are lost (antialiasing).
+    The EXIF orientation is applied, transparency is composited on white, 16-bit grayscale is scaled to 8 bits, and
+    floating-point pixels are expected in [0, 1]. Color profiles are ignored, and only the first frame is used. Other
+    sizes are resized to the square with antialiased bicubic interpolation.
     """
     rgb = _rgb(_eight_bit(_upright(picture)))
     if rgb.size != (size, size):
@@ -61,17 +57,17 @@ def _upright(picture: Image.Image) -> Image.Image:
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow has no one error for broken EXIF, and the picture is none the worse for it
+    except Exception:  # broken EXIF raises many types of errors, and the pixels are still usable
         return picture
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Pillow's own conversion would cut off all above 255."""
+    """Scale 16-bit and floating-point pixels to 8 bits, where Pillow would clip them."""
     if picture.mode != "F" and not picture.mode.startswith("I"):
         return picture
     highest = 1.0 if picture.mode == "F" else 65535.0  # Pillow reads 16-bit files as "I;16" or "I"
-    shares = np.nan_to_num((np.asarray(picture, dtype=np.float32) / highest).clip(0, 1))
-    return Image.fromarray((255 * shares).round().astype(np.uint8))
+    fractions = np.nan_to_num((np.asarray(picture, dtype=np.float32) / highest).clip(0, 1))
+    return Image.fromarray((255 * fractions).round().astype(np.uint8))
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

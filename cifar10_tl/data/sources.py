@@ -1,7 +1,6 @@
-"""Where images come from: torchvision's CIFAR-10, a folder of pictures, or shapes drawn by code.
+"""Sources of images: CIFAR-10, a folder of images, and the built-in shapes.
 
-A source knows its class names at once, makes its images ready once a machine (:meth:`Source.prepare`), and hands them
-over as tensors in memory (:meth:`Source.load`). To add one, write a class with these three and name it in ``SOURCES``.
+To add a source, write a class with the members of :class:`Source` and add it to ``SOURCES``.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.download import exclusive, extract_tar, fetch
-from cifar10_tl.data.images import BadImageError, decode_image
+from cifar10_tl.data.download import download, file_lock
+from cifar10_tl.data.images import IMAGE_SUFFIXES, BadImageError, decode_image, list_files
 from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.io import atomic_write
@@ -31,43 +32,35 @@ from cifar10_tl.io import atomic_write
 log = logging.getLogger(__name__)
 
 
-CIFAR10_NAMES: tuple[str, ...] = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+CIFAR10_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 
 
 class ImageSet(NamedTuple):
-    """Images in memory: uint8 [N, 3, H, W], and their classes: int64 [N]."""
+    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]."""
 
     images: Tensor
     labels: Tensor
 
 
 class Source(Protocol):
-    """What the DataModule asks of a source of images."""
+    """Source of the images of :class:`~cifar10_tl.data.datamodule.CIFAR10DataModule`."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
+        """Names of the classes, in the order of the labels."""
 
     def prepare(self) -> None:
-        """Download or decode, where that is not done yet. Called in one process a machine."""
+        """Download or decode the images if necessary; called in one process per machine."""
 
     def load(self) -> dict[str, ImageSet]:
-        """The splits "train" and "test", and "val" if the source has one of its own."""
+        """Return the splits "train" and "test", and "val" if the source defines one."""
 
 
 class Cifar10:
-    """The official archive, as torchvision reads it, its checksums checked, fetched from the first good mirror."""
+    """CIFAR-10, downloaded from the first working mirror and read by torchvision."""
 
     class_names = CIFAR10_NAMES
 
@@ -75,18 +68,14 @@ class Cifar10:
         self.root, self.mirrors, self.md5, self.stall_seconds = root, mirrors, md5, stall_seconds
 
     def prepare(self) -> None:
-        """Fetch and unpack the archive.
-
-        Raises:
-            UserError: no mirror delivered it.
-        """
+        """Download and extract the archive."""
         prepare_cifar10(self.root, self.mirrors, self.md5, self.stall_seconds)
 
     def load(self) -> dict[str, ImageSet]:
-        """50,000 training and 10,000 test images of 32x32 pixels, in the official order."""
+        """Return 50,000 training and 10,000 test images of 32 x 32 pixels, in the official order."""
         splits = {}
         for name in ("train", "test"):
-            # torchvision unpickles the files only after it checked the md5 of each
+            # torchvision verifies the checksum of each file before unpickling it.
             dataset = CIFAR10(self.root, train=name == "train", download=False)
             images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
             splits[name] = ImageSet(images, torch.tensor(dataset.targets))
@@ -94,171 +83,179 @@ class Cifar10:
 
 
 def prepare_cifar10(root: str, mirrors: Sequence[str], md5: str, stall_seconds: float) -> Path:
-    """Make ``root/cifar-10-batches-py`` a whole copy of CIFAR-10, downloading only what is missing.
+    """Download and extract CIFAR-10 unless it is complete, and return its folder.
 
     Raises:
-        UserError: no mirror delivered the archive.
+        UserError: If no mirror delivers the archive, or the archive is not CIFAR-10.
     """
-    folder = Path(root) / CIFAR10.base_folder
-    if _is_whole(root):
+    folder, archive = Path(root, CIFAR10.base_folder), Path(root, CIFAR10.filename)
+    if _is_complete(root):
         return folder
-    with exclusive(Path(root) / ".cifar-10.lock"):
-        if _is_whole(root):  # another job fetched it in the meantime
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with file_lock(Path(root, ".cifar-10.lock")):
+        if _is_complete(root):  # another process downloaded it while this one was waiting
             return folder
-        archive = fetch(
-            mirrors,
-            Path(root) / CIFAR10.filename,
-            md5=md5,
-            stall_seconds=stall_seconds,
-            hint="Or go on without it: data=shapes needs no download, data=folder takes your own pictures",
-        )
-        extract_tar(archive, Path(root))
-        if not _is_whole(root):
-            raise UserError(f"{archive} holds no CIFAR-10: delete it and start again")
+        hint = ", or use data=shapes, which needs no download, or data=folder for your own images"
+        download(mirrors, archive, md5=md5, timeout=stall_seconds, hint=hint)
+        extract_archive(str(archive), root)
+        if not _is_complete(root):
+            raise UserError(f"{archive} does not contain CIFAR-10; delete it and try again")
     return folder
 
 
-def _is_whole(root: str) -> bool:
+def _is_complete(root: str) -> bool:
     try:
         CIFAR10(root, train=False, download=False)
-    except RuntimeError:  # torchvision's word for a missing or changed file
+    except RuntimeError:  # a file is missing or has another checksum
         return False
     return True
 
 
 class Folder:
-    """``root/train/<class>/*`` and ``root/test/<class>/*``, and ``root/val/<class>/*`` if there.
+    """Images in ``root/train/<class>/``, ``root/test/<class>/`` and optionally ``root/val/<class>/``.
 
-    Pictures (PNG, JPEG, WebP) are decoded once and kept as a cache file whose name is a checksum of the folder's
-    listing (paths, sizes, times), so that a changed folder is decoded anew.
+    Each split is decoded once to a cache file, whose name depends on the location, sizes and times of the images.
+
+    Args:
+        root: Folder of the splits.
+        native_size: Height and width of the decoded images in pixels.
+        skip_bad: Leave out files that cannot be used, instead of raising an error.
+        cache_dir: Folder of the cache files.
     """
 
     def __init__(self, root: str, native_size: int = 32, skip_bad: bool = False, cache_dir: str = "data/cache") -> None:
         self.root, self.native_size, self.skip_bad = Path(root), native_size, skip_bad
         self.cache_dir = Path(cache_dir)
-        self.class_names = self._find_classes()
-
-    def _find_classes(self) -> tuple[str, ...]:
         for split in ("train", "test"):
             if not (self.root / split).is_dir():
                 raise UserError(
-                    f"data.root={self.root}: there is no folder {split}; "
-                    "data=folder wants train/<class>/* and test/<class>/* in it"
+                    f"data.root={root}: there is no folder {split}; data=folder needs train/<class>/ and test/<class>/"
                 )
-        names = {s: _subfolders(self.root / s) for s in ("train", "test", "val") if (self.root / s).is_dir()}
-        if len(names["train"]) < 2:
-            raise UserError(f"data.root={self.root}: train holds {len(names['train'])} class folders, 2 are needed")
-        for split, found in names.items():
-            if found != names["train"]:
-                odd = ", ".join(sorted(set(found) ^ set(names["train"])))
-                raise UserError(f"data.root={self.root}: train and {split} differ in their classes: {odd}")
-        return names["train"]
+        splits = [s for s in ("train", "val", "test") if (self.root / s).is_dir()]
+        self.folders = {split: _class_folders(self.root / split) for split in splits}
+        self.class_names = tuple(sorted(self.folders["train"]))
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        if len(self.class_names) < 2:
+            raise UserError(
+                f"data.root={self.root}: train needs at least 2 class folders, but has {len(self.class_names)}"
+            )
+        for split, found in self.folders.items():
+            if odd := sorted(set(found) ^ set(self.class_names)):
+                raise UserError(f"data.root={self.root}: the classes of train and {split} differ: {', '.join(odd)}")
 
     def prepare(self) -> None:
-        """Decode each split that has no whole cache file.
+        """Decode each split without a valid cache file.
 
         Raises:
-            UserError: a file is no image (unless ``skip_bad``), or a split holds no image.
+            UserError: If a file cannot be used (unless ``skip_bad``), or a class has no images.
         """
-        for split in self._splits():
+        for split in self.folders:
             self._cached(split)
 
     def load(self) -> dict[str, ImageSet]:
-        """The splits that the folder has, each sorted by class and then by file name."""
+        """Return the splits, each sorted by class and then by file name."""
         splits = {}
-        for split in self._splits():
+        for split in self.folders:
             images, labels, bad = self._cached(split)
             self._report_bad(bad, split)
             splits[split] = ImageSet(images, labels)
         return splits
 
-    def _splits(self) -> list[str]:
-        return [s for s in ("train", "val", "test") if (self.root / s).is_dir()]
-
     def _cached(self, split: str) -> _Decoded:
-        files = self._files(split)
-        cache = self.cache_dir / f"{self.root.name}-{split}-{self._checksum(files)}.npz"
+        files, bad = self._list(split)
+        cache = self.cache_dir / f"{self.root.name}-{split}-{self._checksum(files, bad)}.npz"
         found = _read_cache(cache)
         if found is None:
-            found = self._decode(split, files)
+            found = self._decode(split, files, bad)
             with atomic_write(cache) as file:
                 images, labels, bad = found
                 np.savez(file, images=images.numpy(), labels=labels.numpy(), bad=np.array(bad, dtype=np.str_))
         return found
 
-    def _files(self, split: str) -> list[tuple[Path, int]]:
-        found = []
+    def _list(self, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
+        """Return the files of a split with their labels, and a message for everything outside of them."""
+        files, bad = [], []
+        for path in sorted((self.root / split).iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
+                bad.append(f"{printable(path)} (not in a class folder)")
         for label, name in enumerate(self.class_names):
-            found += [(path, label) for path in sorted(_visible_files(self.root / split / name))]
-        return found
+            paths, errors = list_files(self.folders[split][name])
+            files += [(path, label) for path in paths]
+            bad += [f"{printable(error.filename)} ({error.strerror})" for error in errors]
+        return files, bad
 
-    def _checksum(self, files: Sequence[tuple[Path, int]]) -> str:
-        stats = [(p.relative_to(self.root), p.stat() if p.exists() else None) for p, _ in files]
-        listing = [[str(path), stat and stat.st_size, stat and stat.st_mtime_ns] for path, stat in stats]
-        key = json.dumps([3, self.native_size, listing])  # 3: the version of the decoding below
+    def _checksum(self, files: Sequence[tuple[Path, int]], bad: Sequence[str]) -> str:
+        stats = [(str(p), p.stat() if p.exists() else None) for p, _ in files]
+        listing = [[path, s and s.st_size, s and s.st_mtime_ns, s and s.st_ctime_ns] for path, s in stats]
+        key = json.dumps([4, self.native_size, os.path.realpath(self.root), listing, bad])  # 4: version of the format
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def _decode(self, split: str, files: Sequence[tuple[Path, int]]) -> _Decoded:
-        images, labels, bad = [], [], []
+    def _decode(self, split: str, files: Sequence[tuple[Path, int]], unusable: Sequence[str]) -> _Decoded:
+        images, labels, bad = [], [], [*unusable]
         for path, label in tqdm(files, desc=f"decoding {split}", unit=" images", disable=None, leave=False):
             try:
                 images.append(decode_image(path, self.native_size))
                 labels.append(label)
             except BadImageError as error:
-                bad.append(f"{path} ({error})")
+                bad.append(f"{printable(path)} ({error})")
         if not self.skip_bad:
             self._report_bad(bad, split)
-        if len(set(labels)) < len(self.class_names):
-            empty = [n for i, n in enumerate(self.class_names) if i not in set(labels)]
-            raise UserError(f"{self.root / split}: no image of {', '.join(empty)}")
+        if empty := [name for label, name in enumerate(self.class_names) if label not in labels]:
+            raise UserError(f"{self.root / split}: no images of {', '.join(empty)}")
         return _Decoded(torch.from_numpy(np.stack(images)), torch.tensor(labels), bad)
 
     def _report_bad(self, bad: Sequence[str], split: str) -> None:
         if not bad:
             return
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        count = "1 file" if len(bad) == 1 else f"{len(bad)} files"
+        count = "1 path" if len(bad) == 1 else f"{len(bad)} paths"
         if not self.skip_bad:
-            raise UserError(f"{count} of {split} cannot be used: {shown}. data.skip_bad=true leaves out such files")
-        log.warning("%s of %s cannot be used and left out: %s", count, split, shown)
+            raise UserError(f"{count} in {split} cannot be used: {shown}; data.skip_bad=true leaves them out")
+        log.warning("%s in %s cannot be used and were left out: %s", count, split, shown)
 
 
 class _Decoded(NamedTuple):
-    """A split's images and labels, and a word on each file that is no good."""
-
     images: Tensor
     labels: Tensor
-    bad: list[str]
+    bad: list[str]  # a message for each path that cannot be used
 
 
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be encoded as UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Every file below ``folder`` but those with a hidden folder or name; links are followed, each folder once."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(place, f)) not in seen]
-        paths = (Path(place) / name for name in files if name[0] != ".")
-        yield from (path for path in paths if path.is_file() or not path.exists())  # a broken link is told as any other
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Return the class folders by name, in Unicode normal form C: macOS and Linux write "é" in different ways."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        if printable(path.name) != path.name:
+            raise UserError(f"{printable(path)}: the name of a class folder must be valid UTF-8; rename the folder")
+        name = unicodedata.normalize("NFC", path.name)
+        if name in found:
+            raise UserError(f"{folder}: two class folders are named {name} in different Unicode forms; merge them")
+        found[name] = path
+    return found
 
 
 def _read_cache(path: Path) -> _Decoded | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # a zip file: each array's checksum is checked
+        with np.load(path, allow_pickle=False) as arrays:  # zip files contain checksums
             images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
             return _Decoded(images, labels, arrays["bad"].tolist())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        log.warning("%s is broken; decoding the pictures again", path)
+        log.warning("%s is damaged; decoding the images again", path)
         return None
 
 
 class Shapes:
-    """The built-in data set of :mod:`cifar10_tl.data.shapes`; train and test are drawn from seeds of their own."""
+    """Built-in dataset of :mod:`cifar10_tl.data.shapes`; train and test are drawn with different seeds."""
 
     class_names = SHAPE_NAMES
 
@@ -269,10 +266,10 @@ class Shapes:
         self.native_size, self.drawing_seed = native_size, drawing_seed
 
     def prepare(self) -> None:
-        """Nothing to make ready: drawing takes seconds."""
+        """Do nothing: drawing takes seconds."""
 
     def load(self) -> dict[str, ImageSet]:
-        """``train_size`` and ``test_size`` images, all classes equally often."""
+        """Return ``train_size`` and ``test_size`` images with balanced classes."""
         return {
             split: ImageSet(*draw_shapes(size, seed=2 * self.drawing_seed + offset, image_size=self.native_size))
             for offset, (split, size) in enumerate(self.sizes.items())

@@ -176,7 +176,8 @@ def skip_idle_hooks(callback: Callback) -> None:
 
 def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> FeatureCache:
     """Build the cache of the backbone's features, shared by the processes of this machine."""
-    processes = Processes(trainer.local_rank, trainer.num_devices, trainer.strategy.barrier)
+    strategy = trainer.strategy
+    processes = Processes(trainer.local_rank, trainer.num_devices, strategy.barrier, strategy.broadcast)
     folder = Path(cfg.paths.cache_dir) / "features"
     return FeatureCache(folder, module.features, module.features_description, processes)
 
