@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch, Split
@@ -27,6 +28,7 @@ def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options) ->
         world_size=world_size,
         training=True,
         current_epoch=epoch,
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     data.setup()
@@ -35,7 +37,7 @@ def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options) ->
 
 def training_batches(data: CIFAR10DataModule) -> list[Batch]:
     loader = data.train_dataloader()
-    loader.order.set_epoch(data.trainer.current_epoch)  # type: ignore[union-attr]
+    loader.sampler.set_epoch(data.trainer.current_epoch)  # type: ignore[union-attr]
     return [data.on_after_batch_transfer(batch, 0) for batch in loader]
 
 
@@ -71,13 +73,13 @@ def test_going_on_inside_an_epoch_gives_the_same_batches() -> None:
     data = datamodule(epoch=2)
     whole = training_batches(data)
     loader = data.train_dataloader()
-    loader.order.set_epoch(2)
+    loader.sampler.set_epoch(2)
     iterator = iter(loader)
     next(iterator), next(iterator)
     fresh = datamodule(epoch=2)
     resumed = fresh.train_dataloader()
     resumed.load_state_dict(loader.state_dict())
-    resumed.order.set_epoch(2)
+    resumed.sampler.set_epoch(2)
     rest = [fresh.on_after_batch_transfer(b, 0) for b in resumed]
     assert len(rest) == 3
     for a, b in zip(rest, whole[2:], strict=True):
@@ -107,7 +109,7 @@ def test_fewer_images_than_a_batch_make_one_batch() -> None:
 
 @pytest.mark.parametrize("val_size", [9, 191])
 def test_a_val_size_that_leaves_a_class_out_is_refused(val_size: int) -> None:
-    with pytest.raises(UserError, match=f"data.val_size={val_size} .* choose 10 to 190"):
+    with pytest.raises(UserError, match=f"data.val_size={val_size} .*choose 10 to 190"):
         datamodule(val_size=val_size)
 
 
@@ -139,5 +141,45 @@ def test_hyperparameters_are_plain_and_complete() -> None:
 
 
 def test_an_unknown_source_is_refused() -> None:
-    with pytest.raises(UserError, match="there are cifar10, folder, shapes"):
+    with pytest.raises(UserError, match="choose one of cifar10, folder, shapes"):
         CIFAR10DataModule(source="mnist")
+
+
+def test_partial_evaluation_sees_all_classes() -> None:
+    data = datamodule(batch_size=20)
+    split = data.splits["val"]
+    data.splits["val"] = split.subset(split.labels.argsort(stable=True))  # in the order of a folder
+    whole = torch.cat([b.targets for b in data.val_dataloader()])
+    assert torch.equal(whole, data.splits["val"].labels)
+    data.trainer.limit_val_batches = 1  # type: ignore[union-attr]
+    first = next(iter(data.val_dataloader()))
+    assert len(first.targets.unique()) >= 7  # the first 20 of 40 sorted images have 5 classes
+    assert torch.equal(first.indices, next(iter(data.val_dataloader())).indices)
+
+
+@pytest.mark.parametrize("change", [{"train_size": 210}, {"val_size": 30}, {"split_seed": 1}])
+def test_changed_data_is_rejected_on_resume(change: dict[str, int]) -> None:
+    state = datamodule().state_dict()
+    datamodule().load_state_dict(state)
+    datamodule().load_state_dict({})  # a checkpoint of an older version
+    changed = datamodule(**change)
+    with pytest.raises(UserError, match=r"the data has changed .*\(train, val\)"):
+        changed.load_state_dict(state)
+    changed.trainer.state.fn = TrainerFn.TESTING  # type: ignore[union-attr]
+    changed.load_state_dict(state)
+
+
+def test_class_without_training_image_is_rejected() -> None:
+    data = datamodule()
+    labels = torch.tensor([0] * 101 + [1] + [i for i in range(2, 10) for _ in range(5)])
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data.hparams["val_size"] = 0.9
+    with pytest.raises(UserError, match=r"data.val_size=0.9 leaves no training image of ring"):
+        data._split(Split(images, labels))
+
+
+def test_datamodule_works_without_a_trainer() -> None:
+    data = CIFAR10DataModule(source="shapes", train_size=100, test_size=20, val_size=20, batch_size=40)
+    data.setup()
+    assert [len(batch.targets) for batch in data.train_dataloader()] == [40, 40]
+    assert sum(len(batch.targets) for batch in data.val_dataloader()) == 20

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import StepLosses, compose_train
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.feature_cache import CHUNK, FeatureCache, Processes, tensors_checksum
@@ -23,7 +24,7 @@ IMAGES = torch.randint(0, 256, (2 * CHUNK + 40, 3, 4, 4), dtype=torch.uint8, gen
 
 
 class Extractor:
-    """Features that are easy to tell, and a count of the images they were computed for."""
+    """Function with simple features that counts its images."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, stop_after: int | None = None) -> None:
         self.dtype, self.stop_after, self.seen = dtype, stop_after, 0
@@ -40,7 +41,7 @@ def views(folder: Path, extract: Extractor, *, mirrored: bool = False, **descrip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_features_come_back_to_the_last_bit_and_are_computed_once(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_features_are_exact_and_computed_once(tmp_path: Path, dtype: torch.dtype) -> None:
     first, second = Extractor(dtype), Extractor(dtype)
     (built,) = views(tmp_path, first)
     (found,) = views(tmp_path, second)
@@ -48,87 +49,75 @@ def test_features_come_back_to_the_last_bit_and_are_computed_once(tmp_path: Path
     assert built.dtype == dtype
     assert torch.equal(built, expected)
     assert torch.equal(found, expected)
-    assert first.seen == len(IMAGES) + 1, "one image tells shape and type"
+    assert first.seen == len(IMAGES) + 1, "one image determines shape and type"
     assert second.seen == 1
 
 
-def test_the_mirrored_view_is_that_of_the_mirror_images(tmp_path: Path) -> None:
+def test_mirrored_view_has_the_features_of_the_mirror_images(tmp_path: Path) -> None:
     plain, mirrored = views(tmp_path, Extractor(), mirrored=True)
     assert torch.equal(plain, IMAGES.flatten(1)[:, :5].bfloat16())
     assert torch.equal(mirrored, IMAGES.flip(-1).flatten(1)[:, :5].bfloat16())
-    again = Extractor()
-    views(tmp_path, again)
-    assert again.seen == 1, "the plain view is there already"
 
 
-def test_other_weights_settings_or_images_make_another_file(tmp_path: Path) -> None:
-    views(tmp_path, Extractor(), weights="a", image_size=32)
-    for other in ({"weights": "b", "image_size": 32}, {"weights": "a", "image_size": 64}):
+def test_each_set_of_weights_settings_and_images_has_its_own_file(tmp_path: Path) -> None:
+    for description in ({"weights": "a"}, {"weights": "b"}):
         extract = Extractor()
-        views(tmp_path, extract, **other)
+        views(tmp_path, extract, **description)
         assert extract.seen == len(IMAGES) + 1
-    extract = Extractor()
-    cache = FeatureCache(tmp_path, extract, lambda: {"weights": "a", "image_size": 32})
-    other_images = IMAGES.clone()
-    other_images[-1, 0, 0, 0] ^= 1
-    cache.views("train", other_images, mirrored=False)
-    assert extract.seen == len(IMAGES) + 1
-    assert len(list(tmp_path.glob("*.bin"))) == 4
-    described = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert described["shape"] == [len(IMAGES), 5]
-    assert described["dtype"] == "bfloat16"
+    changed = IMAGES.clone()
+    changed[-1, 0, 0, 0] ^= 1
+    FeatureCache(tmp_path, Extractor(), lambda: {"weights": "a"}).views("train", changed, mirrored=False)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_a_build_that_was_killed_goes_on_where_it_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+def test_interrupted_build_is_computed_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         views(tmp_path, Extractor(stop_after=CHUNK))
-    extract = Extractor()
-    (features,) = views(tmp_path, extract)
+    assert list(tmp_path.iterdir()) == []
+    (features,) = views(tmp_path, Extractor())
     assert torch.equal(features, IMAGES.flatten(1)[:, :5].bfloat16())
-    assert extract.seen == 1 + len(IMAGES) - CHUNK
-    assert "1 of 3 chunks are there already" in caplog.text
 
 
-@pytest.mark.parametrize("harm", ["bit", "cut", "journal", "no journal"])
-def test_what_a_disk_has_spoiled_is_computed_anew(tmp_path: Path, harm: str) -> None:
+def test_truncated_file_is_computed_again(tmp_path: Path) -> None:
     views(tmp_path, Extractor())
-    (file,), (journal,) = tmp_path.glob("*.bin"), tmp_path.glob("*.journal")
-    if harm == "bit":
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
-    elif harm == "cut":
-        file.write_bytes(file.read_bytes()[:-7])
-    elif harm == "journal":
-        journal.write_bytes(journal.read_bytes()[:20])
-    else:
-        journal.unlink()
-    extract = Extractor()
-    (features,) = views(tmp_path, extract)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    (features,) = views(tmp_path, Extractor())
     assert torch.equal(features, IMAGES.flatten(1)[:, :5].bfloat16())
-    assert extract.seen == 1 + (len(IMAGES) if harm == "no journal" else 40), "only the last chunk is spoiled"
 
 
-def test_processes_share_the_chunks(tmp_path: Path) -> None:
-    extracts = [Extractor(), Extractor()]
-    for rank, extract in enumerate(extracts):
-        cache = FeatureCache(tmp_path, extract, dict, Processes(rank, 2))
-        (features,) = cache.views("train", IMAGES, mirrored=False)
+def test_file_is_readable_by_the_safetensors_library(tmp_path: Path) -> None:
+    (features,) = views(tmp_path, Extractor())
+    (file,) = tmp_path.glob("*.safetensors")
+    assert torch.equal(load_file(file)["features"], features)
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    extracts, found, barrier = [Extractor(), Extractor()], {}, threading.Barrier(2, timeout=20)
+
+    def build(rank: int) -> None:
+        processes = Processes(rank, 2, barrier.wait, lambda _: "run")
+        cache = FeatureCache(tmp_path, extracts[rank], dict, processes)
+        (found[rank],) = cache.views("train", IMAGES, mirrored=False)
+
+    threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert [e.seen - 1 for e in extracts] == [CHUNK + 40, CHUNK]
-    assert torch.equal(features, IMAGES.flatten(1)[:, :5].bfloat16())
+    for rank in (0, 1):
+        assert torch.equal(found[rank], IMAGES.flatten(1)[:, :5].bfloat16())
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"need 0\.00 GB.*0\.00 GB free.*paths\.cache_dir.*data\.image_limit"):
         views(tmp_path, Extractor())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checksum_tells_tensors_names_and_types_apart() -> None:
+def test_checksum_depends_on_names_shapes_types_and_values() -> None:
     weight = torch.zeros(4)
     states: list[Mapping[str, torch.Tensor]] = [
         {"a": weight},
@@ -139,9 +128,6 @@ def test_a_checksum_tells_tensors_names_and_types_apart() -> None:
     ]
     assert len({tensors_checksum(state) for state in states}) == len(states)
     assert tensors_checksum({"a": torch.zeros(4)}) == tensors_checksum(states[0])
-
-
-# ------------------------------------------------------------------------------------------------------ in a whole run
 
 
 PROBE = (
@@ -156,7 +142,7 @@ PROBE = (
 
 @pytest.fixture
 def probe(small_cfg: Small, tmp_path: Path) -> Callable[..., tuple[list[float], Path]]:
-    """A function that runs a probe, cached or not; the losses of its steps, and its folder."""
+    """Return a function that trains a probe and returns its losses and run folder."""
 
     def run(name: str, *overrides: str) -> tuple[list[float], Path]:
         cfg = small_cfg(*PROBE, *overrides, f"paths.cache_dir={tmp_path / 'cache'}", run=name)
@@ -167,23 +153,23 @@ def probe(small_cfg: Small, tmp_path: Path) -> Callable[..., tuple[list[float], 
     return run
 
 
-@pytest.mark.parametrize(
-    ("head", "flip"), [("model/head=dense", "true"), ("model/head=lstm", "false"), ("model/head=lstm", "true")]
-)
-def test_a_probe_learns_and_predicts_the_same_with_and_without_cache(
+@pytest.mark.parametrize(("head", "flip"), [("model/head=dense", "true"), ("model/head=lstm", "false")])
+def test_probe_is_the_same_with_and_without_cache(
     probe: Callable[..., tuple[list[float], Path]], tmp_path: Path, head: str, flip: str
 ) -> None:
     options = ("data.train_size=280", "trainer.max_epochs=2", f"data.augment.horizontal_flip={flip}", head)
-    options += ("model.head.hidden=[32]", "model.head.dropout=0.5")  # drawn by the batch: the same for both
+    options += ("model.head.hidden=[32]", "model.head.dropout=0.5")  # the same random numbers with and without cache
     plain, uncached_run = probe("uncached", *options)
     cached, cached_run = probe("cached", *options, "data.cache_features=true")
     assert cached == pytest.approx(plain, rel=1e-4)
-    assert len(list((tmp_path / "cache" / "features").glob("*.bin"))) == 3 + (flip == "true"), "train, val and test"
+    assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 3 + (flip == "true"), (
+        "train, val and test"
+    )
 
     uncached, from_cache = predictions(uncached_run), predictions(cached_run)
     assert [row["predicted_label"] for row in from_cache] == [row["predicted_label"] for row in uncached]
 
-    # the checkpoint is a whole network: evaluated from the images, it says the same
+    # The checkpoint contains the backbone and evaluates images.
     checkpoint = cached_run / "checkpoints" / "best.ckpt"
     backbone = LitClassifier.load_from_checkpoint(checkpoint, weights_only=True).network.backbone
     assert sum(p.numel() for p in backbone.parameters()) > 11e6
@@ -207,20 +193,8 @@ def compose_evaluate(checkpoint: Path, folder: Path) -> DictConfig:
         return compose("evaluate", overrides=[f"checkpoint={checkpoint}", f"paths.output_dir={folder}"])
 
 
-def test_a_second_run_finds_the_features(
-    probe: Callable[..., tuple[list[float], Path]], caplog: pytest.LogCaptureFixture
-) -> None:
-    first, _ = probe("first", "data.cache_features=true", "data.augment.horizontal_flip=false")
-    caplog.clear()
-    caplog.set_level("INFO")
-    second, _ = probe("second", "data.cache_features=true", "data.augment.horizontal_flip=false", "optimizer.lr=0.01")
-    assert [f"features of {name}: found" in caplog.text for name in ("train", "val", "test")] == [True] * 3
-    assert second[0] == pytest.approx(first[0], rel=1e-6)
-    assert second[-1] != first[-1], "another rate"
-
-
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["data.cache_features=true"], r"add model\.freeze=backbone"),
         (["experiment=probe", "data.augment.random_crop_padding=4"], r"add data\.augment\.random_crop_padding=0"),
@@ -229,6 +203,6 @@ def test_a_second_run_finds_the_features(
         (["experiment=probe", "data.augment.color_jitter=0.5"], r"add data\.augment\.color_jitter=0"),
     ],
 )
-def test_settings_that_contradict_a_cache(overrides: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_incompatible_settings_are_rejected(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         compose_train(*overrides)

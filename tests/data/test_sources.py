@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import lock
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -72,25 +74,25 @@ def test_cifar10_is_fetched_and_read_as_it_is(archive, serve: str, tmp_path: Pat
     source.prepare()
 
 
-def test_without_a_network_the_line_names_the_file_the_place_and_other_ways(tmp_path: Path) -> None:
-    source = Cifar10(str(tmp_path), ["http://127.0.0.1:9/cifar-10-python.tar.gz"], "0" * 32, 1.0)
-    with pytest.raises(UserError) as caught:
-        source.prepare()
-    line = str(caught.value)
-    assert "\n" not in line
-    for part in ("cifar-10-python.tar.gz", str(tmp_path), "data=shapes", "data=folder"):
-        assert part in line
-
-
-def test_a_wrong_archive_in_its_place_is_mentioned(tmp_path: Path) -> None:
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
-    with pytest.raises(UserError, match=r"put it at .*, where a file with another md5 lies now"):
+def test_failed_download_names_file_destination_and_alternatives(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot download cifar-10-python.tar.gz .*data=shapes.*data=folder") as caught:
         Cifar10(str(tmp_path), ["http://127.0.0.1:9/cifar-10-python.tar.gz"], "0" * 32, 1.0).prepare()
+    assert str(tmp_path) in str(caught.value)
 
 
-def test_an_archive_of_something_else_is_refused(archive, serve: str, tmp_path: Path, monkeypatch) -> None:
+def test_partial_copy_is_completed_from_the_archive(archive, tmp_path: Path) -> None:
+    path, _ = archive
+    root = path.parent
+    (root / "cifar-10-batches-py").mkdir()
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(b"partial")
+    source = Cifar10(str(root), [], md5(path.read_bytes()))
+    source.prepare()
+    assert len(source.load()["train"].labels) == 20
+
+
+def test_archive_without_cifar10_is_rejected(archive, serve: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
-    with pytest.raises(UserError, match="holds no CIFAR-10"):
+    with pytest.raises(UserError, match="does not contain CIFAR-10"):
         Cifar10(str(tmp_path / "data"), [serve], md5(archive[0].read_bytes()), 5.0).prepare()
 
 
@@ -167,7 +169,7 @@ def test_files_that_are_no_image_are_named_or_left_out(pictures: Path, caplog: p
     whole = (pictures / "train" / "bee" / "1.png").read_bytes()
     (pictures / "train" / "bee" / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        UserError, match=r"2 files of train cannot be used: .*notes\.txt \(no image of.*cut\.png \(.*skip_bad=true"
+        UserError, match=r"2 paths in train cannot be used: .*notes\.txt \(not an image.*cut\.png \(.*skip_bad=true"
     ):
         folder(pictures).prepare()
     for _ in range(2):  # decoded, and from the cache
@@ -175,8 +177,8 @@ def test_files_that_are_no_image_are_named_or_left_out(pictures: Path, caplog: p
         source = folder(pictures, skip_bad=True)
         source.prepare()
         assert len(source.load()["train"].labels) == 14
-        assert caplog.text.count("2 files of train cannot be used and left out") == 1
-    with pytest.raises(UserError, match="2 files of train cannot be used"):
+        assert caplog.text.count("2 paths in train cannot be used and were left out") == 1
+    with pytest.raises(UserError, match="2 paths in train cannot be used"):
         folder(pictures).load()
 
 
@@ -191,7 +193,7 @@ def test_links_are_followed_and_hidden_files_passed_over(pictures: Path, tmp_pat
     (tmp_path / "elsewhere" / "round").symlink_to(ant)
     assert len(folder(pictures).load()["train"].labels) == 15
     (ant / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(UserError, match=r"1 file of train cannot be used: .*gone\.png \(No such file"):
+    with pytest.raises(UserError, match=r"1 path in train cannot be used: .*gone\.png \(No such file"):
         folder(pictures).prepare()
 
 
@@ -209,9 +211,9 @@ def test_a_validation_folder_is_used(pictures: Path) -> None:
         (lambda root: (root / "test").rename(root / "tests"), "there is no folder test"),
         (
             lambda root: (root / "test" / "ant").rename(root / "test" / "fly"),
-            "differ in their classes: ant, fly",
+            "classes of train and test differ: ant, fly",
         ),
-        (lambda root: [f.unlink() for f in (root / "test" / "ant").iterdir()], "no image of ant"),
+        (lambda root: [f.unlink() for f in (root / "test" / "ant").iterdir()], "no images of ant"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_explained(pictures: Path, spoil, message: str) -> None:
@@ -223,8 +225,55 @@ def test_a_folder_that_does_not_fit_is_explained(pictures: Path, spoil, message:
 def test_one_class_is_not_enough(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split / "only").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds 1 class"):
+    with pytest.raises(UserError, match="needs at least 2 class folders, but has 1"):
         folder(tmp_path)
+
+
+def test_equal_folders_at_two_places_have_separate_caches(tmp_path: Path) -> None:
+    for place, value in (("a", 10), ("b", 200)):
+        for split in ("train", "test"):
+            for name in ("ant", "bee"):
+                file = tmp_path / place / "images" / split / name / "0.bmp"
+                file.parent.mkdir(parents=True)
+                Image.new("RGB", (32, 32), (value, 0, 0)).save(file)
+                os.utime(file, (0, 0))
+    cache = str(tmp_path / "cache")
+    for place, value in (("a", 10), ("b", 200)):
+        images = Folder(str(tmp_path / place / "images"), cache_dir=cache).load()["train"].images
+        assert (images[:, 0] == value).all()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_unreadable_folders_and_images_outside_of_class_folders_are_reported(
+    pictures: Path, split: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (32, 32)).save(pictures / split / "stray.png")
+    locked = pictures / split / "bee" / "locked"
+    locked.mkdir()
+    lock(monkeypatch, locked)
+    with pytest.raises(UserError, match=r"2 paths .*stray\.png \(not in a class.*bee/locked \(Permission denied\)"):
+        folder(pictures).prepare()
+    assert len(folder(pictures, skip_bad=True).load()["train"].labels) == 14
+    assert "stray.png" in caplog.text
+
+
+def test_class_names_that_are_not_utf8_are_rejected(pictures: Path) -> None:
+    os.mkdir(os.fsencode(pictures / "train") + b"/caf\xe9")
+    with pytest.raises(UserError, match="must be valid UTF-8") as caught:
+        folder(pictures)
+    str(caught.value).encode()
+
+
+def test_unicode_forms_of_a_class_name_are_the_same_class(pictures: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (pictures / "train" / "wasp").rename(pictures / "train" / composed)
+    (pictures / "test" / "wasp").rename(pictures / "test" / decomposed)
+    source = folder(pictures)
+    assert source.class_names == ("ant", "bee", composed)
+    assert source.load()["test"].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (pictures / "train" / decomposed).mkdir()
+    with pytest.raises(UserError, match="different Unicode forms"):
+        folder(pictures)
 
 
 def test_shapes_draw_train_and_test_apart() -> None:

@@ -138,7 +138,7 @@ def test_a_batch_that_two_processes_cannot_share_is_told_once(tmp_path: Path) ->
 def test_two_processes_share_one_feature_cache_and_learn_as_one(tmp_path: Path) -> None:
     cached = (*FROZEN, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
     start(*cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
-    assert len(list((tmp_path / "shared" / "features").glob("*.bin"))) == 4, "train in two views, val and test"
+    assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 4, "train in two views, val and test"
     start(*cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
     for alone, shared in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
