@@ -112,7 +112,7 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
 
 
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells of a table for people."""
+    """Return the rows as text, with the formats of ``COLUMNS``."""
     return [["" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()] for row in rows]
 
 

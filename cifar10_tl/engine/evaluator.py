@@ -198,6 +198,6 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
 
 
 def _origin(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a key of the images that are split; those of CIFAR-10 are the same in each folder."""
+    """Return a key of the training images; those of CIFAR-10 are the same in each folder."""
     source = options.get("source")
     return source, Path(options["root"]).resolve() if source == "folder" else options.get("drawing_seed")
