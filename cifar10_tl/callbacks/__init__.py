@@ -2,13 +2,18 @@
 
 from cifar10_tl.callbacks.checkpoint import RunCheckpoint
 from cifar10_tl.callbacks.ema import WeightEMA
-from cifar10_tl.callbacks.evaluation_figures import ConfusionMatrix, CorrectPredictions, IncorrectPredictions
+from cifar10_tl.callbacks.figures import (
+    ConfusionMatrix,
+    CorrectPredictions,
+    Curves,
+    IncorrectPredictions,
+    SampleInputs,
+)
 from cifar10_tl.callbacks.graceful_stop import GracefulStop
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.callbacks.nan_guard import NaNGuard
 from cifar10_tl.callbacks.progress_bar import RunProgressBar
 from cifar10_tl.callbacks.throughput import Throughput
-from cifar10_tl.callbacks.training_figures import Curves, SampleInputs
 
 __all__ = [
     "ConfusionMatrix",

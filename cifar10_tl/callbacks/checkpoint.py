@@ -23,7 +23,6 @@ class RunCheckpoint(ModelCheckpoint):
             and the best one is copied to ``filename``.
         monitor: "val/acc" or "val/loss", which also determines the mode; None to save every time.
         save_top_k: Number of checkpoints to keep; -1 for all.
-        options: Other arguments of ModelCheckpoint.
     """
 
     def __init__(self, filename: str, monitor: str | None = None, save_top_k: int = 1, **options: Any) -> None:

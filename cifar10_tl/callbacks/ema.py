@@ -16,11 +16,8 @@ class WeightEMA(WeightAveraging):
     Validation and test use the average, and a checkpoint holds it as ``state_dict``; the weights that are trained are
     saved next to it as ``current_model_state``, so that a resumed run continues with both.
 
-    After n steps the decay is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten
-    (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
-
-    Args:
-        decay: Fraction of the average that one step keeps, in (0, 1).
+    One step keeps a fraction ``decay`` of the average; after n steps it is min(decay, (1 + n) / (10 + n)), so that the
+    random start is soon forgotten (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
     """
 
     def __init__(self, decay: float) -> None:
@@ -33,9 +30,7 @@ class WeightEMA(WeightAveraging):
         self._average_model.to(pl_module.device)
         self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore both sets of weights for a fit; a test keeps the average, where Lightning would undo it."""
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

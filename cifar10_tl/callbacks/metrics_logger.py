@@ -26,8 +26,7 @@ class MetricsLogger(Callback):
 
     The rows are saved in checkpoints, and metrics.csv is written as a whole, so that a resumed run has each epoch once.
 
-    Attributes:
-        rows: One dict per epoch with the keys ``COLUMNS``; None where a value was not measured.
+    ``rows`` has one dict per epoch with the keys ``COLUMNS``; None where a value was not measured.
     """
 
     def __init__(self) -> None:

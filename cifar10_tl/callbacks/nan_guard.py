@@ -12,26 +12,20 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.batch import Batch
 
 
 class NaNGuard(Callback):
     """Callback that stops a run with a NaN or infinite loss before its weights are saved.
 
-    The losses stay on the device and are checked together, so that a step does not wait for its loss.
-
-    Args:
-        every_n_steps: Number of steps between two checks; losses are also checked at the end of an epoch and before a
-            checkpoint is saved.
+    The losses stay on the device and are checked together every ``every_n_steps`` steps, at the end of an epoch and
+    before a checkpoint is saved, so that a step does not wait for its loss.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self._losses: list[Tensor] = []
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.append(outputs["loss"].detach())
         if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
             self._check(trainer)
@@ -43,9 +37,7 @@ class NaNGuard(Callback):
             problem = f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}"
             raise UserError(f"{problem}; {_advice(trainer)}")
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
         """Check the losses kept so far, because the checkpoint would replace a good one."""
         self._check(trainer)
 

@@ -17,14 +17,9 @@ from cifar10_tl.data.batch import Batch
 class RunProgressBar(ProgressBar):
     """Progress bar over all steps of a run, and over the images of a test.
 
-    It shows the time left, images/s, and the loss and accuracy of the epoch so far. No bar is shown where stderr is
-    not a terminal.
-
-    Args:
-        refresh_seconds: Minimum time between two reads of loss and accuracy; each read waits for the device.
-
-    Attributes:
-        description: Text in front of the bar of the next test.
+    It shows the time left, images/s, and the loss and accuracy of the epoch so far, which it reads every
+    ``refresh_seconds`` because each read waits for the device. No bar is shown where stderr is not a terminal.
+    ``description`` is the text in front of the bar of the next test.
     """
 
     def __init__(self, refresh_seconds: float = 1.0) -> None:
@@ -66,9 +61,6 @@ class RunProgressBar(ProgressBar):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bar.set_description_str(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, validation")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stack.close()
-
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loader: Any = trainer.test_dataloaders
         self._open(total=len(loader.dataset), desc=self.description, unit=" images", leave=False)
@@ -76,7 +68,7 @@ class RunProgressBar(ProgressBar):
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         self._bar.update(len(batch.images) * trainer.world_size)
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stack.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

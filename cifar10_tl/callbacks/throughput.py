@@ -24,14 +24,11 @@ class Throughput(Callback):
 
     It waits for the device once per epoch. On a CPU it logs once if the run is going to take over an hour.
 
-    Attributes:
-        first_step_seconds: Time from the start of the fit to the end of its first step.
-        earlier_seconds: Duration of the fit before this run was resumed, up to its checkpoint.
     """
 
     def __init__(self) -> None:
-        self.first_step_seconds: float | None = None
-        self.earlier_seconds = 0.0
+        self.first_step_seconds: float | None = None  # from the start of the fit
+        self.earlier_seconds = 0.0  # of the fit before the checkpoint from which this run was resumed
         self._seconds, self._images = 0.0, 0  # of all epochs
         self._fit_start = self._epoch_start = self._step_end = 0.0
         self._epoch_images, self._epoch_steps, self._epoch_wait = 0, 0, 0.0
@@ -74,8 +71,8 @@ class Throughput(Callback):
         if trainer.is_last_batch and pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         self._step_end = time.perf_counter()
-        self._epoch_steps += 1
         self._epoch_images += len(batch.images) * trainer.world_size
+        self._epoch_steps += 1
         self._steps += 1
         if self._steps == 1:
             self.first_step_seconds = self._step_end - self._fit_start

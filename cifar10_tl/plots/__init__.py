@@ -1,8 +1,4 @@
-"""Figures for TensorBoard and the run folder: arrays in, :class:`matplotlib.figure.Figure` out.
-
-The pages are laid out by hand: text is measured before it is placed and pictures are composed into one image. No text
-is cut off or overlaps, and it draws several times faster than subplots with a layout engine.
-"""
+"""Figures for TensorBoard and the run folder: arrays in, :class:`matplotlib.figure.Figure` out."""
 
 from cifar10_tl.plots.curves import curves
 from cifar10_tl.plots.evaluation import confusion_matrix_figure, correct_figure, evaluation_figures, incorrect_figure

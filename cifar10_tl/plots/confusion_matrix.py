@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cifar10_tl.plots import style
+
+Array = NDArray[Any]
 
 _NUMBERED_LIMIT = 16  # classes; with more, the cells are too small for numbers
 _PAIR_LIMIT, _LIST_WIDTH = 25, 3.8  # pairs of classes; inches
@@ -31,7 +34,8 @@ def confusion_matrix(counts: NDArray[np.integer[Any]], class_names: Sequence[str
     page_width = plan.x + plan.side + 0.75 + (0 if plan.numbered else _LIST_WIDTH + style.PAD)
     total, correct = int(counts.sum()), int(np.trace(counts))
     accuracy = f"accuracy {correct / max(total, 1):.2%} ({correct:,} of {total:,} images)"
-    fig, page = style.new_page(page_width, plan.title_y + 0.2, heading, accuracy if total else "no images")
+    height = plan.side + 0.4 + (plan.label_width if plan.rotated else 0.15)
+    fig, page = style.new_page(page_width, height, heading, accuracy if total else "no images")
     _draw_cells(page, fractions, plan)
     _draw_class_labels(page, class_names, plan)
     if plan.numbered:
@@ -50,37 +54,30 @@ class _Plan(NamedTuple):
     cell: float
     label_size: float  # points
     label_width: float
+    numbered: bool  # the cells
     rotated: bool  # the labels below the matrix
-
-    @property
-    def numbered(self) -> bool:
-        return self.n <= _NUMBERED_LIMIT
-
-    @property
-    def title_y(self) -> float:
-        return self.side + 0.2 + (self.label_width if self.rotated else 0.15)
 
 
 def _plan(names: Sequence[str]) -> _Plan:
     n = len(names)
     widest = max(style.text_width(style.clean(name), style.BODY) for name in names)
-    if n <= _NUMBERED_LIMIT:  # cells as wide as the labels if the page allows it
+    numbered = n <= _NUMBERED_LIMIT
+    if numbered:  # cells as wide as the labels if the page allows it
         cell, size = max(0.6, 2.4 / n, min(widest + 0.1, 8.5 / n)), style.BODY
     else:  # 6 inches for 20 classes, 10 for 100 and more
         cell = min(0.3, max(8 / n, min(0.1, 10 / n)))
         size = max(style.TINY, min(style.SMALL, 60 * cell))
     label_width = min(widest * size / style.BODY, 1.6) + 0.02
     x = style.PAD + 0.25 + label_width
-    return _Plan(n, x, n * cell, cell, size, label_width, rotated=label_width + 0.05 > cell)
+    return _Plan(n, x, n * cell, cell, size, label_width, numbered, rotated=label_width + 0.05 > cell)
 
 
-def _draw_cells(page: Axes, fractions: NDArray[Any], plan: _Plan) -> None:
+def _draw_cells(page: Axes, fractions: Array, plan: _Plan) -> None:
     """Draw the cells and the color bar; the square-root scale makes 1% incorrect visible beside 99% correct."""
-    image: dict[str, Any] = {"cmap": "Blues", "aspect": "auto", "interpolation": "nearest"}
-    image["norm"] = PowerNorm(0.5, 0, 1)
+    draw = partial(page.imshow, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
     end, bar = plan.x + plan.side, plan.x + plan.side + 0.15
-    page.imshow(fractions, extent=(plan.x, end, plan.side, 0), **image)
-    page.imshow(np.linspace(1, 0, 256)[:, None] ** 2, extent=(bar, bar + 0.12, plan.side, 0), **image)
+    draw(fractions, extent=(plan.x, end, plan.side, 0))
+    draw(np.linspace(1, 0, 256)[:, None] ** 2, extent=(bar, bar + 0.12, plan.side, 0))
     lines = np.array([*range(0, plan.n, 1 if plan.numbered else 10), plan.n]) * plan.cell
     page.hlines(lines, plan.x, end, color=style.LINE, linewidth=0.6)
     page.vlines(plan.x + lines, 0, plan.side, color=style.LINE, linewidth=0.6)
@@ -98,11 +95,12 @@ def _draw_class_labels(page: Axes, names: Sequence[str], plan: _Plan) -> None:
         style.write(page, plan.x - 0.06, middle, name, size, ha="right")
         style.write(page, plan.x + middle, plan.side + 0.06, name, size, ha="center", va="top", rotation=turn)
     title: dict[str, Any] = {"ha": "center", "weight": "bold"}
-    style.write(page, plan.x + plan.side / 2, plan.title_y, "predicted class", style.BODY, **title)
+    below = plan.side + 0.2 + (plan.label_width if plan.rotated else 0.15)
+    style.write(page, plan.x + plan.side / 2, below, "predicted class", style.BODY, **title)
     style.write(page, style.PAD + 0.07, plan.side / 2, "true class", style.BODY, rotation=90, **title)
 
 
-def _write_cells(page: Axes, counts: NDArray[Any], fractions: NDArray[Any], plan: _Plan) -> None:
+def _write_cells(page: Axes, counts: Array, fractions: Array, plan: _Plan) -> None:
     """Write count and row percentage into each cell, with smaller counts if they have too many digits."""
     size = style.BODY * min(1, (plan.cell - 0.04) / style.text_width(str(counts.max()), style.BODY, "bold"))
     for (i, j), count in np.ndenumerate(counts):
@@ -114,9 +112,7 @@ def _write_cells(page: Axes, counts: NDArray[Any], fractions: NDArray[Any], plan
         style.write(page, x, y + 0.09, percent, 7, ha="center", color=ink)
 
 
-def _list_confused_pairs(
-    page: Axes, counts: NDArray[Any], fractions: NDArray[Any], names: Sequence[str], plan: _Plan
-) -> None:
+def _list_confused_pairs(page: Axes, counts: Array, fractions: Array, names: Sequence[str], plan: _Plan) -> None:
     """List the largest cells off the diagonal, to the right of the color bar."""
     errors = counts * ~np.eye(plan.n, dtype=bool)
     order = np.argsort(-errors, axis=None, kind="stable")[:_PAIR_LIMIT]

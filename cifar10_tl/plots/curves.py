@@ -34,7 +34,7 @@ def curves(rows: Rows, *, heading: str) -> Figure:
     fig, page = style.new_page(10, 3.5, heading, note)
     for left, metric, title in ((0.75, "acc", "accuracy"), (5.8, "loss", "loss")):
         style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")
-        panel = style.add_panel(fig, page, left, 0.25, 4, 2.7)
+        panel = style.add_panel(page, left, 0.25, 4, 2.7, ("epoch", ""))
         _scale_panel(panel, np.array([row["epoch"] for row in rows]), metric)
         _draw_series(panel, rows, metric, best)
     return fig
@@ -76,4 +76,3 @@ def _scale_panel(panel: Axes, epochs: Floats, metric: str) -> None:
     panel.set_xlim(float(epochs.min()) - margin, float(epochs.max()) + margin)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g}%" if metric == "acc" else f"{y:g}")
-    style.label_axes(panel, "epoch")

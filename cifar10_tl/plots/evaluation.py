@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
-from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
+from cifar10_tl.plots import style
 from cifar10_tl.plots.confusion_matrix import confusion_matrix
 from cifar10_tl.plots.image_grid import prediction_grid
-from cifar10_tl.plots.per_class import class_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cifar10_tl.data.batch import Split
     from cifar10_tl.metrics.evaluation import Evaluation
+
+Floats = NDArray[np.floating[Any]]
+
+_SIDE = 3.0  # inches of a reliability diagram
+_ROW, _BAR, _LIMIT = 0.27, 5.0, 40  # per class: inches of a row and of a full bar; classes that are shown
 
 
 def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Split, where: str) -> dict[str, Figure]:
@@ -75,3 +82,79 @@ def _reliability_figure(evaluation: Evaluation, calibrated: Evaluation, where: s
         panels[f"{title}: ECE {scored.calibration()['ece']:.2%}"] = arrays
     note = f"blue: accuracy    orange: mean confidence    {len(bins.counts)} bins    ECE: expected calibration error"
     return reliability_diagram(panels, heading=f"Reliability, {where}", note=note)
+
+
+@style.default_style()
+def reliability_diagram(bins: Mapping[str, Sequence[NDArray[Any]]], *, heading: str, note: str) -> Figure:
+    """Draw accuracy against confidence, with one panel per set of probabilities.
+
+    ``bins`` maps the title of a panel to the counts, mean confidence and accuracy of bins of equal width over [0, 1].
+    The height of a bar is the accuracy of its predictions, and its mark is their mean confidence.
+    """
+    step = _SIDE + 0.95
+    fig, page = style.new_page(style.PAD + step * len(bins), _SIDE + 0.8, heading, note)
+    for k, (title, (counts, confidence, accuracy)) in enumerate(bins.items()):
+        left = style.PAD + 0.6 + k * step
+        style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")
+        panel = style.add_panel(page, left, 0.25, _SIDE, _SIDE, ("confidence", "accuracy"))
+        filled, width = np.flatnonzero(counts), 1 / len(counts)
+        middle, reach = (filled + 0.5) * width, 0.44 * width
+        panel.plot([0, 1], [0, 1], "--", color=style.MUTED, linewidth=1)
+        panel.bar(middle, accuracy[filled], 2 * reach, color=style.BLUE, zorder=2)
+        marks: dict[str, Any] = {"color": style.ORANGE, "linewidth": 2.2, "zorder": 3}
+        panel.hlines(confidence[filled], middle - reach, middle + reach, **marks)
+        panel.set(xlim=(0, 1), ylim=(0, 1))
+        panel.xaxis.set_major_formatter(style.in_percent)
+        panel.yaxis.set_major_formatter(style.in_percent)
+    return fig
+
+
+@style.default_style()
+def confidence_histogram(
+    confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], *, heading: str, num_bins: int = 25
+) -> Figure:
+    """Draw histograms of the confidence ``[N]`` of correct and of incorrect predictions; N may be 0."""
+    width, height, step, left = 6.0, 1.5, 2.15, style.PAD + 0.65
+    fig, page = style.new_page(width + 0.75 + 2 * style.PAD, 2 * step + 0.25, heading)
+    rows = (("✓ correct", correct, style.BLUE), ("✗ incorrect", ~correct, style.ORANGE))
+    for k, (name, selected, color) in enumerate(rows):
+        values = confidence[selected]
+        mean = f", mean confidence {values.mean():.1%}" if len(values) else ""
+        style.write(page, left, k * step + 0.1, f"{name}: {len(values):,} images{mean}", style.BODY, weight="bold")
+        panel = style.add_panel(page, left, k * step + 0.25, width, height, ("confidence" if k else "", "images"))
+        panel.hist(values, num_bins, range=(0, 1), color=color, rwidth=0.88)
+        panel.set_xlim(0, 1)
+        panel.set_ylim(bottom=0, top=None if len(values) else 1)
+        panel.xaxis.set_major_formatter(style.in_percent)
+        panel.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    return fig
+
+
+@style.default_style()
+def class_bars(precision: Floats, recall: Floats, f1: Floats, class_names: Sequence[str], *, heading: str) -> Figure:
+    """Draw one bar per class for its F1, with marks for precision and recall, all ``[K]``.
+
+    Of more than 40 classes, those with the lowest F1 are drawn.
+    """
+    class_names = style.legible(class_names)
+    order = np.arange(len(f1)) if len(f1) <= _LIMIT else np.argsort(f1, kind="stable")[:_LIMIT]
+    note = "bar and number: F1    ◂ precision    ▸ recall"
+    if len(f1) > _LIMIT:
+        note += f"    (the {_LIMIT} classes of {len(f1)} with the lowest F1)"
+    name_width = min(max(style.text_width(style.clean(class_names[i]), style.BODY) for i in order), 1.8) + 0.02
+    left = style.PAD + name_width + 0.1
+    height = _ROW * len(order)
+    fig, page = style.new_page(left + _BAR + 0.85, height + 0.35, heading, note)
+    for fraction in (0, 0.25, 0.5, 0.75, 1):
+        page.vlines(left + fraction * _BAR, 0, height, color=style.LINE, linewidth=0.6, zorder=0)
+        style.write(page, left + fraction * _BAR, height + 0.12, f"{fraction:.0%}", ha="center", color=style.MUTED)
+    middles = (np.arange(len(order)) + 0.5) * _ROW
+    page.barh(middles, f1[order] * _BAR, 0.7 * _ROW, left=left, color=style.BLUE, alpha=0.35)
+    # Above and below the middle, so that equal values do not cover each other.
+    for values, y, color, marker in ((precision, -0.05, style.INK, "<"), (recall, 0.05, style.ORANGE, ">")):
+        page.scatter(left + values[order] * _BAR, middles + y, 22, color, marker=marker, zorder=3, linewidths=0)
+    for middle, i in zip(middles, order, strict=True):
+        name = style.fit(class_names[i], name_width, style.BODY)
+        style.write(page, left - 0.08, middle, name, style.BODY, ha="right")
+        style.write(page, left + _BAR + 0.2, middle, style.as_percent(float(f1[i])))
+    return fig

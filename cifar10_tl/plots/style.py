@@ -1,4 +1,4 @@
-"""Page, text and colors of the figures, laid out by hand in inches."""
+"""Page, text and colors of the figures, laid out by hand: no text overlaps, and it is faster than a layout engine."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's colors, safe for color-bl
 HEADING, BODY, SMALL, TINY = 12.0, 9.0, 8.0, 6.0  # points
 PAD, GAP, CAPTION = 0.15, 0.12, 0.155  # inches: page margin, space between cells, height of a caption line
 MIN_WIDTH = 5.0  # inches, so that the heading has space
+_RENDERERS: list[Any] = [RendererAgg(1, 1, dpi) for dpi in (DPI, 120, 150, 200)]  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -66,8 +67,9 @@ def write(ax: Axes, x: float, y: float, text: str, size: float = SMALL, **style:
     ax.text(x, y, text, **{**default, "fontsize": size, **style})
 
 
-def add_panel(fig: Figure, page: Axes, x: float, y: float, width: float, height: float) -> Axes:
-    """Add axes to a page, with the top left corner of their frame at (x, y), all in inches of the page."""
+def add_panel(page: Axes, x: float, y: float, width: float, height: float, labels: tuple[str, str]) -> Axes:
+    """Add labeled axes to a page, with the top left corner of their frame at (x, y), all in inches of the page."""
+    fig: Any = page.figure
     (page_width, page_height), bottom = fig.get_size_inches(), page.get_ylim()[0]
     left, up = x / page_width, (bottom - y - height) / page_height
     panel = fig.add_axes((left, up, width / page_width, height / page_height))
@@ -76,13 +78,9 @@ def add_panel(fig: Figure, page: Axes, x: float, y: float, width: float, height:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(LINE)
+    panel.set_xlabel(labels[0], family=FONT, fontsize=BODY, color=INK)
+    panel.set_ylabel(labels[1], family=FONT, fontsize=BODY, color=INK)
     return panel
-
-
-def label_axes(panel: Axes, x: str = "", y: str = "") -> None:
-    """Label the axes of a panel."""
-    panel.set_xlabel(x, family=FONT, fontsize=BODY, color=INK)
-    panel.set_ylabel(y, family=FONT, fontsize=BODY, color=INK)
 
 
 def in_percent(value: float, position: float = 0) -> str:
@@ -94,14 +92,8 @@ def in_percent(value: float, position: float = 0) -> str:
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Return the width of ``text`` in inches: the largest at common resolutions, which differ by up to a tenth."""
     font = FontProperties(family=FONT, size=size, weight=weight)
-    widths = [r.get_text_width_height_descent(text, font, ismath=False)[0] / r.dpi for r in _renderers()]
+    widths = [r.get_text_width_height_descent(text, font, ismath=False)[0] / r.dpi for r in _RENDERERS]
     return float(max(widths))
-
-
-@lru_cache(maxsize=1)
-def _renderers() -> list[Any]:
-    agg: Any = RendererAgg  # has no types
-    return [agg(1, 1, dpi) for dpi in (DPI, 120, 150, 200)]
 
 
 @lru_cache(maxsize=8192)

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from cifar10_tl.callbacks import ConfusionMatrix, IncorrectPredictions, RunCheckpoint, SampleInputs
-from cifar10_tl.callbacks.training_figures import _title
+from cifar10_tl.callbacks.figures import _title
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.metrics.evaluation import Evaluation
 

@@ -10,8 +10,7 @@ from plots.figures import strings
 from cifar10_tl.data.batch import Split
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.plots import evaluation_figures
-from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
-from cifar10_tl.plots.per_class import class_bars
+from cifar10_tl.plots.evaluation import class_bars, confidence_histogram, reliability_diagram
 
 
 def test_evaluation_figures() -> None:

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from plots.figures import CIFAR10, HEADING, ODD, history, long_names, pictures, shown, strings
 
 from cifar10_tl import plots
-from cifar10_tl.plots.calibration import confidence_histogram, reliability_diagram
 from cifar10_tl.plots.confusion_matrix import confusion_matrix
+from cifar10_tl.plots.evaluation import class_bars, confidence_histogram, reliability_diagram
 from cifar10_tl.plots.image_grid import prediction_grid
-from cifar10_tl.plots.per_class import class_bars
 from cifar10_tl.plots.style import as_percent, legible
 
 

@@ -1,9 +1,12 @@
-"""Callbacks that draw the training inputs and the curves, and the function that publishes a figure."""
+"""Callbacks that draw figures."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar10_tl import plots
+from cifar10_tl.callbacks.checkpoint import is_best
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.io import atomic_write
@@ -41,14 +45,12 @@ class SampleInputs(Callback):
     def __init__(self, num_images: int = 40) -> None:
         self.num_images = num_images
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Draw at the first step of the run."""
         if trainer.global_step or batch_idx or not wants_figures(trainer):
             return
         images = batch.images[: self.num_images].permute(0, 2, 3, 1).cpu().numpy()
-        names = plots.legible(pl_module.class_names)  # type: ignore[arg-type]
+        names = plots.legible(pl_module.class_names)
         titles = [_title(target, names) for target in batch.targets[: self.num_images].cpu()]
         publish(trainer, "inputs/train", plots.sample_grid(images, titles, heading="Training images"), step=0)
 
@@ -66,14 +68,58 @@ def _title(target: Tensor, class_names: list[str]) -> list[tuple[str, str]]:
 class Curves(Callback):
     """Callback that draws the rows of :class:`MetricsLogger` when the fit ends, also after an exception."""
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._draw(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._draw(trainer)
-
-    def _draw(self, trainer: pl.Trainer) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, *_: Any) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MetricsLogger) and callback.rows and wants_figures(trainer):
                 figure = plots.curves(callback.rows, heading="Training and validation")
                 publish(trainer, "curves", figure, step=int(callback.rows[-1]["epoch"] or 0))
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_fit_end(trainer)
+
+
+class EvaluationFigure(Callback):
+    """Callback that draws the validation of the best epoch as ``<tag>/val`` and the test as ``<tag>/test``.
+
+    ``draw`` is a function of the Evaluation, its Split, and the text that ends the heading.
+    """
+
+    def __init__(self, tag: str, draw: Callable[[Any, Any, str], Figure]) -> None:
+        self.tag, self.draw = tag, draw
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if wants_figures(trainer) and is_best(trainer):
+            self._publish(trainer, pl_module, "val", trainer.current_epoch)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if wants_figures(trainer):
+            restored: Any = pl_module.restored_epoch
+            self._publish(trainer, pl_module, "test", trainer.current_epoch if restored is None else restored)
+
+    def _publish(self, trainer: pl.Trainer, pl_module: Any, stage: str, epoch: int) -> None:
+        split = trainer.datamodule.splits[stage]  # type: ignore[attr-defined]
+        where = f"{'validation' if stage == 'val' else stage}, epoch {epoch}"
+        publish(trainer, f"{self.tag}/{stage}", self.draw(pl_module.evaluation, split, where), step=epoch)
+
+
+class ConfusionMatrix(EvaluationFigure):
+    """Callback that draws the confusion matrix."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "confusion_matrix", lambda evaluation, _, where: plots.confusion_matrix_figure(evaluation, where)
+        )
+
+
+class CorrectPredictions(EvaluationFigure):
+    """Callback that draws up to ``num_images`` correct predictions, spread evenly over the split."""
+
+    def __init__(self, num_images: int = 25) -> None:
+        super().__init__("correct", partial(plots.correct_figure, num_images=num_images))
+
+
+class IncorrectPredictions(EvaluationFigure):
+    """Callback that draws up to ``num_images`` incorrect predictions, the most confident first."""
+
+    def __init__(self, num_images: int = 25) -> None:
+        super().__init__("incorrect", partial(plots.incorrect_figure, num_images=num_images))
