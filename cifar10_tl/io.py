@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -21,10 +21,7 @@ os.umask(_UMASK)
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """Open a temporary file for reading and writing bytes that replaces ``path`` on success.
-
-    The data is on disk (fsync) before the file is renamed. If an error occurs, ``path`` is unchanged.
-    """
+    """Open a temporary file for reading and writing bytes that replaces ``path`` only if no error occurs."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -33,7 +30,7 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on disk before it is renamed
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -64,11 +61,10 @@ def claim(folder: Path) -> Iterator[bool]:
     descriptor = os.open(folder, os.O_RDONLY)
     claimed = True
     try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                claimed = False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # any other error: a file system without locks
+        claimed = not isinstance(error, BlockingIOError)
+    try:
         yield claimed
     finally:
         os.close(descriptor)

@@ -8,7 +8,7 @@ import pytest
 from cifar10_tl.io import atomic_write, atomic_write_text
 
 
-def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_write_replaces_the_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     atomic_write_text(path, "one")
     atomic_write_text(path, "two ü")
@@ -16,14 +16,14 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> No
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+def test_error_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     atomic_write_text(path, "old")
 
     def write_half() -> None:
         with atomic_write(path) as file:
             file.write(b"half")
-            assert path.read_text() == "old", "a reader meets the old file while the new one is written"
+            assert path.read_text() == "old"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -32,7 +32,7 @@ def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_it_is_as_shared_as_any_other_file(tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     atomic_write_text(tmp_path / "atomic", "")
     (tmp_path / "plain").touch()
     assert os.stat(tmp_path / "atomic").st_mode == os.stat(tmp_path / "plain").st_mode

@@ -34,23 +34,14 @@ class UserError(Exception):
 def known_arguments(
     function: Callable[..., Any], settings: Mapping[str, Any], group: str, taken: Collection[str] = ()
 ) -> Mapping[str, Any]:
-    """Return ``settings`` if each is an argument of ``function``.
-
-    Args:
-        function: Function or class to call with the settings.
-        settings: Keyword arguments from the config.
-        group: Config group of the settings.
-        taken: Arguments that come from elsewhere.
+    """Return ``settings``, which belong to the config group ``group``, if each is an argument of ``function``.
 
     Raises:
-        UserError: A setting is not an argument.
+        UserError: A setting is not an argument, or it is one of ``taken``, which come from elsewhere.
     """
     known = [name for name in inspect.signature(function).parameters if name not in taken]
-    for name in settings:
-        if name not in known:
-            raise UserError(
-                _renamed(f"{group}.{name}") or f"{group}.{name}: no such setting; choose from {', '.join(known)}"
-            )
+    if unknown := [f"{group}.{name}" for name in settings if name not in known]:
+        raise UserError(_renamed(unknown[0]) or f"{unknown[0]}: no such setting; choose from {', '.join(known)}")
     return settings
 
 
@@ -72,12 +63,11 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return renamed
     if isinstance(error, OverrideParseException):
         return one_line(f"{error.override}: {text} (quote a value with special characters: 'key=\"a=b\"')")
-    if isinstance(error, HydraException) and error.__cause__ is not None and str(error.__cause__) not in text:
-        return one_line(f"{text} {error.__cause__}")
-    if "Config group override must be a string" in text:
+    if "Config group override must be a string" in text or (kind == "TypeError" and _raised_by(("hydra",), error)):
         return "a config group takes a name, such as logger=none or callbacks=minimal; --help lists them"
     if isinstance(error, (HydraException, OmegaConfBaseException)) or kind == "MisconfigurationException":
-        return one_line(text)
+        reason = str(error.__cause__ or "")
+        return one_line(text if reason in text else f"{text} {reason}")
     if text.startswith("You set `"):
         return one_line(
             f"trainer.devices, trainer.num_nodes: torchrun or SLURM started a different number of processes. {text} "
@@ -137,12 +127,12 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
     if renamed := _renamed(key):
         return renamed
     known = config_keys(config_name)
-    section, _, name = key.rpartition(".")
     if key in known:
         return f"{key}: the chosen groups have no such setting (data=, model/head=, scheduler= ...)"
-    siblings = {k[len(section) + 1 if section else 0 :].split(".")[0]: None for k in known if k.startswith(section)}
-    close = [".".join(filter(None, (section, match))) for match in difflib.get_close_matches(name, siblings, n=1)]
-    if similar := close or [k for k in known if k.rpartition(".")[2] == name]:
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    similar = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
+    if similar := similar or [k for k in known if k.rpartition(".")[2] == name]:
         advice = f"did you mean {' or '.join(similar)}?"
     else:
         advice = f"choose from {', '.join(siblings)};" if section and siblings else ""
@@ -150,21 +140,18 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
 
 
 def config_keys(config_name: str) -> list[str]:
-    """Return every key of a command's default config, such as ``trainer.max_epochs``."""
+    """Return every key of a command's default config, such as ``trainer`` and ``trainer.max_epochs``."""
     from hydra import compose, initialize_config_dir
 
     from cifar10_tl.config.run_dir import CONFIG_DIR
 
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(config_name)
-    return list(leaves(OmegaConf.to_container(cfg)))
+        return [key for key, _ in walk(OmegaConf.to_container(compose(config_name)))]
 
 
-def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dictionaries by dotted key."""
-    if not isinstance(node, dict) or not node:
-        return {prefix: node} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, child in node.items():
-        found |= leaves(child, f"{prefix}.{key}" if prefix else str(key))
-    return found
+def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every node below ``node``."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield f"{prefix}{key}", child
+        yield from walk(child, f"{prefix}{key}.")

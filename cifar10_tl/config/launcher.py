@@ -16,22 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cifar10_tl.config import run_dir
 from cifar10_tl.config.errors import UserError, explain, is_connection_loss
 from cifar10_tl.config.resume import quoted, resumed_config
-from cifar10_tl.config.run_dir import (
-    CONFIG_DIR,
-    RUN_CONFIG,
-    check_launch_variables,
-    default_run_dir,
-    process_rank,
-    register_resolvers,
-    run_stamp,
-)
 from cifar10_tl.config.validation import check_config
 
 LINES_VARIABLE = "CIFAR10_TL_ERROR_LINES"
 #: Files in the folder of a run that has not taken a step.
-_FIRST_FILES = {RUN_CONFIG, "hparams.yaml", "events"}
+_FIRST_FILES = {run_dir.RUN_CONFIG, "hparams.yaml", "events"}
 _FLAGS = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version", "--resolve"}
 _FLAGS |= {"-sc", "--shell-completion"}
 _FLAGS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name"}
@@ -64,12 +56,12 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
 
     try:
         _check_arguments(sys.argv[1:], is_child)
-        check_launch_variables()
-        register_resolvers(command=True)
+        run_dir.check_launch_variables()
+        run_dir.register_resolvers(command=True)
         sys.argv[1:] = _prepared(sys.argv[1:])
-        if process_rank() > 0:  # only the first process writes the records of the run
+        if run_dir.process_rank() > 0:  # only the first process writes the records of the run
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(_job(task, report))()
+        hydra.main(version_base="1.3", config_path=str(run_dir.CONFIG_DIR), config_name=name)(_job(task, report))()
     except Exception as error:
         report(error)
     except KeyboardInterrupt:  # before the run handles signals
@@ -124,7 +116,6 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
             if HydraConfig.get().job.chdir:
                 raise UserError("hydra.job.chdir=true: not supported; paths are relative to the current folder")
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                check_sweeper(cfg, HydraConfig.get().sweeper.get("_target_", ""))
                 _prepare_sweep_job(cfg)
             if cfg.get("resume"):
                 cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
@@ -132,7 +123,7 @@ def _job(task: Callable[[DictConfig], Any], report: Callable[[Exception], NoRetu
             check_nodes(cfg)
             return task(cfg)
         except (Exception, SystemExit) as error:
-            if is_new and process_rank() == 0 and _holds_only(folder, records | _FIRST_FILES):
+            if is_new and run_dir.process_rank() == 0 and _holds_only(folder, records | _FIRST_FILES):
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, SystemExit):  # by a signal
                 raise
@@ -146,24 +137,15 @@ def _holds_only(folder: Path, names: set[str]) -> bool:
     return {"events" if path.name.startswith("events.out") else path.name for path in folder.glob("*")} <= names
 
 
-def check_sweeper(cfg: DictConfig, sweeper: str) -> None:
-    """Raise :class:`UserError` if ``sweeper`` samples values and several processes would sample different ones."""
-    devices = OmegaConf.select(cfg, "trainer.devices"), OmegaConf.select(cfg, "trainer.num_nodes")
-    if not sweeper.endswith(".BasicSweeper") and devices not in ((1, 1), ("1", 1)):
-        raise UserError(
-            f"hydra/sweeper={sweeper.rpartition('.')[2]}: each process of a run would sample different values; use "
-            "trainer.devices=1 trainer.num_nodes=1, or Hydra's basic sweeper"
-        )
-
-
 def check_nodes(cfg: DictConfig) -> None:
     """Raise :class:`UserError` if the number of nodes does not fit the environment or the run folder."""
     nodes = OmegaConf.select(cfg, "trainer.num_nodes") or 1
-    stamp = run_stamp()
-    if nodes == 1 and _number("NODE_RANK") > 0 and not stamp.startswith(("slurm-", "torchrun-")):
+    if run_dir.run_stamp().startswith(("slurm-", "torchrun-")):
+        return
+    if nodes == 1 and _number("NODE_RANK") > 0:
         raise UserError("NODE_RANK (environment variable): needs trainer.num_nodes above 1; unset NODE_RANK")
-    default = cfg.paths.output_dir.startswith(default_run_dir())
-    if nodes > 1 and default and not cfg.get("resume") and not stamp.startswith(("slurm-", "torchrun-")):
+    default = cfg.paths.output_dir.startswith(run_dir.default_run_dir())
+    if nodes > 1 and default and not cfg.get("resume"):
         raise UserError(
             f"trainer.num_nodes={nodes}: each node would create a different run folder; set the same "
             "paths.output_dir= on all nodes (or give torchrun the same --rdzv-id)"

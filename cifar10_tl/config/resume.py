@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.errors import UserError, walk
 from cifar10_tl.config.run_dir import RUN_CONFIG
 
 log = logging.getLogger(__name__)
@@ -31,12 +30,10 @@ RESUMABLE = (
     "trust",
     "test",
 )
-#: Packages that may define the classes named by a run's config.
-TRUSTED = (
-    "cifar10_tl.",
-    "torch.optim.",
-    *(f"lightning.pytorch.{name}." for name in ("callbacks", "loggers", "strategies", "profilers")),
-)
+#: Classes that a run's config may name. Their packages export nothing else, but modules inside them do:
+#: ``lightning.pytorch.callbacks.model_checkpoint.os`` is a module that can do harm.
+_LIGHTNING = r"lightning\.pytorch\.(callbacks|loggers|strategies|profilers)"
+TRUSTED = rf"(cifar10_tl\.(callbacks|engine\.tensorboard)|torch\.optim|{_LIGHTNING})\.[A-Z]\w*"
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -49,10 +46,10 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if not isinstance(cfg.resume, str):
         raise UserError(f"resume={cfg.resume}: should be the folder of a run, such as outputs/runs/<time>")
     run_dir = Path(cfg.resume).expanduser()
-    saved = read_run_config(run_dir)
+    saved = _read_run_config(run_dir)
     if "trust=true" not in (override.lower() for override in overrides):
-        check_targets(saved, str(run_dir / RUN_CONFIG))
-    own = OmegaConf.create(moved(saved, str(saved["paths"]["output_dir"]), str(run_dir)))
+        _check_targets(saved, run_dir / RUN_CONFIG)
+    own = OmegaConf.create(_moved(saved, str(saved["paths"]["output_dir"]), str(run_dir)))
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
         if not key.startswith(RESUMABLE):
@@ -68,12 +65,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return own
 
 
-def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """Return the settings in a run folder as plain values, without running any code that they name.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
+def _read_run_config(run_dir: Path) -> dict[str, Any]:
+    """Return the settings in a run folder as plain values, without running any code that they name."""
     path = run_dir / RUN_CONFIG
     if not path.is_file():
         raise UserError(f"resume={run_dir}: no run lies there ({RUN_CONFIG} is missing); set the folder of a run")
@@ -85,7 +78,7 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     if reason:
         raise UserError(f"{path} is damaged ({reason}); restore a copy, or start a new run")
     # runs write resolved values; an interpolation could create what no check has seen
-    if key := next((key for key, value in _walk(saved) if isinstance(value, str) and "${" in value), None):
+    if key := next((key for key, value in walk(saved) if isinstance(value, str) and "${" in value), None):
         raise UserError(f"{path}: {key} holds ${{...}}, which is not allowed here; replace it by its value")
     return saved
 
@@ -102,19 +95,18 @@ def resume_command(run_dir: Path) -> str:
     return f"python -m cifar10_tl.train {shlex.quote(f'resume={folder}')}"
 
 
-def moved(node: Any, old: str, new: str) -> Any:
+def _moved(node: Any, old: str, new: str) -> Any:
     """Return plain containers in which paths in the folder ``old`` are replaced by paths in ``new``."""
     if isinstance(node, dict):
-        return {moved(key, old, new): moved(child, old, new) for key, child in node.items()}
+        return {key: _moved(child, old, new) for key, child in node.items()}
     if isinstance(node, list):
-        return [moved(child, old, new) for child in node]
+        return [_moved(child, old, new) for child in node]
     inside = isinstance(node, str) and (node == old or node.startswith(f"{old}/"))
     return new + node[len(old) :] if inside else node
 
 
-def check_targets(config: Any, origin: str) -> None:
-    """Raise :class:`UserError` if a ``_target_`` in ``config``, which comes from ``origin``, is not trusted."""
-    for key, target in _walk(config):
+def _check_targets(config: Any, origin: Path) -> None:
+    for key, target in walk(config):
         if f".{key}".endswith("._target_") and not is_trusted(target):
             raise UserError(
                 f"{origin} names code from outside this project and Lightning: {key}={target}; read it, and add "
@@ -123,22 +115,5 @@ def check_targets(config: Any, origin: str) -> None:
 
 
 def is_trusted(target: Any) -> bool:
-    """Return whether ``target`` is the dotted name of a class that is defined in a trusted package.
-
-    The prefix of the name is not enough: ``lightning.pytorch.callbacks.model_checkpoint.os.system`` has it.
-    """
-    if not isinstance(target, str) or not target.startswith(TRUSTED):
-        return False
-    module_name, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name, None)
-    except ImportError:
-        return False
-    return isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED)
-
-
-def _walk(node: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Return the dotted key and value of every node below ``node``."""
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    named = [(f"{path}.{key}" if path else str(key), child) for key, child in children]
-    return [*named, *(found for key, child in named for found in _walk(child, key))]
+    """Return whether ``target`` is the dotted name of a class of this project, Lightning or ``torch.optim``."""
+    return isinstance(target, str) and bool(re.fullmatch(TRUSTED, target))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +21,11 @@ STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 _NUMBERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE"),
-    *("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
 )
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
-_resolved_stamps = 0
+_composed = itertools.count(1)
 _sweep_dirs: set[str] = set()
 
 
@@ -36,11 +38,9 @@ def check_launch_variables() -> None:
     if int(env.get("MASTER_PORT", 1)) not in range(1, 2**16):
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): should be 1 to 65535")
     if "TORCHELASTIC_RUN_ID" in env:
-        _require("torchrun", "TORCHELASTIC_RUN_ID", _TORCHRUN)
-        _check_rank("RANK", "WORLD_SIZE")
+        _check_job("torchrun", "TORCHELASTIC_RUN_ID", _TORCHRUN, "WORLD_SIZE")
     elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        _require("srun", "SLURM_NTASKS", _SLURM)
-        _check_rank("SLURM_PROCID", "SLURM_NTASKS")
+        _check_job("srun", "SLURM_NTASKS", _SLURM, "SLURM_NTASKS")
     else:
         for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
             by_hand = name in ("LOCAL_RANK", "NODE_RANK") and env.get("MASTER_ADDR")
@@ -51,26 +51,23 @@ def check_launch_variables() -> None:
                 )
 
 
-def _require(launcher: str, found: str, names: tuple[str, ...]) -> None:
+def _check_job(launcher: str, found: str, names: tuple[str, ...], size: str) -> None:
     if missing := [name for name in names if not os.environ.get(name)]:
         raise UserError(
             f"{found} (environment variable) is set, but {', '.join(missing)} is not: start the command with "
             f"{launcher}, or unset {found}"
         )
-
-
-def _check_rank(rank: str, size: str) -> None:
+    rank = names[0]
     if int(os.environ[rank]) >= int(os.environ[size]):
         raise UserError(f"{rank}={os.environ[rank]} (environment variable): should be below {size}={os.environ[size]}")
 
 
 def process_rank() -> int:
     """Return 0 in the first process of a job and a positive number in all others."""
-    for key in ("RANK", "SLURM_PROCID"):
-        if key in os.environ:
-            return int(os.environ[key])
-    # Lightning starts the other processes of each node, and the user sets the node's number
-    return int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("NODE_RANK", 0))
+    env = os.environ
+    # without RANK, Lightning starts the other processes of each node, and the user sets the node's number
+    local = int(env.get("LOCAL_RANK", 0)) or int(env.get("NODE_RANK", 0))
+    return int(env.get("RANK", env.get("SLURM_PROCID", local)))
 
 
 def run_stamp() -> str:
@@ -89,7 +86,7 @@ def _new_stamp(env: Mapping[str, str]) -> str:
     started, process = time.time(), os.getpid()
     if job := env.get("TORCHELASTIC_RUN_ID"):
         if job != "none":
-            return f"torchrun-{job}"
+            return f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}"
         process = os.getppid()
         started = Path(f"/proc/{process}").stat().st_mtime
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{process}"
@@ -106,11 +103,8 @@ def _run_dir(resume: object) -> str:
 
 def _composed_run_dir(resume: object) -> str:
     """Return a folder that differs for each composed config, in the same order in all processes of a job."""
-    global _resolved_stamps
-    if resume:
-        return _run_dir(resume)
-    _resolved_stamps += 1
-    return default_run_dir() + (f"_{_resolved_stamps}" if _resolved_stamps > 1 else "")
+    count = 1 if resume else next(_composed)
+    return _run_dir(resume) + (f"_{count}" if count > 1 else "")
 
 
 def _sweep_dir(output_dir: object) -> str:
@@ -119,10 +113,6 @@ def _sweep_dir(output_dir: object) -> str:
         raise UserError(f"paths.output_dir={folder}: this folder holds a sweep; choose another folder")
     _sweep_dirs.add(folder)
     return folder
-
-
-def _expand_user(path: object) -> object:
-    return os.path.expanduser(path) if isinstance(path, str) else path
 
 
 def _hydra_dir(output_dir: str) -> str:
@@ -134,6 +124,6 @@ def register_resolvers(command: bool = False) -> None:
     """Register the resolvers of ``conf/``. Outside a ``command``, each composed config gets its own run folder."""
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True)
-    OmegaConf.register_new_resolver("expand_user", _expand_user, replace=True)
+    OmegaConf.register_new_resolver("expand_user", lambda p: p and os.path.expanduser(str(p)), replace=True)
     run_dir = _run_dir if command else _composed_run_dir
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=not command)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar10_tl.config.errors import UserError
 
-#: Function that returns None for a valid value, else a description of valid values.
-Rule = Callable[[Any], str | None]
 
+@dataclass(frozen=True)
+class Rule:
+    """Condition on the value of a setting, with a description of valid values."""
 
-def rule(wanted: str, is_valid: Callable[[Any], bool]) -> Rule:
-    """Return the rule that values satisfy ``is_valid``."""
-    return lambda value: None if is_valid(value) else wanted
+    wanted: str
+    is_valid: Callable[[Any], bool]
+
+    def __call__(self, value: Any) -> str | None:
+        """Return None for a valid value, else the description of valid values."""
+        return None if self.is_valid(value) else self.wanted
+
+    def __or__(self, other: Rule) -> Rule:
+        return Rule(f"{self.wanted} or {other.wanted}", lambda value: self.is_valid(value) or other.is_valid(value))
 
 
 def whole(low: int, high: float = math.inf) -> Rule:
     """Return the rule for integers from ``low`` to ``high``."""
     wanted = f"a whole number of at least {low}" if high == math.inf else f"a whole number from {low} to {high}"
-    return rule(wanted, lambda value: type(value) is int and low <= value <= high)
+    return Rule(wanted, lambda value: type(value) is int and low <= value <= high)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
@@ -39,174 +47,110 @@ def number(low: float, high: float = math.inf, *, above: bool = False, below: bo
             return False
         return (value > low if above else value >= low) and (value < high if below else value <= high)
 
-    return rule(wanted, is_valid)
+    return Rule(wanted, is_valid)
 
 
 def one_of(*choices: Any) -> Rule:
     """Return the rule for a set of values. 1 and True are different."""
     wanted = f"one of {', '.join('null' if choice is None else str(choice) for choice in choices)}"
-    return rule(wanted, lambda value: any(type(value) is type(c) and value == c for c in choices))
-
-
-def either(*rules: Rule) -> Rule:
-    """Return the rule that any of ``rules`` holds."""
-
-    def check(value: Any) -> str | None:
-        answers = [r(value) for r in rules]
-        return None if None in answers else " or ".join(a for a in answers if a)
-
-    return check
+    return Rule(wanted, lambda value: any(type(value) is type(c) and value == c for c in choices))
 
 
 def list_of(wanted: str, item: Rule, shortest: int = 0) -> Rule:
     """Return the rule for lists of items with at least ``shortest`` of them."""
-    return rule(wanted, lambda v: isinstance(v, list) and len(v) >= shortest and not any(item(x) for x in v))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    return Rule(wanted, lambda v: isinstance(v, list) and len(v) >= shortest and all(map(item.is_valid, v)))
 
 
 def _is_devices(value: Any) -> bool:
     many = value.split(",") if isinstance(value, str) else value
     is_list = isinstance(many, list) and bool(many) and all(re.fullmatch(r"\d+", str(v).strip()) for v in many)
-    return value in ("auto", "-1", -1) or whole(1)(value) is None or is_list
+    return value in ("auto", "-1", -1) or whole(1).is_valid(value) or is_list
 
 
-def folder(value: Any) -> str | None:
-    """Return None for the path of a folder that exists or can be created."""
-    if not _is_text(value):
-        return "a folder"
+def _is_folder(value: Any) -> bool:
+    """Return whether ``value`` names a folder that exists or can be created."""
+    if not text.is_valid(value):
+        return False
     path = Path(value).expanduser()
-    existing = next((p for p in (path, *path.parents) if p.exists()), None)
-    return None if existing is None or existing.is_dir() else f"a folder, but {existing} is a file"
+    return next((p for p in (path, *path.parents) if p.exists()), Path()).is_dir()
 
 
-text = rule("a string", _is_text)
+null = Rule("null", lambda value: value is None)
 flag = one_of(True, False)
-null = one_of(None)
+text = Rule("a string", lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
+folder = Rule("a folder that exists or can be created", _is_folder)
+file = Rule("a checkpoint file, such as outputs/runs/<time>/checkpoints/best.ckpt", text.is_valid)
 fraction = number(0, 1)
-limit = either(null, whole(1), number(0, 1, above=True))
-devices = rule("auto, a number of devices, or a list of device numbers such as [0,1]", _is_devices)
-duration = rule("days:hours:minutes:seconds", lambda v: isinstance(v, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", v)))
-checksum = rule("an md5 of 32 hexadecimal digits", lambda v: bool(re.fullmatch(r"[0-9a-fA-F]{32}", str(v))))
-profiler = either(rule("a class", lambda v: isinstance(v, dict)), one_of(None, "simple", "advanced", "pytorch"))
-hidden_sizes = list_of("a list of whole numbers of at least 1, such as [512]", whole(1, 10**9))
-trained_file = rule("a checkpoint file, such as outputs/runs/<time>/checkpoints/best.ckpt", _is_text)
-image_names = rule(
-    "a file, a folder, a pattern such as 'photos/*.jpg', or a list of these",
-    lambda v: _is_text(v) or (isinstance(v, list) and bool(v) and all(map(_is_text, v))),
-)
+below_one = number(0, 1, below=True)
+positive = number(0, above=True)
+inside = number(0, 1, above=True, below=True)
+devices = Rule("auto, a number of devices, or a list of device numbers such as [0,1]", _is_devices)
+duration = Rule("days:hours:minutes:seconds", lambda v: isinstance(v, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", v)))
+checksum = Rule("an md5 of 32 hexadecimal digits", lambda v: bool(re.fullmatch(r"[0-9a-fA-F]{32}", str(v))))
+profiler = one_of(None, "simple", "advanced", "pytorch") | Rule("a class", lambda v: isinstance(v, dict))
+images = Rule("a file, a folder, a pattern such as 'photos/*.jpg'", text.is_valid) | list_of("a list", text, 1)
 run_folders = list_of("two or more run folders, such as outputs/runs/a,outputs/runs/b", text, 2)
-precisions = one_of(
-    *("auto", 32, 16, 64, "32", "16", "64", "32-true", "64-true"),
-    *("bf16-mixed", "16-mixed", "bf16-true", "16-true", "bf16"),
-)
-strings = list_of("a list of strings, such as [a,b]", text)
+bits = (32, 16, 64, "32", "16", "64")
+precision = one_of("auto", *bits, "32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "bf16")
 
-RULES: dict[str, Rule] = {
-    "seed": whole(0, 2**32 - 1),
-    "test": flag,
-    "compile": one_of("auto", True, False),
-    "checkpoint_every_n_steps": either(null, whole(1)),
-    "ema_decay": either(null, number(0, 1, above=True, below=True)),
-    "trust": flag,
-    "resume": either(null, text),
-    "init_from": either(null, text),
-    "paths.output_dir": folder,
-    "paths.data_dir": folder,
-    "paths.cache_dir": folder,
-    "data.source": text,
-    "data.root": folder,
-    "data.batch_size": whole(1),
-    "data.val_size": either(whole(1), number(0, 1, above=True, below=True)),
-    "data.split_seed": whole(0),
-    "data.image_limit": either(null, whole(1)),
-    "data.on_device": flag,
-    "data.cache_features": flag,
-    "data.native_size": whole(8, 1024),
-    "data.skip_bad": flag,
-    "data.cache_dir": folder,
-    "data.mirrors": strings,
-    "data.md5": checksum,
-    "data.stall_seconds": number(0, above=True),
-    "data.train_size": whole(1, 10**9),
-    "data.test_size": whole(1, 10**9),
-    "data.drawing_seed": whole(0),
-    "data.augment.horizontal_flip": flag,
-    "data.augment.random_crop_padding": whole(0),
-    "data.augment.random_erasing": fraction,
-    "data.augment.color_jitter": fraction,
-    "data.augment.mix": one_of("none", "mixup", "cutmix"),
-    "data.augment.mix_alpha": number(0.01, 100),
-    "model.backbone": text,
-    "model.weights": either(null, text),
-    "model.image_size": whole(8, 4096),
-    "model.interpolation": one_of("bicubic", "bilinear"),
-    "model.freeze": one_of("none", "backbone"),
-    "model.stem": one_of("imagenet", "cifar"),
-    "model.label_smoothing": number(0, 1, below=True),
-    "model.head.name": text,
-    "model.head.dropout": number(0, 1, below=True),
-    "model.head.hidden": hidden_sizes,
-    "model.head.lstm_size": whole(1),
-    "model.head.bidirectional": flag,
-    "optimizer.name": text,
-    "optimizer.lr": number(0, above=True),
-    "optimizer.backbone_lr_scale": number(0),
-    "optimizer.weight_decay": number(0),
-    "optimizer.momentum": number(0, 1, below=True),
-    "optimizer.nesterov": flag,
-    "scheduler.name": text,
-    "scheduler.warmup": fraction,
-    "scheduler.final": fraction,
-    "trainer.accelerator": text,
-    "trainer.devices": devices,
-    "trainer.num_nodes": whole(1),
-    "trainer.precision": precisions,
-    "trainer.max_epochs": whole(1, 1_000_000),
-    "trainer.max_steps": either(one_of(-1), whole(1)),
-    "trainer.max_time": either(null, duration),
-    "trainer.limit_train_batches": limit,
-    "trainer.limit_val_batches": limit,
-    "trainer.limit_test_batches": limit,
-    "trainer.check_val_every_n_epoch": whole(1),
-    "trainer.accumulate_grad_batches": whole(1),
-    "trainer.gradient_clip_val": either(null, number(0)),
-    "trainer.deterministic": one_of(True, False, "warn"),
-    "trainer.benchmark": either(null, flag),
-    "trainer.sync_batchnorm": flag,
-    "trainer.detect_anomaly": flag,
-    "trainer.fast_dev_run": either(flag, whole(1)),
-    "trainer.enable_progress_bar": flag,
-    "trainer.enable_model_summary": flag,
-    "trainer.num_sanity_val_steps": whole(-1),
-    "trainer.profiler": profiler,
-    **{
-        f"callbacks.{name}.num_images": whole(1)
-        for name in ("sample_inputs", "correct_predictions", "incorrect_predictions")
-    },
-    "callbacks.best_checkpoint.monitor": one_of("val/acc", "val/loss"),
-    "callbacks.best_checkpoint.filename": text,
-    "callbacks.progress_bar.refresh_seconds": number(0),
-    # predict
-    "checkpoint": trained_file,
-    "images": image_names,
-    "batch_size": whole(1),
-    "top_k": whole(1),
-    "device": one_of("auto", "cpu", "cuda", "mps"),
-    # export
-    "format": one_of("onnx", "torch_export"),
-    "output": either(null, text),
-    "compare_on": either(null, text),
-    # evaluate
-    "split": one_of("test", "val", "train"),
-    "tta": one_of("none", "flip", "flip_shift"),
-    "corrupt": one_of("none", "noise", "blur", "contrast", "jpeg", "brightness", "all"),
-    "human_labels": either(null, text),
-    "doubtful_labels": either(null, text),
-    "compare": either(null, run_folders),
-}
+#: The keys of each rule.
+_KEYS: list[tuple[Rule, str]] = [
+    (flag, "test trust data.on_device data.cache_features data.skip_bad data.augment.horizontal_flip"),
+    (flag, "model.head.bidirectional optimizer.nesterov trainer.sync_batchnorm trainer.detect_anomaly"),
+    (flag, "trainer.enable_progress_bar trainer.enable_model_summary"),
+    (null | flag, "trainer.benchmark"),
+    (flag | whole(1), "trainer.fast_dev_run"),
+    (folder, "paths.output_dir paths.data_dir paths.cache_dir data.root data.cache_dir"),
+    (text, "data.source model.backbone model.head.name optimizer.name scheduler.name trainer.accelerator"),
+    (text, "callbacks.best_checkpoint.filename"),
+    (null | text, "resume init_from model.weights output compare_on human_labels doubtful_labels"),
+    (file, "checkpoint"),
+    (whole(0, 2**32 - 1), "seed data.split_seed data.drawing_seed"),
+    (whole(0), "data.augment.random_crop_padding"),
+    (whole(1), "data.batch_size batch_size top_k model.head.lstm_size trainer.num_nodes"),
+    (whole(1), "trainer.check_val_every_n_epoch trainer.accumulate_grad_batches"),
+    (whole(1), "callbacks.sample_inputs.num_images callbacks.correct_predictions.num_images"),
+    (whole(1), "callbacks.incorrect_predictions.num_images"),
+    (null | whole(1), "checkpoint_every_n_steps data.image_limit"),
+    (whole(-1), "trainer.num_sanity_val_steps"),
+    (one_of(-1) | whole(1), "trainer.max_steps"),
+    (whole(1, 1_000_000), "trainer.max_epochs"),
+    (whole(1, 10**9), "data.train_size data.test_size"),
+    (whole(8, 1024), "data.native_size"),
+    (whole(8, 4096), "model.image_size"),
+    (whole(1) | inside, "data.val_size"),
+    (null | whole(1) | number(0, 1, above=True), "trainer.limit_train_batches trainer.limit_val_batches"),
+    (null | whole(1) | number(0, 1, above=True), "trainer.limit_test_batches"),
+    (list_of("a list of whole numbers of at least 1, such as [512]", whole(1, 10**9)), "model.head.hidden"),
+    (positive, "data.stall_seconds optimizer.lr"),
+    (number(0), "optimizer.backbone_lr_scale optimizer.weight_decay callbacks.progress_bar.refresh_seconds"),
+    (null | number(0), "trainer.gradient_clip_val"),
+    (fraction, "data.augment.random_erasing data.augment.color_jitter scheduler.warmup scheduler.final"),
+    (below_one, "model.label_smoothing model.head.dropout optimizer.momentum"),
+    (null | inside, "ema_decay"),
+    (number(0.01, 100), "data.augment.mix_alpha"),
+    (checksum, "data.md5"),
+    (list_of("a list of strings, such as [a,b]", text), "data.mirrors"),
+    (devices, "trainer.devices"),
+    (precision, "trainer.precision"),
+    (null | duration, "trainer.max_time"),
+    (profiler, "trainer.profiler"),
+    (images, "images"),
+    (null | run_folders, "compare"),
+    (one_of("auto", True, False), "compile"),
+    (one_of(True, False, "warn"), "trainer.deterministic"),
+    (one_of("none", "mixup", "cutmix"), "data.augment.mix"),
+    (one_of("bicubic", "bilinear"), "model.interpolation"),
+    (one_of("none", "backbone"), "model.freeze"),
+    (one_of("imagenet", "cifar"), "model.stem"),
+    (one_of("val/acc", "val/loss"), "callbacks.best_checkpoint.monitor"),
+    (one_of("auto", "cpu", "cuda", "mps"), "device"),
+    (one_of("onnx", "torch_export"), "format"),
+    (one_of("test", "val", "train"), "split"),
+    (one_of("none", "flip", "flip_shift"), "tta"),
+    (one_of("none", "noise", "blur", "contrast", "jpeg", "brightness", "all"), "corrupt"),
+]
+RULES = {key: rule for rule, keys in _KEYS for key in keys.split()}
 
 
 #: Keys that the train command needs; ``~key`` or an edited config may have removed them.
@@ -233,18 +177,16 @@ def check_config(cfg: DictConfig) -> None:
     """
     expand_home(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    for section in SECTIONS:
-        found, value = _lookup(plain, section)
-        if found and not isinstance(value, dict):
+    for section, value in _found(plain, SECTIONS):
+        if not isinstance(value, dict):
             raise UserError(f"{section}={_shown(value)}: this is a group of settings; {section}.KEY=VALUE sets one")
-    for key, check in RULES.items():
-        found, value = _lookup(plain, key)
-        if found and not _left_open(plain, key, value) and (wanted := check(value)):
+    for key, value in _found(plain, RULES):
+        if not _left_open(plain, key, value) and (wanted := RULES[key](value)):
             raise UserError(f"{key}={_shown(value)}: should be {wanted}")
     if {"trainer", "optimizer"} <= plain.keys():
-        for key in NEEDED:
-            if not _lookup(plain, key)[0]:
-                raise UserError(f"{key} is missing; set {key}=...")
+        found = dict(_found(plain, NEEDED))
+        if missing := next((key for key in NEEDED if key not in found), None):
+            raise UserError(f"{missing} is missing; set {missing}=...")
     _check_files(plain)
     _check_together(plain)
 
@@ -259,13 +201,16 @@ def expand_home(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, [os.path.expanduser(v) if isinstance(v, str) else v for v in value])
 
 
-def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return False, None
-        node = node[part]
-    return True, node
+def _found(config: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield those of the dotted ``keys`` that are in ``config``, with their values."""
+    for key in keys:
+        node: Any = config
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                break
+            node = node[part]
+        else:
+            yield key, node
 
 
 def _left_open(config: Mapping[str, Any], key: str, value: Any) -> bool:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from contextlib import suppress
 
 import pytest
 from helpers import compose_train
@@ -32,7 +34,8 @@ VARIABLES = {*TORCHRUN, *SLURM, *run_dir._NUMBERS, STAMP_VARIABLE, "SLURM_JOB_NA
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that a value set by a test is removed after it
+        monkeypatch.delenv(name)
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
@@ -45,6 +48,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) 
     [
         ({}, rf"\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_{os.getpid()}", 0),
         (TORCHRUN, "torchrun-night", 3),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "../a b"}, r"torchrun-\.\._a_b", 3),
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, rf"\d{{4}}-.*_{os.getppid()}", 3),
         (SLURM, "slurm-77-2", 3),
         ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, rf"\d{{4}}-.*_{os.getpid()}", 0),
@@ -61,12 +65,12 @@ def test_processes_of_a_job_share_a_stamp_and_have_ranks(
     assert process_rank() == rank
 
 
-@pytest.mark.parametrize("value", ["", " ", "x", "-1", "1.5", "²"])
 @pytest.mark.parametrize("name", run_dir._NUMBERS)
-def test_malformed_launch_variables_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"{name}={re.escape(value)} \(environment variable\): should be a whole"):
-        check_launch_variables()
+def test_malformed_launch_variables_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", " ", "x", "-1", "1.5", "²"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"{name}={re.escape(value)} \(environment variable\): should be a whole"):
+            check_launch_variables()
 
 
 @pytest.mark.parametrize(
@@ -98,8 +102,21 @@ def test_complete_launch_variables_are_accepted(variables: dict[str, str], monke
     check_launch_variables()
 
 
+@pytest.mark.parametrize("base", [{}, TORCHRUN, SLURM])
+def test_any_launch_variable_is_accepted_or_refused(base: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in sorted(VARIABLES - {STAMP_VARIABLE}):
+        for value in ("", " ", "x", "-1", "0", "1", "1.5", "99999999999", "²", "٣", "none", "../x", "a=b,c"):
+            with monkeypatch.context() as patch:
+                set_environment(patch, base | {name: value})
+                patch.delenv(STAMP_VARIABLE, raising=False)
+                with suppress(UserError):
+                    check_launch_variables()
+                    assert process_rank() >= 0
+                    assert "/" not in run_dir.run_stamp()
+
+
 def test_each_composed_config_has_its_own_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_dir, "_resolved_stamps", 0)
+    monkeypatch.setattr(run_dir, "_composed", itertools.count(1))
     first, second = compose_train(), compose_train()
     assert first.paths.output_dir == f"outputs/runs/{run_dir.run_stamp()}"
     assert second.paths.output_dir == f"{first.paths.output_dir}_2"
