@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import socket
@@ -62,6 +63,20 @@ def compose_train(*overrides: str) -> DictConfig:
     return compose_command("train", *overrides)
 
 
+def resume(run: Path, *overrides: str) -> Any:
+    """Resume a run with the train command and return its results."""
+    from cifar10_tl.config.resume import resumed_config
+    from cifar10_tl.train import train
+
+    given = [f"resume={run}", "trust=true", *overrides]  # trust the callbacks of this file
+    return train(resumed_config(compose_train(*given), given))
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv."""
+    return list(csv.DictReader((run / "metrics.csv").open()))
+
+
 def write_png(folder: Path, images: torch.Tensor) -> None:
     """Write images, uint8 [N, 3, S, S], as 00.png, 01.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +97,7 @@ def lock(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 class StepLosses(Callback):
-    """Keeps the loss of each training step of the latest run."""
+    """Callback that keeps the loss of each training step."""
 
     seen: ClassVar[list[float]] = []
 
@@ -91,7 +106,7 @@ class StepLosses(Callback):
 
 
 class Accident(Callback):
-    """Lets something happen at a moment of the run, once."""
+    """Callback that calls ``happens`` once, at a given place and number, such as step 3."""
 
     happens: ClassVar[Callable[[], Any] | None] = None
     at: ClassVar[tuple[str, int]] = ("step", 0)

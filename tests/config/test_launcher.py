@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import REPOSITORY, compose_train
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 
 from cifar10_tl.config import errors, launcher, run_dir, validation
-from cifar10_tl.config.errors import explain
+from cifar10_tl.config.errors import UserError, explain
 
 
 def test_bugs_are_not_explained_as_user_errors() -> None:
@@ -110,3 +113,37 @@ def test_an_unwritable_run_folder_is_one_line() -> None:
     except ValueError as error:
         line = explain(error, "train")
     assert line == "paths.output_dir: cannot write /proc/train.log: No such file or directory; choose another folder"
+
+
+LOST = RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "printed"),
+    [
+        ({}, UserError("x"), True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, UserError("x"), False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, UserError("x"), True),  # first process of another node
+        ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, UserError("x"), False),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, torch.OutOfMemoryError("x"), True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, LOST, True),
+        ({"RANK": "2", "LOCAL_RANK": "2"}, LOST, False),
+    ],
+)
+def test_one_process_per_node_prints_an_error(
+    variables: dict[str, str], error: Exception, printed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "SLURM_PROCID", "SLURM_LOCALID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.should_print(error) is printed
+
+
+@pytest.mark.parametrize("environment", [TorchElasticEnvironment, SLURMEnvironment])
+def test_a_different_number_of_processes_is_explained(environment: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    with pytest.raises(ValueError, match="You set") as raised:
+        environment.validate_settings(object.__new__(environment), num_devices=2, num_nodes=1)
+    assert str(explain(raised.value, "train")).startswith("trainer.devices, trainer.num_nodes: ")

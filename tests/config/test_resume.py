@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import compose_train
@@ -9,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.resume import resume_command, resumed_config
+from cifar10_tl.config.resume import is_trusted, resume_command, resumed_config
 from cifar10_tl.config.run_dir import RUN_CONFIG
 
 
@@ -41,3 +42,62 @@ def test_the_resume_command_is_parsed_by_shell_and_hydra(name: str) -> None:
     (override,) = OverridesParser.create().parse_overrides(typed[3:])
     assert override.key_or_group == "resume"
     assert Path(str(override.value())) == Path(f"./{name}")
+
+
+@pytest.mark.parametrize(
+    ("target", "trusted"),
+    [
+        ("cifar10_tl.callbacks.Curves", True),
+        ("lightning.pytorch.callbacks.LearningRateMonitor", True),
+        ("lightning.pytorch.loggers.CSVLogger", True),
+        ("lightning.pytorch.strategies.DDPStrategy", True),
+        ("torch.optim.SGD", True),
+        ("os.system", False),
+        ("torch.load", False),
+        ("lightning.pytorch.callbacks.model_checkpoint.os.system", False),
+        ("lightning.pytorch.callbacks.model_checkpoint.shutil.rmtree", False),
+        ("cifar10_tl.io.atomic_write_text", False),
+        ("cifar10_tl.io.Path", False),
+        ("cifar10_tlx.Thing", False),
+        (["os.system"], False),
+    ],
+)
+def test_only_classes_of_trusted_packages_are_trusted(target: Any, trusted: bool) -> None:
+    assert is_trusted(target) is trusted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x: ${oc.create:{_target_:shutil.rmtree,path:/nowhere}}", r"config\.yaml: x holds \$\{\.\.\.\}"),
+        ("x: ${oc.env:HOME}", "holds"),
+        ("x: !!python/object/apply:os.system [ls]", "is damaged"),
+        ("x: [1, 2", "is damaged"),
+        ("x: 1\nx: 2", "is damaged"),
+        ("\0\x81", "is damaged"),
+    ],
+)
+def test_a_damaged_line_of_a_run_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    config = OmegaConf.to_yaml(compose_train(f"paths.output_dir={tmp_path}"), resolve=True)
+    check_refused(tmp_path, f"{config}{text}\n", message)
+
+
+@pytest.mark.parametrize("text", ["", "paths: null", "paths: {output_dir: 7}"])
+def test_a_run_config_without_a_run_folder_is_refused(tmp_path: Path, text: str) -> None:
+    check_refused(tmp_path, text, "is damaged")
+
+
+def check_refused(run: Path, config: str, message: str) -> None:
+    (run / RUN_CONFIG).write_text(config)
+    given = [f"resume={run}"]
+    with pytest.raises(UserError, match=message):
+        resumed_config(compose_train(*given), given)
+
+
+def test_changed_settings_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    own = compose_train("trainer.max_epochs=2", f"paths.output_dir={tmp_path}")
+    (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
+    given = [f"resume={tmp_path}", "trainer.max_epochs=5"]
+    assert resumed_config(compose_train(*given), given).trainer.max_epochs == 5
+    assert "trainer.max_epochs: 2 -> 5" in caplog.text

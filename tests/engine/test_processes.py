@@ -34,6 +34,19 @@ def test_first_signal_stops_and_reaches_the_children() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_second_interrupt_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with SignalHandler() as handler:
+        handler.deferred = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handler.received == signal.SIGINT
+        assert exits == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert exits == [130]
+
+
 def test_works_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGHUP")  # as on Windows
     with SignalHandler() as handler:

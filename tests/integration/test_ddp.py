@@ -1,224 +1,300 @@
-"""Two processes on the CPU, started the way a user starts them, against one."""
+"""Runs of several processes, compared with one process; how they start, and how they end."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL, free_port
+from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, rows
+from torch import Tensor
 
 from cifar10_tl.config.run_dir import STAMP_VARIABLE
+from cifar10_tl.data.batch import Batch
+from cifar10_tl.engine.builder import build_datamodule, build_module
+from cifar10_tl.models.lit_classifier import LitClassifier
+from cifar10_tl.train import train
 
 pytestmark = pytest.mark.slow
 
-
-def start(*arguments: str, cwd: Path, launcher: tuple[str, ...] = ("-m", "cifar10_tl.train")) -> str:
-    """Run the train command to its end; what it printed."""
-    env = {k: v for k, v in os.environ.items() if k not in (STAMP_VARIABLE, "PL_GLOBAL_SEED")}
-    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((run / "metrics.csv").open()))
-
-
-FROZEN = (
-    *SMALL,
-    "model.freeze=backbone",
-    "model.head.dropout=0",
-    "data.augment.mix=cutmix",
-    "trainer.deterministic=true",
-)
-
+#: Without dropout, whose masks differ between processes. The numbers of test and validation images are odd.
+PLAIN = (*SMALL, *TINY, "model.head.dropout=0", "trainer.deterministic=true", "data.val_size=33", "data.test_size=35")
+FROZEN = (*PLAIN, "model.freeze=backbone", "data.augment.mix=cutmix")  # frozen BatchNorm: processes do not differ
 TWO = ("trainer=ddp_cpu", "trainer.devices=2")
+TRAIN = ("-m", "cifar10_tl.train")
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    ours = {STAMP_VARIABLE, "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR", "LOCAL_RANK"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **options)
+
+
+def finish(*arguments: str, cwd: Path, status: int = 0) -> str:
+    """Run a command to its end and return its output."""
+    process = command(*arguments, cwd=cwd)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == status, output
+    return output
+
+
+def epochs(run: Path) -> int:
+    return len(rows(run)) if (run / "metrics.csv").exists() else 0
+
+
+def wait_for_an_epoch(process: subprocess.Popen[str], run: Path) -> None:
+    before = epochs(run)
+    while epochs(run) == before:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(child)
+
+
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def assert_same_metrics(run: Path, other: Path, rel: float) -> None:
+    for row, expected in zip(rows(run), rows(other), strict=True):
+        for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
+            assert float(row[key]) == pytest.approx(float(expected[key]), rel=rel), key
+
+
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run on one process, on two that Lightning started, and on two that torchrun started."""
+    """Return the folders of one run on one process, on two started by Lightning, and on two started by torchrun."""
     folder = tmp_path_factory.mktemp("ddp")
-    start(*FROZEN, "paths.output_dir=one", cwd=folder)
-    start(*FROZEN, *TWO, "paths.output_dir=two", cwd=folder)
-    torchrun = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={free_port()}",
-        "-m",
-        "cifar10_tl.train",
+    finish(*TRAIN, *FROZEN, "paths.output_dir=one", cwd=folder)
+    finish(*TRAIN, *FROZEN, *TWO, "paths.output_dir=two", cwd=folder)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+    finish(*torchrun, *TRAIN, *FROZEN, *TWO, cwd=folder)
+    (run,) = (folder / "outputs" / "runs").iterdir()
+    return {"one": folder / "one", "two": folder / "two", "torchrun": run}
+
+
+@pytest.mark.parametrize("name", ["two", "torchrun"])
+def test_two_processes_train_like_one(runs: dict[str, Path], name: str) -> None:
+    assert_same_metrics(runs[name], runs["one"], rel=1e-4)
+    one, two = (
+        torch.load(runs[key] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for key in ("one", name)
     )
-    start(*FROZEN, *TWO, cwd=folder, launcher=torchrun)
-    found = list((folder / "outputs" / "runs").iterdir())
-    assert len(found) == 1, "torchrun's processes must share one run folder"
-    return {"one": folder / "one", "two": folder / "two", "torchrun": found[0]}
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=1e-4), key
 
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])
-def test_two_processes_train_as_one(runs: dict[str, Path], name: str) -> None:
-    for alone, shared in zip(rows(runs["one"]), rows(runs[name]), strict=True):
-        for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
-            assert float(shared[key]) == pytest.approx(float(alone[key]), rel=1e-4), key
-    weights = [
-        torch.load(runs[n] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for n in ("one", name)
-    ]
-    for key, value in weights[0].items():
-        assert torch.allclose(value, weights[1][key], atol=1e-4), key
+def test_two_processes_count_each_image_once(runs: dict[str, Path], name: str) -> None:
+    one, two = results(runs["one"]), results(runs[name])
+    assert (two["val"]["count"], two["test"]["count"], two["environment"]["devices"]) == (33, 35, 2)
+    assert two["confusion_matrix"] == one["confusion_matrix"]
+    assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])
-def test_the_test_counts_every_image_once(runs: dict[str, Path], name: str) -> None:
-    alone, shared = (json.loads((runs[n] / "results.json").read_text()) for n in ("one", name))
-    assert shared["test"]["count"] == alone["test"]["count"] == 100
-    assert shared["confusion_matrix"] == alone["confusion_matrix"]
-    assert shared["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-4)
-    assert shared["environment"]["devices"] == 2
-
-
-@pytest.mark.parametrize("name", ["two", "torchrun"])
-def test_one_folder_one_log_one_set_of_figures(runs: dict[str, Path], name: str) -> None:
-    def names(run: Path) -> set[str]:
-        found = (str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-        return {n for n in found if not n.startswith("events")}
-
-    assert names(runs[name]) == names(runs["one"])
+def test_two_processes_write_the_files_of_one(runs: dict[str, Path], name: str) -> None:
+    one, two = (
+        {str(path.relative_to(runs[key])) for path in runs[key].rglob("*") if not path.name.startswith("events")}
+        for key in ("one", name)
+    )
+    assert one == two
+    assert len(list(runs[name].glob("events*"))) == 1
     assert (runs[name] / "train.log").read_text().count("test acc") == 1
 
 
-def test_a_sweep_of_two_process_runs_leaves_a_folder_a_job_and_nothing_else(tmp_path: Path) -> None:
-    start(*FROZEN, *TWO, "trainer.max_epochs=1", "-m", "seed=1,2", cwd=tmp_path)
-    assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"sweeps"}
-    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    assert {p.name for p in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
-    seeds = [json.loads((sweep / job / "results.json").read_text())["config"]["seed"] for job in ("0", "1")]
-    assert seeds == [1, 2]
+def as_torchrun(rank: int, work: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    work(*arguments)
 
 
-def test_uneven_validation_over_two_processes_is_complete(tmp_path: Path) -> None:
-    start(
-        *FROZEN,
-        "trainer=ddp_cpu",
-        "data.image_limit=67",
-        "trainer.max_epochs=1",
-        "paths.output_dir=run",
-        cwd=tmp_path,
+def in_processes(world_size: int, work: Callable[..., None], *arguments: Any, method: str) -> None:
+    """Call ``work(*arguments)`` in processes with the environment variables of torchrun."""
+    given = (work, world_size, free_port(), arguments)
+    torch.multiprocessing.start_processes(as_torchrun, given, nprocs=world_size, start_method=method)
+
+
+def evaluate(overrides: tuple[str, ...], world_size: int, file: Path) -> None:
+    """Test an untrained network; the last process writes its evaluation."""
+    cfg = compose_train(*overrides)
+    pl.seed_everything(cfg.seed, verbose=False)
+    datamodule = build_datamodule(cfg)
+    module = build_module(cfg, datamodule)
+    strategy = "ddp" if world_size > 1 else "auto"
+    options = {"logger": False, "enable_progress_bar": False, "use_distributed_sampler": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world_size, strategy=strategy, default_root_dir=file.parent, **options
     )
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["test"]["count"] == results["val"]["count"] == 67
+    trainer.test(module, datamodule=datamodule, verbose=False)
+    found = module.evaluation
+    assert found is not None
+    if trainer.global_rank == world_size - 1:
+        torch.save((found.indices, found.labels, found.confusion_matrix, found.logits, found.metrics()), file)
 
 
-def test_a_batch_that_two_processes_cannot_share_is_told_once(tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+@pytest.mark.parametrize("images", [2, 35])
+def test_evaluation_does_not_depend_on_the_number_of_processes(images: int, tmp_path: Path) -> None:
+    overrides = (*PLAIN, "data.batch_size=12", f"data.image_limit={images}")
+    for world_size in (1, 2, 3):
+        in_processes(world_size, evaluate, overrides, world_size, tmp_path / str(world_size), method="fork")
+    *expected, logits, metrics = torch.load(tmp_path / "1", weights_only=True)
+    assert expected[0].unique().numel() == len(expected[0]) == images
+    for world_size in (2, 3):
+        *exact, other_logits, other_metrics = torch.load(tmp_path / str(world_size), weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(exact, expected, strict=True))
+        torch.testing.assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
+        assert other_metrics == pytest.approx(metrics, rel=1e-5)
+
+
+class HalfBatchNorm(LitClassifier):
+    """Classifier that normalizes each half of a batch by its own statistics and keeps those of the first half."""
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if not self.training:
+            return super()._logits(batch)
+        first = self.network(batch.images[0::2])
+        copies = {name: value.clone() for name, value in self.network.named_buffers()}
+        second = torch.func.functional_call(self.network, copies, (batch.images[1::2],))
+        return torch.stack((first, second), 1).flatten(0, 1).float()
+
+
+def train_here(*overrides: str) -> None:
+    train(compose_train(*overrides))
+
+
+def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of the two processes: the order of sums depends on it
+    run = (*PLAIN, "callbacks=minimal", "logger=none", "optimizer=sgd", "optimizer.lr=0.001")
+    in_processes(2, train_here, *run, *TWO, f"paths.output_dir={tmp_path / 'two'}", method="spawn")
+    train_here(*run, f"paths.output_dir={tmp_path / 'one'}")
+    monkeypatch.setattr("cifar10_tl.engine.builder.LitClassifier", HalfBatchNorm)
+    train_here(*run, f"paths.output_dir={tmp_path / 'halves'}")
+    torch.set_num_threads(threads)
+    one, two, halves = (rows(tmp_path / name) for name in ("one", "two", "halves"))
+    for key in ("train/loss", "val/loss"):
+        for actual, same, close in zip(two, halves, one, strict=True):
+            assert float(actual[key]) == pytest.approx(float(same[key]), rel=1e-5)
+            assert float(actual[key]) == pytest.approx(float(close[key]), rel=0.05)
+
+
+def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
+    cached = (*FROZEN, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
+    finish(*TRAIN, *cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
+    assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 4, "train in two views, val and test"
+    finish(*TRAIN, *cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
+    assert results(tmp_path / "two")["test"]["count"] == 35
+
+
+# ---------------------------------------------------------------------------------------------------------------- start
+
+
+def test_sweep_has_one_folder_per_job(tmp_path: Path) -> None:
+    overrides = (*FROZEN, *TWO, "callbacks=minimal", "trainer.max_epochs=1")
+    finish(*TRAIN, *overrides, "-m", "seed=1,2", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps"}
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    assert [results(sweep / job)["config"]["seed"] for job in ("0", "1")] == [1, 2]
+
+
+def test_indivisible_batch_is_reported_once(tmp_path: Path) -> None:
+    output = finish(*TRAIN, *FROZEN, *TWO, "data.batch_size=63", cwd=tmp_path, status=2)
+    assert output.count("error:") == 1
+    assert "62 or 64" in output
+
+
+def test_slurm_script_starts_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for srun starts two processes with the variables of SLURM."""
+    scripts = {
+        "python": f'exec {sys.executable} "$@"',
+        "srun": """
+while [[ $1 == --* ]]; do echo "$1" >> srun-options; shift; done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_STEP_ID=0 "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
+    }
+    for name, lines in scripts.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "4242", "JOB_NAME": "cifar10_tl", "JOB_NUM_NODES": "1", "NNODES": "1", "NODELIST": "127.0.0.1"}
+    slurm |= {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NODEID": "0", "CPUS_PER_TASK": "8", "SUBMIT_DIR": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k not in (STAMP_VARIABLE, "PL_GLOBAL_SEED", "MASTER_PORT")}
+    environment |= {f"SLURM_{key}": value for key, value in slurm.items()}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    overrides = [override for override in PLAIN if not override.startswith("trainer.devices")]
     done = subprocess.run(
-        [sys.executable, "-m", "cifar10_tl.train", *FROZEN, *TWO, "data.batch_size=63"],
-        cwd=tmp_path,
-        env=env,
+        ["bash", str(REPOSITORY / "scripts" / "slurm.sh"), *overrides, "callbacks=minimal"],
+        env=environment,
         capture_output=True,
         text=True,
+        timeout=300,
     )
-    assert done.returncode == 2
-    assert done.stderr.count("error:") == 1
-    assert "choose 62 or 64" in done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert run.name == "slurm-4242"
+    assert (results(run)["environment"]["devices"], results(run)["test"]["count"]) == (2, 35)
+    assert (run / "train.log").read_text().count("test acc") == 1
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=8"} == set((tmp_path / "srun-options").read_text().split())
 
 
-def test_two_processes_share_one_feature_cache_and_learn_as_one(tmp_path: Path) -> None:
-    cached = (*FROZEN, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
-    start(*cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
-    assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 4, "train in two views, val and test"
-    start(*cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
-    for alone, shared in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
-            assert float(shared[key]) == pytest.approx(float(alone[key]), rel=1e-4), key
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["test"]["count"] == 100
+# ------------------------------------------------------------------------------------------------------------------ end
 
 
-def test_when_a_process_is_killed_the_job_ends_and_can_be_resumed(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = (sys.executable, "-m", "cifar10_tl.train", *FROZEN, *TWO, "trainer.max_epochs=100")
-    job = subprocess.Popen(
-        [*command, "paths.output_dir=run"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.1)
-    (child,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
-    output, _ = job.communicate(timeout=60)
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_killed_process_ends_the_run_with_one_line(tmp_path: Path, victim: str) -> None:
+    overrides = (*FROZEN, *TWO, "callbacks=minimal", "paths.output_dir=run", "trainer.max_epochs=100")
+    job = command(*TRAIN, *overrides, cwd=tmp_path)
+    wait_for_an_epoch(job, tmp_path / "run")
+    child = child_of(job)
+    os.kill(child if victim == "child" else job.pid, signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)  # until both processes have closed the pipe
     assert job.returncode != 0
-    assert "another process of this run has ended" in output or "terminated with code -9" in output
-    done = len(rows(tmp_path / "run"))
-    start("resume=run", f"trainer.max_epochs={done + 1}", cwd=tmp_path)
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(done + 1)]
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1
+    assert "another process of this run has ended" in output
+    if victim == "child":
+        assert f"process 1 of this run ({child}) was killed by SIGKILL" in output
+        done = epochs(tmp_path / "run")
+        finish(*TRAIN, "resume=run", f"trainer.max_epochs={done + 1}", cwd=tmp_path)
+        assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(done + 1)]
 
 
-def epochs_done(run: Path) -> int:
-    return len(rows(run)) if (run / "metrics.csv").exists() else 0
+def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
+    """SIGTERM is sent to the first process; Ctrl-C in a terminal is sent to both."""
+    overrides = (*FROZEN, *TWO, "callbacks=minimal", "data.train_size=1100", "trainer.max_epochs=3")
 
-
-def test_two_processes_stop_together_and_go_on_together(tmp_path: Path) -> None:
-    """By a signal to the one that the user started, and by a Ctrl-C, which a terminal sends to both."""
-    run = (*FROZEN, *TWO, "data.train_size=2080", "trainer.max_epochs=3")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-    def stop(how: Callable[[int], None], status: int, *arguments: str) -> None:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "cifar10_tl.train", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        done = epochs_done(tmp_path / "run")
-        while epochs_done(tmp_path / "run") == done:
-            assert job.poll() is None, job.communicate()[0]
-            time.sleep(0.05)
-        how(job.pid)
+    def stop(send: Callable[[int, int], None], signum: signal.Signals, *arguments: str) -> None:
+        job = command(*TRAIN, *arguments, cwd=tmp_path)
+        wait_for_an_epoch(job, tmp_path / "run")
+        send(job.pid, signum)
         output, _ = job.communicate(timeout=60)
-        assert job.returncode == status, output
+        assert job.returncode == 128 + signum, output
         assert output.count("resume with: python -m cifar10_tl.train resume=run") == 1
         assert "Traceback" not in output
 
-    stop(lambda pid: os.kill(pid, signal.SIGTERM), 143, *run, "paths.output_dir=run")
-    stop(lambda pid: os.killpg(pid, signal.SIGINT), 130, "resume=run")
-    start("resume=run", cwd=tmp_path)
-    start(*run, "paths.output_dir=whole", cwd=tmp_path)
-    for resumed, whole in zip(rows(tmp_path / "run"), rows(tmp_path / "whole"), strict=True):
-        for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
-            assert float(resumed[key]) == pytest.approx(float(whole[key]), rel=1e-5), key
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
-def test_two_machines_with_addresses_of_their_own_learn_as_one_process(tmp_path: Path) -> None:
-    probe = subprocess.run(["ip", "netns", "add", f"probe-{os.getpid()}"], capture_output=True)
-    if probe.returncode:
-        pytest.skip(f"no network namespaces here: {probe.stderr.decode().strip()}")
-    subprocess.run(["ip", "netns", "del", f"probe-{os.getpid()}"], check=True)
-    script = REPOSITORY / "scripts" / "two_machines.sh"
-    done = subprocess.run(
-        [script, tmp_path], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 processes on two addresses, 101 test images" in done.stdout
-    assert "confusion matrix the same" in done.stdout
+    stop(os.kill, signal.SIGTERM, *overrides, "paths.output_dir=run")
+    stop(os.killpg, signal.SIGINT, "resume=run")
+    finish(*TRAIN, "resume=run", cwd=tmp_path)
+    finish(*TRAIN, *overrides, "paths.output_dir=whole", cwd=tmp_path)
+    assert_same_metrics(tmp_path / "run", tmp_path / "whole", rel=1e-5)
