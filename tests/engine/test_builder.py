@@ -16,6 +16,10 @@ from cifar10_tl.train import train
 def test_only_idle_step_hooks_are_skipped(
     small_cfg: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    foreign = Watcher()
+    skip_idle_hooks(foreign)
+    assert all(callable(getattr(foreign, name)) for name in STEP_HOOKS), "not a callback of this project"
+    monkeypatch.setattr(Watcher, "__module__", "cifar10_tl.callbacks")
     watcher = Watcher()
     skip_idle_hooks(watcher)
     called = [name for name in STEP_HOOKS if callable(getattr(watcher, name))]
