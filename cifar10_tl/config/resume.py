@@ -69,7 +69,7 @@ def _read_run_config(run_dir: Path) -> dict[str, Any]:
     """Return the settings in a run folder as plain values, without running any code that they name."""
     path = run_dir / RUN_CONFIG
     if not path.is_file():
-        raise UserError(f"resume={run_dir}: no run lies there ({RUN_CONFIG} is missing); set the folder of a run")
+        raise UserError(f"resume={run_dir}: contains no run ({RUN_CONFIG} is missing); set the folder of a run")
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path))
         reason = "" if isinstance(saved["paths"]["output_dir"], str) else "paths.output_dir is not a string"

@@ -25,7 +25,7 @@ def test_a_resumed_run_keeps_its_settings_but_its_length(tmp_path: Path, monkeyp
     for override in ("optimizer.lr=1", "init_from=some.ckpt"):
         with pytest.raises(UserError, match=rf"{override}: a resumed run keeps its own settings"):
             resumed_config(compose_train(*given), [*given, override])
-    with pytest.raises(UserError, match="no run lies there"):
+    with pytest.raises(UserError, match="contains no run"):
         resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])
 
 

@@ -12,22 +12,10 @@ from cifar10_tl.config import launcher, run_dir
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.run_dir import STAMP_VARIABLE, check_launch_variables, process_rank
 
-TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "night",
-    "RANK": "3",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "4",
-    "MASTER_ADDR": "a",
-    "MASTER_PORT": "29500",
-}
-SLURM = {
-    "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_JOB_ID": "77",
-    "SLURM_STEP_ID": "2",
-}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "night", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+SLURM |= {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2"}
 VARIABLES = {*TORCHRUN, *SLURM, *run_dir._NUMBERS, STAMP_VARIABLE, "SLURM_JOB_NAME"}
 
 
