@@ -229,9 +229,10 @@ GOLDEN_LOSSES = ((2.32348, 1e-5), (2.3035, 1e-3), (2.219, 1e-2), (2.296, 1e-2), 
 
 def step_losses(run: Path, *overrides: str) -> list[float]:
     StepLosses.seen.clear()
-    quick = ("callbacks=minimal", "logger=none", "trainer.max_epochs=1", "test=false", "trainer.deterministic=true")
+    quick = ("callbacks=minimal", "callbacks.best_checkpoint=null", "logger=none", "trainer.max_epochs=1", "test=false")
     recorded = "+callbacks.losses={_target_: helpers.StepLosses}"
-    train(compose_train(*SMALL, *quick, recorded, f"paths.output_dir={run}", *overrides))
+    given = (*SMALL, *quick, "trainer.deterministic=true", recorded, f"paths.output_dir={run}", *overrides)
+    train(compose_train(*given))
     return list(StepLosses.seen)
 
 
