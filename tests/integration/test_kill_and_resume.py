@@ -92,10 +92,10 @@ def assert_same(run: Path, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("signum", "place", "number", "message", "requeued"),
     [
-        (signal.SIGTERM, "step", 1, "at epoch 0, step 2", False),
-        (signal.SIGINT, "validation", 0, "after epoch 0", True),
-        (signal.SIGTERM, "step", 5, "after the last epoch", False),
-        (signal.SIGINT, "test", 0, "", False),
+        (signal.SIGTERM, "step", 1, "at epoch 0, step 2", True),
+        pytest.param(signal.SIGINT, "validation", 0, "after epoch 0", False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "step", 5, "after the last epoch", False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "test", 0, "", False, marks=pytest.mark.slow),
     ],
 )
 def test_run_stopped_by_a_signal_resumes_exactly(
@@ -125,24 +125,32 @@ def test_run_stopped_by_a_signal_resumes_exactly(
     assert_same(tmp_path, expected)
 
 
-def test_run_that_is_killed_repeatedly_resumes_exactly(whole: Path, expected: dict[str, Any], tmp_path: Path) -> None:
-    run, best_is_newer = tmp_path / "run", tmp_path / "best_is_newer"
-    killed("step", 4, start, run, "checkpoint_every_n_steps=1")
-    for path in (run / "checkpoints").iterdir():  # as if it was killed before the first checkpoint
+@pytest.mark.slow
+def test_run_that_is_killed_repeatedly_resumes_exactly(expected: dict[str, Any], tmp_path: Path) -> None:
+    killed("step", 4, start, tmp_path, "checkpoint_every_n_steps=1")
+    for path in (tmp_path / "checkpoints").iterdir():  # as if it was killed before the first checkpoint
         path.unlink()
-    killed("batch", 2, resume, run)
-    assert saved_step(run) == 1
-    killed("batch", 3, resume, run)
-    assert saved_step(run) == 1, "a checkpoint between the batches of one step would lose gradients"
-    killed("step", 5, resume, run)
-    assert saved_step(run) == 5
-    shutil.copytree(run, best_is_newer)  # as if it was killed between the two checkpoints of the last epoch
-    shutil.copy(whole / "checkpoints" / "last.ckpt", best_is_newer / "checkpoints" / "best.ckpt")
-    for folder in (run, best_is_newer):
-        resume(folder)
-        assert_same(folder, expected)
+    killed("batch", 2, resume, tmp_path)
+    assert saved_step(tmp_path) == 1
+    killed("batch", 3, resume, tmp_path)
+    assert saved_step(tmp_path) == 1, "a checkpoint between the batches of one step would lose gradients"
+    killed("step", 5, resume, tmp_path)
+    assert saved_step(tmp_path) == 5
+    resume(tmp_path)
+    assert_same(tmp_path, expected)
 
 
+def test_run_killed_between_its_two_checkpoints_resumes_from_the_newer(run: Path, expected: dict[str, Any]) -> None:
+    last, best = (run / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
+    shutil.copy(last, best)
+    torch.save(torch.load(last, weights_only=True) | {"global_step": 3}, last)
+    (run / "results.json").unlink()
+    resume(run)
+    assert saved_step(run) == 6
+    assert_same(run, expected)
+
+
+@pytest.mark.slow
 def test_finished_run_can_be_made_longer(run: Path, whole: Path) -> None:
     temporary = run / "checkpoints" / ".last.ckpt.abc.tmp"
     temporary.touch()

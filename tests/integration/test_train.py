@@ -261,6 +261,7 @@ def test_losses_depend_on_the_seed(losses: list[float], tmp_path: Path) -> None:
     assert step_losses(tmp_path, "seed=1", "trainer.limit_train_batches=1")[0] != losses[0]
 
 
+@pytest.mark.slow
 def test_compiled_network_trains_the_same(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend aot_eager skips the C++ compiler, which takes a minute."""
     compiled: list[nn.Module] = []
