@@ -315,7 +315,8 @@ def test_fast_dev_run_writes_nothing(small_cfg: Small) -> None:
 def test_profile_and_figures_are_written_without_a_logger(small_cfg: Small) -> None:
     import matplotlib.pyplot as plt
 
-    cfg = small_cfg(*TINY, "logger=none", "debug=profile", "trainer.limit_train_batches=2", "trainer.max_epochs=1")
+    short = ("trainer.limit_train_batches=2", "trainer.max_epochs=1", "test=true")
+    cfg = small_cfg(*TINY, "logger=none", "debug=profile", *short)
     train(cfg)
     run = Path(cfg.paths.output_dir)
     assert {path.stem for path in (run / "figures").iterdir()} == FIGURES
