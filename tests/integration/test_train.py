@@ -322,7 +322,7 @@ def test_profile_and_figures_are_written_without_a_logger(small_cfg: Small) -> N
     assert {path.stem for path in (run / "figures").iterdir()} == FIGURES
     assert plt.get_fignums() == []
     assert not list(run.glob("events*"))
-    (profile,) = run.glob("*profile*")
+    (profile,) = run.glob("fit*profile*")
     assert "run_training_epoch" in profile.read_text()
 
 
