@@ -20,7 +20,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms
 
-from cifar10_tl.config.run_dir import CONFIG_DIR, register_resolvers
+from cifar10_tl.config import CONFIG_DIR
+from cifar10_tl.config.run_dir import register_resolvers
 from cifar10_tl.config.validation import check_config
 from cifar10_tl.engine.builder import build_datamodule, build_module, build_trainer, speed_up
 from cifar10_tl.engine.hardware import quiet_libraries

@@ -6,8 +6,8 @@ import sys
 
 from omegaconf import OmegaConf
 
+from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.run_dir import CONFIG_DIR
 from cifar10_tl.data.sources import prepare_cifar10
 
 

@@ -48,7 +48,8 @@ def compose_command(command: str, *overrides: str) -> DictConfig:
     """Return the checked config of a command with these overrides."""
     from hydra import compose, initialize_config_dir
 
-    from cifar10_tl.config.run_dir import CONFIG_DIR, register_resolvers
+    from cifar10_tl.config import CONFIG_DIR
+    from cifar10_tl.config.run_dir import register_resolvers
     from cifar10_tl.config.validation import check_config
 
     register_resolvers()

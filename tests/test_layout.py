@@ -80,10 +80,6 @@ def test_the_top_level_holds_commands_packages_and_public_modules_only() -> None
     assert {top(module) for module in MODULES} == set(LEVEL)
 
 
-PENDING = pytest.mark.xfail(strict=False, reason="the packages still fix their own arrows")
-
-
-@PENDING
 def test_imports_point_strictly_downward() -> None:
     upward = [
         f"{module} -> {other}"
@@ -121,7 +117,6 @@ def test_the_network_knows_no_data() -> None:
     assert "data" not in {top(module) for module in reachable("models.network")}
 
 
-@PENDING
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_loads_neither_torch_nor_lightning(command: str) -> None:
     slow = [

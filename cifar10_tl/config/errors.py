@@ -143,7 +143,7 @@ def config_keys(config_name: str) -> list[str]:
     """Return every key of a command's default config, such as ``trainer`` and ``trainer.max_epochs``."""
     from hydra import compose, initialize_config_dir
 
-    from cifar10_tl.config.run_dir import CONFIG_DIR
+    from cifar10_tl.config import CONFIG_DIR
 
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return [key for key, _ in walk(OmegaConf.to_container(compose(config_name)))]

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from cifar10_tl.config import run_dir
+from cifar10_tl.config import CONFIG_DIR, run_dir
 from cifar10_tl.config.errors import UserError, explain, is_connection_loss
 from cifar10_tl.config.resume import quoted, resumed_config
 from cifar10_tl.config.validation import check_config
@@ -61,7 +61,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         sys.argv[1:] = _prepared(sys.argv[1:])
         if run_dir.process_rank() > 0:  # only the first process writes the records of the run
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
-        hydra.main(version_base="1.3", config_path=str(run_dir.CONFIG_DIR), config_name=name)(_job(task, report))()
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(_job(task, report))()
     except Exception as error:
         report(error)
     except KeyboardInterrupt:  # before the run handles signals

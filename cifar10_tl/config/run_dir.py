@@ -13,9 +13,6 @@ from omegaconf import OmegaConf
 
 from cifar10_tl.config.errors import UserError
 
-PACKAGE_DIR = Path(__file__).resolve().parents[1]
-#: The configs are inside the package in a wheel and beside it in a checkout.
-CONFIG_DIR = next(d for d in (PACKAGE_DIR / "conf", PACKAGE_DIR.parent / "conf") if (d / "train.yaml").is_file())
 RUN_CONFIG = "config.yaml"
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
 _NUMBERS = (

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
-from cifar10_tl.config.run_dir import PACKAGE_DIR
+from cifar10_tl.config import PACKAGE_DIR
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.io import atomic_write_text, csv_text
 from cifar10_tl.metrics.calibration import NUM_BINS

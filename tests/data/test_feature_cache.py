@@ -187,7 +187,7 @@ def predictions(run: Path) -> list[dict[str, str]]:
 def compose_evaluate(checkpoint: Path, folder: Path) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
-    from cifar10_tl.config.run_dir import CONFIG_DIR
+    from cifar10_tl.config import CONFIG_DIR
 
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose("evaluate", overrides=[f"checkpoint={checkpoint}", f"paths.output_dir={folder}"])

@@ -4,35 +4,27 @@ import ast
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 
-from tests.helpers import REPOSITORY
-
-SCRIPT = """
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
-
-from cifar10_tl.data.datamodule import CIFAR10DataModule
-from cifar10_tl.models.lit_classifier import LitClassifier
-
-data = CIFAR10DataModule(source="shapes", batch_size=32, train_size=128, val_size=32, test_size=32)
-model = LitClassifier(data.class_names, backbone="resnet18", image_size=32)
-stop = EarlyStopping(monitor="val/acc", mode="max")
-trainer = pl.Trainer(max_epochs=1, logger=CSVLogger("outputs"), callbacks=[stop])
-trainer.fit(model, data)
-print(trainer.test(model, data))
-"""
+README = (REPOSITORY / "README.md").read_text()
+(SCRIPT,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pl.Trainer(" in block)
+SIZES = {"val_size=1000": "train_size=128, val_size=32, test_size=32, batch_size=32", "max_epochs=3": "max_epochs=1"}
 
 
 @pytest.mark.slow
-def test_plain_lightning_script_logs_each_metric_once_per_epoch(tmp_path: Path) -> None:
+def test_the_script_in_the_readme_logs_each_metric_once_per_epoch(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=env, capture_output=True, text=True)
+    script = SCRIPT
+    for shown, small in SIZES.items():
+        assert shown in script
+        script = script.replace(shown, small)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = ast.literal_eval(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
     assert 0 <= results["test/acc"] <= 1
