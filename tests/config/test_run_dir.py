@@ -34,12 +34,12 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) 
 @pytest.mark.parametrize(
     ("variables", "stamp", "rank"),
     [
-        ({}, rf"\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_{os.getpid()}", 0),
+        ({}, r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_SELF", 0),
         (TORCHRUN, "torchrun-night", 3),
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "../a b"}, r"torchrun-\.\._a_b", 3),
-        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, rf"\d{{4}}-.*_{os.getppid()}", 3),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, r"\d{4}-.*_PARENT", 3),
         (SLURM, "slurm-77-2", 3),
-        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, rf"\d{{4}}-.*_{os.getpid()}", 0),
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, r"\d{4}-.*_SELF", 0),
         ({"MASTER_ADDR": "a", "NODE_RANK": "1"}, r"\d{4}-.*", 1),
         ({"MASTER_ADDR": "a", "NODE_RANK": "0", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),
     ],
@@ -48,6 +48,7 @@ def test_processes_of_a_job_share_a_stamp_and_have_ranks(
     variables: dict[str, str], stamp: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_environment(monkeypatch, variables)
+    stamp = stamp.replace("SELF", str(os.getpid())).replace("PARENT", str(os.getppid()))
     assert re.fullmatch(stamp, run_dir.run_stamp())
     assert run_dir.run_stamp() == os.environ[STAMP_VARIABLE]
     assert process_rank() == rank
