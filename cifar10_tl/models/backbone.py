@@ -1,4 +1,4 @@
-"""torchvision's ResNet up to its last feature map, and where its weights come from."""
+"""torchvision's ResNets up to the last feature map."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from cifar10_tl.config.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
-
-_LEFT_OUT = ("avgpool", "fc")  # what torchvision's ResNet does behind the feature map
+_LEFT_OUT = ("avgpool", "fc")  # layers after the feature map
 
 
 class Backbone(nn.Sequential):
-    """A torchvision ResNet without pooling and classifier: float [N, 3, H, W] -> feature map [N, C, h, w].
+    """A torchvision ResNet with random weights, without pooling and classifier.
 
-    The parameters keep torchvision's names (``conv1.weight``, ``layer1.0.bn1.bias``, ...). Weights start at random;
-    :func:`load_weights` brings others.
+    Parameters keep torchvision's names, such as ``layer1.0.bn1.bias``.
 
     Args:
-        name: one of ``BACKBONES``.
-        stem: "imagenet" (7x7 convolution of stride 2, max pooling; stride 32 in all), or "cifar" (3x3 convolution, no
-            pooling; stride 8 in all), as in section 4.2 of https://arxiv.org/abs/1512.03385.
-        frozen: neither parameters nor BatchNorm statistics ever change: it stays in eval mode, and no graph is built.
+        name: One of ``BACKBONES``.
+        stem: "imagenet" (7x7 convolution and max pooling, total stride 32) or "cifar" (3x3 convolution, total stride 8)
+            as in section 4.2 of https://arxiv.org/abs/1512.03385.
+        frozen: Keep parameters and BatchNorm statistics fixed.
     """
 
     def __init__(self, name: str = "resnet50", stem: str = "imagenet", frozen: bool = False) -> None:
@@ -48,12 +46,12 @@ class Backbone(nn.Sequential):
             self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Float [N, 3, H, W] -> [N, num_features, ceil(H / stride), ceil(W / stride)]."""
+        """Map images [N, 3, H, W] to features [N, num_features, ceil(H / stride), ceil(W / stride)]."""
         if not self.frozen:
             return super().forward(images)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             return super().forward(images)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, unless frozen: in training mode BatchNorm's statistics would drift."""
+        """Set the mode, but keep a frozen backbone in eval mode so that its BatchNorm statistics do not drift."""
         return super().train(mode and not self.frozen)

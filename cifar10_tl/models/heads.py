@@ -1,4 +1,4 @@
-"""From a feature map to logits. To add a head: write a module like these, and name it in ``HEADS``."""
+"""Classification heads. To add one, write a module like these and list it in ``HEADS``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cifar10_tl.config.errors import UserError
 
 
 class LinearHead(nn.Module):
-    """Global average pooling and one linear layer: float [N, C, h, w] -> logits [N, K]."""
+    """Global average pooling and a linear layer."""
 
     pools = True
 
@@ -20,12 +20,12 @@ class LinearHead(nn.Module):
         self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Float [N, C, h, w] -> [N, K]."""
+        """Map features [N, C, h, w] to logits [N, K]."""
         return self.layers(feature_map.mean((2, 3)))
 
 
 class DenseHead(nn.Module):
-    """Global average pooling, dense relu layers with dropout, a final layer: float [N, C, h, w] -> logits [N, K]."""
+    """Global average pooling and dense ReLU layers with dropout."""
 
     pools = True
 
@@ -36,16 +36,12 @@ class DenseHead(nn.Module):
         self.layers = nn.Sequential(*dense_layers(num_features, hidden, dropout, num_classes))
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Float [N, C, h, w] -> [N, K]."""
+        """Map features [N, C, h, w] to logits [N, K]."""
         return self.layers(feature_map.mean((2, 3)))
 
 
 class LSTMHead(nn.Module):
-    """An LSTM over the cells of the feature map, row by row, then dense relu layers.
-
-    The sequence of h * w cells, each a vector of C features, is read by a (bidirectional) LSTM; the last hidden states
-    of each direction go through the dense layers: float [N, C, h, w] -> logits [N, K].
-    """
+    """An LSTM over the h * w cells of the feature map, row by row, and dense layers on its last hidden states."""
 
     def __init__(
         self,
@@ -61,13 +57,13 @@ class LSTMHead(nn.Module):
         self.layers = nn.Sequential(*dense_layers(lstm_size * (1 + bidirectional), hidden, dropout, num_classes))
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Float [N, C, h, w] -> [N, K]."""
+        """Map features [N, C, h, w] to logits [N, K]."""
         _, (last_hidden, _) = self.lstm(feature_map.flatten(2).transpose(1, 2))
         return self.layers(last_hidden.transpose(0, 1).flatten(1))
 
 
 def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_outputs: int) -> list[nn.Module]:
-    """Linear, relu and dropout for each width in ``hidden``, then a linear layer to ``num_outputs``."""
+    """Return a linear layer, ReLU and dropout for each size in ``hidden``, and a final linear layer."""
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [nn.Linear(num_inputs, width), nn.ReLU(inplace=True), nn.Dropout(dropout)]
@@ -79,15 +75,15 @@ HEADS: dict[str, Callable[..., nn.Module]] = {"linear": LinearHead, "dense": Den
 
 
 def pools(head: nn.Module) -> bool:
-    """Whether a head begins with global average pooling (``pools = True``), so that the means are all it needs."""
+    """Return whether ``head`` starts with global average pooling (``pools = True``)."""
     return bool(getattr(head, "pools", False))
 
 
 def build_head(settings: Mapping[str, Any], num_features: int, num_classes: int) -> nn.Module:
-    """The head called ``settings["name"]``, built with the other settings.
+    """Build the head ``settings["name"]`` with the other settings.
 
     Raises:
-        UserError: there is no such head, or it has no such setting.
+        UserError: The head or one of its settings does not exist.
     """
     options = dict(settings)
     name = options.pop("name", None)

@@ -1,4 +1,4 @@
-"""The whole network in plain PyTorch: raw images in, logits out, so that it can be exported as it is."""
+"""The network in plain PyTorch, from uint8 images to logits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cifar10_tl.models.resize import Resize
 
 
 class TransferResNet(nn.Module):
-    """uint8 images -> normalise -> resize -> backbone -> head -> logits.
+    """A classifier of uint8 images: normalization, resizing, backbone and head.
 
     Args:
-        backbone: to the feature map.
-        head: from the feature map to logits.
-        native_size: side in pixels of the images that are given; others are taken, too, but more slowly.
-        image_size: side in pixels that images are brought to for the backbone.
+        backbone: Network from images to the feature map.
+        head: Network from the feature map to logits.
+        native_size: Side of the input images in pixels. Other sizes work but are slower.
+        image_size: Side in pixels to which images are resized for the backbone.
         interpolation: "bicubic" or "bilinear".
-        mean: of each channel in [0, 1], of the data that the backbone was trained on.
-        std: its standard deviation.
+        mean: Channel means, in [0, 1], of the data that the backbone was trained on.
+        std: Channel standard deviations of the same data.
 
     Raises:
-        UserError: an LSTM head would have a single cell to read.
+        UserError: The feature map has a single cell, and the head is an LSTM.
     """
 
     def __init__(
@@ -56,32 +56,30 @@ class TransferResNet(nn.Module):
         self.shift: Tensor
 
     def lay_out_for(self, device: torch.device) -> None:
-        """Keep the weights as the device's convolutions read them: in channels_last on a GPU, else as they are.
+        """Convert the weights to channels_last on a GPU.
 
-        Activations are in channels_last everywhere. On a CPU, oneDNN brings weights to a form of its own in any case,
-        and an optimizer's step over weights in channels_last costs a copy of them, of their gradients and its moments.
+        On a CPU, oneDNN reorders weights anyway, and channels_last weights make the optimizer step slower.
         """
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float [N, K] of uint8 images [N, 3, H, W]."""
+        """Return the logits [N, K] of uint8 images [N, 3, H, W]."""
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Feature map float [N, C, h, w] of uint8 images [N, 3, H, W]."""
+        """Return the feature map [N, C, h, w] of uint8 images [N, 3, H, W]."""
         return self.backbone(self.preprocess(images))
 
     def head_input(self, images: Tensor) -> Tensor:
-        """What the head makes use of: the feature map, or for a head that pools it first a map of one cell."""
+        """Return the feature map, averaged to one cell if the head pools it."""
         feature_map = self.features(images)
         return feature_map.mean((2, 3), keepdim=True) if pools(self.head) else feature_map
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> float [N, 3, image_size, image_size], normalised.
+        """Normalize uint8 images [N, 3, H, W] and resize them to [N, 3, image_size, image_size].
 
-        Normalising comes first, on the small image: resizing is linear with weights that sum to one, so that the
-        order makes no difference but to the time.
+        Resizing is linear with weights that sum to one, so normalizing the small images first is equivalent and faster.
         """
         x = images.to(self.scale.dtype) * self.scale + self.shift
         return self.resize(x).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The system around the network: loss, steps, optimizer, and what is measured."""
+"""Optimizers, parameter groups and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cifar10_tl.config.errors import UserError
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
-    """A class of ``torch.optim`` by its name.
+    """Return the optimizer class ``name`` of ``torch.optim``.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such optimizer.
     """
     found = getattr(torch.optim, str(name), None)
     if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
@@ -28,7 +28,7 @@ def find_optimizer(name: str) -> type[Optimizer]:
 def parameter_groups(
     name: str, module: nn.Module, lr: float, decayed: Collection[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """The parameters that learn, in two groups: those among ``decayed``, and norms and biases, without decay."""
+    """Return the trainable parameters as two groups, with weight decay only for those in ``decayed``."""
 
     def group(suffix: str, parameters: Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
         members = [p for p in parameters if p.requires_grad]
@@ -40,13 +40,13 @@ def parameter_groups(
 
 
 def schedule_factor(settings: Mapping[str, Any], num_steps: int) -> Callable[[int], float]:
-    """What a schedule multiplies the rate with, as a function of the optimizer's step (from 0 on).
+    """Return the factor of the learning rate as a function of the optimizer step.
 
-    Constant: 1. Cosine: from 0 up to 1 in a line over the ``warmup`` share of the steps, then down to ``final`` along
-    half a cosine (https://arxiv.org/abs/1608.03983).
+    "cosine" rises linearly to 1 over the fraction ``warmup`` of the steps, then decays to ``final`` along half a cosine
+    (https://arxiv.org/abs/1608.03983).
 
     Raises:
-        UserError: there is no schedule of that name, or it has no such setting.
+        UserError: The schedule or one of its settings does not exist.
     """
     if settings["name"] not in ("constant", "cosine"):
         raise UserError(f"scheduler.name={settings['name']}: there are constant, cosine")
@@ -57,7 +57,7 @@ def schedule_factor(settings: Mapping[str, Any], num_steps: int) -> Callable[[in
         return lambda step: 1.0
     warmup, final = round(settings.get("warmup", 0.0) * num_steps), settings.get("final", 0.0)
 
-    # A function: LambdaLR would save the attributes of an object, and a resumed run keep an outdated number of steps.
+    # A function, because LambdaLR saves the attributes of a callable object, and a resumed run may have more steps.
     def cosine(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)

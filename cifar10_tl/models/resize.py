@@ -1,4 +1,4 @@
-"""Resizing as matrix products."""
+"""Image resizing by matrix products."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 
 class Resize(nn.Module):
-    """Bring images to ``size``: float [N, C, H, W] -> [N, C, size, size], as ``torch.nn.functional.interpolate`` does.
+    """Equivalent of ``torch.nn.functional.interpolate`` to a square, with antialiasing when downsampling.
 
-    Where pixels are lost, it is with antialiasing. Interpolation is linear in the pixels, first along one axis and then
-    along the other: two matrix products, one for the rows and one for the columns. They take a third of the time of
-    PyTorch's own kernel on a CPU, and a small part of that of ONNX Runtime's.
+    Interpolation is separable and linear in the pixels, so it is one matrix product for the rows and one for the
+    columns. On a CPU they take a third of the time of PyTorch's kernel, and far less than ONNX Runtime's.
 
     Args:
-        native_size: side in pixels of the images that mostly come; the matrix for it is kept.
-        size: side in pixels of the result.
+        native_size: Side in pixels of most input images, for which the matrix is kept.
+        size: Side of the output in pixels.
         mode: "bicubic" or "bilinear".
     """
 
@@ -27,12 +26,12 @@ class Resize(nn.Module):
         self.matrix: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Float [N, C, H, W] -> [N, C, size, size]."""
+        """Resize float images [N, C, H, W] to [N, C, size, size]."""
         if images.shape[-2:] == (self.size, self.size):
             return images
         rows, columns = (self._matrix(side, images) for side in images.shape[-2:])
         device = images.device.type
-        if torch.is_autocast_enabled(device):  # bfloat16 would round the images twice more
+        if torch.is_autocast_enabled(device):  # avoid rounding the images to bfloat16 twice
             with torch.autocast(device, enabled=False):
                 return rows @ images @ columns.T
         return rows @ images @ columns.T
@@ -41,6 +40,6 @@ class Resize(nn.Module):
         return self.matrix if side == self.matrix.shape[1] else self._matrix_for(side).to(images)
 
     def _matrix_for(self, side: int) -> Tensor:
-        """Float [size, side]: what each pixel of a column of the result takes from each pixel of one of ``side``."""
+        """Return the weights [size, side] of the input pixels in each output pixel along one axis."""
         pixels = torch.eye(side)[None, None]
         return F.interpolate(pixels, size=(self.size, side), mode=self.mode, antialias=self.size < side)[0, 0]
