@@ -1,11 +1,11 @@
-"""A trained network as a function from pictures to labels.
+"""Classify images with a trained model.
 
     from cifar10_tl import load_classifier
     classify = load_classifier("best.ckpt")
     for prediction in classify(["cat.jpg", "dog.png"]):
         print(prediction.path, prediction.label, prediction.probability)
 
-The file is a checkpoint of a run, or a ``.onnx`` model exported from one, which ONNX Runtime then runs.
+The file is a checkpoint or an exported ``.onnx`` model.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from PIL import Image
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.images import BadImageError, decode_image, to_pixels
 
-#: A file's path, a picture of Pillow's, or an array as ``PIL.Image.fromarray`` takes it, such as uint8 [H, W, 3].
+#: Path of a file, Pillow image, or array accepted by ``PIL.Image.fromarray``, such as uint8 [H, W, 3].
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"
 
 
-#: uint8 [3, S, S]: a picture as the network is given it.
+#: Input of the network for one image, uint8 [3, S, S].
 Pixels: TypeAlias = NDArray[np.uint8]
 
 
-#: From uint8 [N, 3, S, S] to logits float32 [N, K].
+#: Function from images, uint8 [N, 3, S, S], to logits, float32 [N, K].
 Network: TypeAlias = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one picture, or why it could not be read.
+    """Prediction for one image, or the error if it could not be read.
 
     Attributes:
-        path: the file as it was named; None for a picture that came from memory.
-        label: the most probable class; None where there is an error.
-        probability: of ``label``, in [0, 1]; None where there is an error.
-        probabilities: of each class by name, in the order of the classes; empty where there is an error.
-        error: why the file could not be read, in a line; None where it was.
+        path: Path of the file as passed by the caller; None for an image in memory.
+        label: Most probable class; None on error.
+        probability: Probability of ``label`` in [0, 1]; None on error.
+        probabilities: Probability of each class by name, in the order of the classes; empty on error.
+        error: Why the file could not be read, on one line; None on success.
     """
 
     path: str | None
@@ -58,45 +58,42 @@ class Prediction:
 
     @classmethod
     def of(cls, path: str | None, probabilities: Mapping[str, float]) -> Prediction:
-        """For the most probable class, the first of them where several are."""
+        """Create a prediction of the most probable class, the first one on ties."""
         label = max(probabilities, key=probabilities.__getitem__)
         return cls(path, label, probabilities[label], probabilities)
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes and their probabilities, the most probable first."""
+        """Return the ``k`` most probable classes and their probabilities, in descending order."""
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:k]
 
 
 class Classifier:
-    """Labels pictures of any kind and size, brought to the network's size as its training pictures were.
-
-    Made by :func:`load_classifier`.
+    """Classifier of images of any mode and size, as returned by :func:`load_classifier`.
 
     Attributes:
-        class_names: of the K classes, in the order of the logits.
-        native_size: S, the side in pixels that pictures are brought to, see
-            :func:`cifar10_tl.data.sources.to_pixels`.
+        class_names: Names of the K classes, in the order of the logits.
+        native_size: Height and width S in pixels to which :func:`~cifar10_tl.data.images.to_pixels` resizes images.
     """
 
     def __init__(self, network: Network, class_names: Iterable[str], native_size: int) -> None:
         self._network, self.class_names, self.native_size = network, tuple(class_names), native_size
 
     def __call__(self, images: Picture | Iterable[Picture], batch_size: int = 256) -> list[Prediction]:
-        """The predictions for pictures, or for a single one, in their order; a file that is no picture has an error.
+        """Return the predictions for one or more images, in order; unreadable files have ``error`` set.
 
         Raises:
-            TypeError: something in ``images`` is neither a path, nor a picture, nor an array that is one.
+            TypeError: An item of ``images`` is neither a path, nor a Pillow image, nor an array of pixels.
         """
         return [prediction for prediction, _ in self.stream(_several(images), batch_size)]
 
     def stream(self, images: Iterable[Picture], batch_size: int = 256) -> Iterator[tuple[Prediction, Pixels | None]]:
-        """Each prediction, and the pixels that it was made from; no more than ``batch_size`` pictures are in memory."""
+        """Yield each prediction with its input pixels, keeping at most ``batch_size`` images in memory."""
         waiting = iter(images)
         while batch := list(islice(waiting, batch_size)):
             yield from self._classify_batch(batch)
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Probabilities [N, K], whose rows sum to one, for uint8 [N, 3, S, S]."""
+        """Return probabilities [N, K] for images, uint8 [N, 3, S, S]."""
         logits = self._network(pixels).astype(np.float64)
         powers = np.exp(logits - logits.max(1, keepdims=True))
         shares: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
@@ -125,24 +122,24 @@ class Classifier:
 
 
 def _several(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """One picture as a list: a text or an array can be iterated over too, but not to any good."""
+    """Wrap a single image in a list."""
     if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
         return [images]
     return images
 
 
 def load_classifier(path: str | os.PathLike[str], device: str = "auto") -> Classifier:
-    """The classifier in a checkpoint (``best.ckpt``) or in an exported model (``model.onnx``), from that file alone.
+    """Load a classifier from a checkpoint or an exported model, without executing code from the file.
 
-    No code that the file names is run. On a CPU under Linux,
-    :func:`~cifar10_tl.memory.keep_freed_memory`, which changes the whole process, makes large networks faster.
+    On Linux CPUs, :func:`~cifar10_tl.engine.hardware.keep_freed_memory` speeds up large networks; it affects the whole
+    process.
 
     Args:
-        path: of the file; one whose name ends in ``.onnx`` is run by ONNX Runtime (``pip install onnxruntime``).
-        device: "cpu", "cuda", "mps" or "auto": the fastest that is there.
+        path: Path of a checkpoint, or of an ``.onnx`` file, which requires ``onnxruntime``.
+        device: "cpu", "cuda", "mps", or "auto" for the fastest available device.
 
     Raises:
-        UserError: the file is missing, broken or of another kind; or the device, or ONNX Runtime, is not there.
+        UserError: The file is missing or invalid, or the device or ONNX Runtime is not available.
     """
     path = Path(path)
     if path.suffix.lower() == ".onnx":
@@ -151,7 +148,7 @@ def load_classifier(path: str | os.PathLike[str], device: str = "auto") -> Class
 
 
 def _from_checkpoint(path: Path, device: str) -> Classifier:
-    from cifar10_tl.engine.checkpoints import restore  # Lightning takes seconds to import, and ONNX does without
+    from cifar10_tl.engine.checkpoints import restore  # importing Lightning takes seconds, and ONNX does not need it
 
     module = restore(path)
     try:
@@ -207,5 +204,5 @@ def _onnx_session(path: Path, device: str) -> Any:
         )
     try:
         return onnxruntime.InferenceSession(path, providers=[gpu, cpu] if has_gpu and device != "cpu" else [cpu])
-    except Exception as error:  # ONNX Runtime has an error class for each reason, and no base class for them
+    except Exception as error:  # the exceptions of ONNX Runtime have no common base class
         raise UserError(f"{path} is broken or of another kind: {str(error).splitlines()[0]}") from error

@@ -1,6 +1,6 @@
-"""Whether probabilities mean what they say, and the temperature that mends them.
+"""Calibration metrics and temperature scaling.
 
-Source: Guo et al., "On calibration of modern neural networks" (2017), https://arxiv.org/abs/1706.04599.
+Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), https://arxiv.org/abs/1706.04599.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 NUM_BINS = 15
 
 
-#: Where all predictions are right (or no better than chance), the likelihood has no maximum: it is looked for in here.
+#: Limits of the search, because the likelihood has no maximum if all predictions are correct or at chance level.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 
 
 class ReliabilityBins(NamedTuple):
-    """Predictions sorted by confidence into bins of equal width; NaN in empty ones. All of length B."""
+    """B bins of predictions, of equal width in confidence; means of empty bins are NaN."""
 
-    counts: Tensor  # int64, images
-    confidence: Tensor  # float64, mean probability of the predicted class
-    accuracy: Tensor  # float64, share of right predictions
+    counts: Tensor  # number of images, int64 [B]
+    confidence: Tensor  # mean probability of the predicted class, float64 [B]
+    accuracy: Tensor  # fraction of correct predictions, float64 [B]
 
 
 def reliability_bins(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> ReliabilityBins:
-    """The bins of a reliability diagram, of probabilities float [N, K] and labels int64 [N]."""
+    """Return the bins of a reliability diagram for probabilities, float [N, K], and labels, int64 [N]."""
     confidence, predictions = probabilities.max(1)
     edges = torch.linspace(0, 1, num_bins + 1, dtype=confidence.dtype)
     place = (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, num_bins - 1)
@@ -41,26 +41,26 @@ def reliability_bins(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> float:
-    """Mean distance of confidence and accuracy over the bins, weighted by their images (Guo et al., equation 3)."""
+    """Return the mean of abs(accuracy - confidence) over the bins, weighted by size (Guo et al., equation 3)."""
     return float(multiclass_calibration_error(probabilities, labels, probabilities.shape[1], num_bins, norm="l1"))
 
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean squared distance from the one-hot label, summed over the classes, in [0, 2].
+    """Return the mean squared distance of the probabilities from the one-hot labels, in [0, 2].
 
-    Source: G. W. Brier, "Verification of forecasts expressed in terms of probability" (1950).
+    Source: G. W. Brier, "Verification of Forecasts Expressed in Terms of Probability" (1950).
     """
     one_hot = F.one_hot(labels, probabilities.shape[1])
     return float((probabilities.double() - one_hot).square().sum(1).mean())
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T for which softmax(logits / T) has the smallest loss (Guo et al., section 4.2).
+    """Return the temperature T that minimizes the loss of softmax(logits / T) (Guo et al., section 4.2).
 
-    The loss is convex in 1 / T, so the sign of its slope tells on which side the minimum lies: bisection finds it.
+    The loss is convex in 1 / T, so the minimum is found by bisection on the sign of its slope.
 
     Args:
-        logits: float [N, K], of images that the network did not learn from.
+        logits: Logits of images not used for training, float [N, K].
         labels: int64 [N].
     """
     logits = logits.double()

@@ -1,4 +1,4 @@
-"""Everything that is read from the logits of a pass over val or test. Knows no Lightning and no network."""
+"""Metrics of a classifier, computed from the logits of a whole split."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from cifar10_tl.metrics.intervals import wilson_interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome for N images and K classes, in the order of the images' indices.
+    """Logits and labels of N images and K classes, sorted by index, with the metrics computed from them.
 
     Attributes:
         logits: float32 [N, K].
-        labels: int64 [N], the true classes.
-        indices: int64 [N], rising: the place of each image in its source.
-        class_names: of the K classes.
+        labels: True classes, int64 [N].
+        indices: Index of each image in its source, int64 [N], in ascending order.
+        class_names: Names of the K classes.
     """
 
     logits: Tensor
@@ -46,10 +46,10 @@ class Evaluation:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, indices: Tensor, class_names: Sequence[str]) -> Evaluation:
-        """From outputs in any order.
+        """Create an evaluation from outputs in any order.
 
         Raises:
-            ValueError: an image is there twice, or the lengths differ.
+            ValueError: An index occurs twice, or the lengths differ.
         """
         if not len(logits) == len(labels) == len(indices):
             raise ValueError(f"{len(logits)} logits, {len(labels)} labels and {len(indices)} indices")
@@ -60,22 +60,22 @@ class Evaluation:
 
     @classmethod
     def mean_of(cls, views: Sequence[Evaluation]) -> Evaluation:
-        """From several views of the same images, their probabilities averaged.
+        """Average the probabilities of several views of the same images.
 
         Raises:
-            ValueError: the views are of other images or classes.
+            ValueError: The views differ in images, labels or classes.
         """
         first = views[0]
         for view in views[1:]:
             same = torch.equal(view.indices, first.indices) and torch.equal(view.labels, first.labels)
             if not same or view.class_names != first.class_names:
                 raise ValueError("the views are not of the same images")
-        # the softmax of a logarithm of probabilities is these probabilities; no small one is lost on the way
+        # The softmax of log-probabilities returns the probabilities; log space avoids underflow of small ones.
         logs = torch.stack([view.logits.double().log_softmax(1) for view in views]).logsumexp(0)
         return cls((logs - math.log(len(views))).float(), first.labels, first.indices, first.class_names)
 
     def scaled(self, temperature: float) -> Evaluation:
-        """The same predictions, with the probabilities that another ``temperature`` gives."""
+        """Return a copy with the logits divided by ``temperature``."""
         return replace(self, logits=self.logits / temperature)
 
     def __len__(self) -> int:
@@ -83,17 +83,17 @@ class Evaluation:
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """float32 [N, K], rows sum to one."""
+        """Class probabilities, float32 [N, K]."""
         return self.logits.softmax(1)
 
     @cached_property
     def predictions(self) -> Tensor:
-        """int64 [N], the class of the largest logit."""
+        """Predicted classes, int64 [N]."""
         return self.logits.argmax(1)
 
     @cached_property
     def accuracy(self) -> float:
-        """Share of images whose prediction is right; NaN without images."""
+        """Fraction of correct predictions; NaN without images."""
         return float((self.predictions == self.labels).double().mean())
 
     @cached_property
@@ -103,17 +103,17 @@ class Evaluation:
 
     @cached_property
     def confusion_matrix(self) -> Tensor:
-        """int64 [K, K]: entry (i, j) counts images of class i that were predicted as j."""
+        """Number of images of class i predicted as class j in entry (i, j), int64 [K, K]."""
         return multiclass_confusion_matrix(self.logits, self.labels, num_classes=self.num_classes)
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy, loss and the number of images."""
+        """Return accuracy, loss and number of images."""
         return {"acc": self.accuracy, "loss": self.loss, "count": len(self)}
 
     def scores(self) -> dict[str, Any]:
-        """:meth:`metrics`, and the other numbers that are one for all classes; there must be images.
+        """Return :meth:`metrics` and all other scalar metrics of at least one image.
 
-        ``acc_interval`` is Wilson's, of 95 %. ``nll`` is the loss under its other name.
+        ``acc_interval`` is the 95 % Wilson interval. ``nll`` is the loss.
         """
         top2 = multiclass_accuracy(self.probabilities, self.labels, self.num_classes, average="micro", top_k=2)
         right = int((self.predictions == self.labels).sum())
@@ -127,23 +127,23 @@ class Evaluation:
         }
 
     def calibration(self) -> dict[str, float]:
-        """Brier score and expected calibration error, see :mod:`cifar10_tl.calibration`."""
+        """Return the Brier score and the expected calibration error."""
         return {
             "brier": brier_score(self.probabilities, self.labels),
             "ece": _rounded(expected_calibration_error(self.probabilities, self.labels)),
         }
 
     def reliability_bins(self) -> ReliabilityBins:
-        """Return the bins of a reliability diagram, see :func:`cifar10_tl.metrics.calibration.reliability_bins`."""
+        """Return the bins of a reliability diagram."""
         return reliability_bins(self.probabilities, self.labels)
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         return len(self.class_names)
 
     def per_class(self) -> list[dict[str, Any]]:
-        """For each class its name, precision, recall, F1 and number of images; 0 where a share is of nothing."""
+        """Return name, precision, recall, F1 and number of images of each class; 0 for division by zero."""
         scores = [
             metric(self.predictions, self.labels, self.num_classes, average="none")
             for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
@@ -156,7 +156,7 @@ class Evaluation:
         ]
 
     def confused_pairs(self, most: int = 10) -> list[dict[str, Any]]:
-        """The classes taken for one another most often: how many images of the true class, and which share of it."""
+        """Return the most frequent confusions, with their number and their fraction of the true class."""
         wrong = self.confusion_matrix.clone().fill_diagonal_(0)
         order = wrong.flatten().argsort(descending=True, stable=True)[:most].tolist()
         pairs = [divmod(place, self.num_classes) for place in order]
@@ -172,7 +172,7 @@ class Evaluation:
         ]
 
     def confident_errors(self, most: int = 10) -> list[dict[str, Any]]:
-        """The mistakes that the network was surest of; ``index`` is the image's place in its source."""
+        """Return the errors with the highest confidence; ``index`` is the index of the image in its source."""
         return [
             {
                 "index": int(self.indices[place]),
@@ -184,19 +184,19 @@ class Evaluation:
         ]
 
     def correct(self, most: int) -> Tensor:
-        """Places of up to ``most`` images predicted rightly, spread evenly over the images (int64)."""
+        """Return the positions of up to ``most`` correct predictions, evenly spaced, int64."""
         places = (self.predictions == self.labels).nonzero().flatten()
         if len(places) <= most:
             return places
         return places[torch.linspace(0, len(places) - 1, most).round().long()]
 
     def incorrect(self, most: int) -> Tensor:
-        """Places of up to ``most`` images predicted wrongly, the most confident mistakes first (int64)."""
+        """Return the positions of up to ``most`` errors in order of decreasing confidence, int64."""
         places = (self.predictions != self.labels).nonzero().flatten()
         confidence = self.probabilities.max(1).values[places]
         return places[confidence.argsort(descending=True, stable=True)][:most]
 
 
 def _rounded(value: Tensor | float) -> float:
-    """A float32 as a Python float, without the digits that it does not hold."""
+    """Convert to a Python float with the 7 significant digits of float32."""
     return float(f"{float(value):.7g}")

@@ -1,4 +1,4 @@
-"""How sure a number is: intervals of an accuracy, and of the mean of a few runs. No torch."""
+"""Confidence intervals of an accuracy and of the mean of several runs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of which ``right`` of ``count`` were seen.
+    """Return the 95 % interval of the accuracy for ``right`` correct predictions of ``count``.
 
-    It stays inside [0, 1], and holds near both ends, unlike the one from the normal distribution.
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    Unlike the normal approximation, it stays within [0, 1] and is valid near both ends.
+    Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
 
     Raises:
-        ValueError: nothing was counted, or more right than counted.
+        ValueError: ``count`` is zero, or ``right`` is not in [0, count].
     """
     if not 0 <= right <= count or not count:
         raise ValueError(f"{right} right of {count}")
     share, shrink = right / count, 1 + _Z**2 / count
     middle = (share + _Z**2 / (2 * count)) / shrink
     half = _Z / shrink * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    # at the ends the formula gives exactly 0 or 1, but for rounding
+    # The formula is exactly 0 or 1 at the ends, except for rounding.
     return (0.0 if right == 0 else middle - half), (1.0 if right == count else middle + half)
 
 
 class Spread(NamedTuple):
-    """Mean of n values, their standard deviation, and the 95 % interval of the mean; NaN where n is 1."""
+    """Mean and standard deviation of n values, and the 95 % interval of the mean; NaN if n is 1."""
 
     n: int
     mean: float
@@ -39,10 +39,10 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation (with n - 1) and the 95 % interval of Student's t.
+    """Return the mean, the sample standard deviation and the 95 % interval of Student's t.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: ``values`` is empty.
     """
     if not values:
         raise ValueError("no values")
@@ -55,7 +55,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The value that Student's t stays below with ``probability``, in [0.5, 1), by bisection."""
+    """Return the quantile of Student's t at ``probability`` in [0.5, 1), by bisection."""
     low, high = 0.0, 1.0
     while _t_cdf(high, degrees) < probability:
         high *= 2
@@ -66,7 +66,7 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def _t_cdf(t: float, degrees: int) -> float:
-    """Distribution function of Student's t, t >= 0; source: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
+    """Return the CDF of Student's t for t >= 0 (Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(degrees))
     odd = degrees % 2
     term = total = math.cos(angle) if odd else 1.0
