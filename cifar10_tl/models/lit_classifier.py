@@ -1,4 +1,4 @@
-"""The system around the network: loss, steps, optimizer, and what is measured."""
+"""The LightningModule: loss, training and evaluation steps, optimizer."""
 
 from __future__ import annotations
 
@@ -38,32 +38,31 @@ log = logging.getLogger(__name__)
 
 
 class LitClassifier(pl.LightningModule):
-    """A :class:`TransferResNet` that learns by categorical cross-entropy.
+    """A :class:`TransferResNet` trained with cross-entropy.
 
-    All arguments are plain values, and travel in every checkpoint: ``LitClassifier.load_from_checkpoint(path)`` needs
-    nothing else. Published weights are fetched and loaded when a fit starts, never when a checkpoint is restored.
+    Pretrained weights are loaded when a fit starts, never when a checkpoint is restored.
 
-    What is reported as loss, of train, val and test alike, is the plain cross-entropy, so that the curves can be
-    compared; label smoothing acts on the loss that is minimised only. Where images are mixed, the training accuracy
-    counts the class with the larger share.
+    The logged losses of train, val and test are comparable: label smoothing affects only the loss that is minimized.
+    Training accuracy counts a mixed image as the class with the larger fraction.
 
     Args:
-        class_names: of the K classes, in the order of the logits.
-        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        weights: a name of torchvision's (such as IMAGENET1K_V2), a file, or None for random weights.
-        image_size: pixels; images are brought to it inside the network.
-        native_size: pixels; the side of the images that the network is trained on and given.
+        class_names: Names of the K classes, in the order of the logits.
+        backbone: One of ``BACKBONES``.
+        weights: Name in torchvision (such as IMAGENET1K_V2), file, or None for random weights.
+        image_size: Side in pixels to which the network resizes images.
+        native_size: Side of the input images in pixels.
         interpolation: "bicubic" or "bilinear".
-        freeze: "none", or "backbone": only the head learns.
+        freeze: "none", or "backbone" to train only the head.
         stem: "imagenet" or "cifar", see :class:`Backbone`.
         head: ``{"name": "dense", ...}``, see :mod:`cifar10_tl.models.heads`.
-        label_smoothing: share of the target probability spread over all classes, in [0, 1).
-        optimizer: ``{"name": a class of torch.optim, "lr": ..., "backbone_lr_scale": ..., its other arguments}``.
-        scheduler: ``{"name": "constant"}`` or ``{"name": "cosine", "warmup": share of steps, "final": share of lr}``.
-        seed: of dropout.
+        label_smoothing: Fraction of the target probability spread over all classes, in [0, 1).
+        optimizer: ``{"name": ..., "lr": ..., "backbone_lr_scale": ..., ...}`` for a class of ``torch.optim``.
+        scheduler: ``{"name": "constant"}`` or ``{"name": "cosine", "warmup": ..., "final": ...}``, see
+            :func:`schedule_factor`.
+        seed: Seed of dropout.
 
     Raises:
-        UserError: a value is not among the possible ones.
+        UserError: An argument has an invalid value.
     """
 
     def __init__(
@@ -101,16 +100,16 @@ class LitClassifier(pl.LightningModule):
             mean=mean,
             std=std,
         )
-        # looked at now: FSDP makes every parameter a shard of one axis before it asks for the optimizer
+        # here, because FSDP flattens parameters before configure_optimizers
         self._decayed = {p for p in self.network.parameters() if p.ndim > 1}
-        self.evaluation: Evaluation | None = None  # of the latest pass over val or test
+        self.evaluation: Evaluation | None = None  # of the latest validation or test epoch
         self.restored_epoch: int | None = None  # last epoch that trained these weights
         self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._totals = torch.zeros(3, dtype=torch.float64)  # of this epoch: loss, hits and number of images
+        self._totals = torch.zeros(3, dtype=torch.float64)  # loss, hits and images of this epoch
         self._has_weights = weights is None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float [N, K] of uint8 images [N, 3, H, W]."""
+        """Return the logits [N, K] of uint8 images [N, 3, H, W]."""
         return self.network(images)
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -121,15 +120,12 @@ class LitClassifier(pl.LightningModule):
     # ------------------------------------------------------------------------------------ features of a frozen backbone
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head reads of uint8 images [N, 3, H, W], in the trainer's precision, on the CPU.
-
-        The mode of the network stays as it is: a frozen backbone is in eval mode always, and the head has its dropout.
-        """
+        """Return the input of the head for uint8 images [N, 3, H, W], on the CPU in the trainer's precision."""
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return self.network.head_input(images.to(self.device)).cpu()
 
     def features_description(self) -> dict[str, Any]:
-        """All that :meth:`features` depends on besides the images, as plain values."""
+        """Return plain values that identify everything except the images that :meth:`features` depends on."""
         names = ("backbone", "stem", "image_size", "interpolation")
         return {
             **{name: self.hparams[name] for name in names},
@@ -139,10 +135,10 @@ class LitClassifier(pl.LightningModule):
             "normalisation": tensors_checksum({"scale": self.network.scale, "shift": self.network.shift}),
         }
 
-    # ------------------------------------------------------------------------------------------ where weights come from
+    # ------------------------------------------------------------------------------------------------ initial weights
 
     def prepare_data(self) -> None:
-        """Fetch published weights, in one process a machine, if this fit starts from them."""
+        """Download the weights that a fit starts from."""
         if self._wants_weights():
             check_weights(self.hparams["backbone"], self.hparams["weights"])
             fetch_weights(self.hparams["backbone"], self.hparams["weights"])
@@ -160,7 +156,7 @@ class LitClassifier(pl.LightningModule):
         """Load the weights of another run's checkpoint; load the head only if classes and shapes are the same.
 
         Raises:
-            UserError: If the file is not a checkpoint of a network with this backbone.
+            UserError: The file is not a checkpoint of a network with this backbone.
         """
         content = load_safely(checkpoint)
         tensors = state_dict_of(content, checkpoint)
@@ -185,7 +181,7 @@ class LitClassifier(pl.LightningModule):
         self._has_weights = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the running totals of an epoch that was left in its middle."""
+        """Restore the running totals of a partial epoch."""
         self._has_weights = True
         self.restored_epoch = checkpoint["epoch"]
         totals = checkpoint.get("train_totals")
@@ -193,7 +189,7 @@ class LitClassifier(pl.LightningModule):
             self._totals = totals.to(self._totals.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the running totals of all processes; Lightning calls this in each of them."""
+        """Save the running totals of all processes; Lightning calls this in each of them."""
         checkpoint["train_totals"] = self._summed(self._totals).cpu()
 
     def _is_rank_zero(self) -> bool:
@@ -212,15 +208,15 @@ class LitClassifier(pl.LightningModule):
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
 
     def on_train_epoch_start(self) -> None:
-        """Start the totals anew; not called where an epoch is resumed in its middle."""
+        """Reset the totals; not called when a run resumes within an epoch."""
         self._totals.zero_()
-        self.evaluation = None  # that of another epoch
+        self.evaluation = None  # of an earlier epoch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by epoch and batch, so that a resumed run drops the same units as an uninterrupted one."""
         self.restored_epoch = self.current_epoch
         seed = int(hash32(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
-        # not torch.manual_seed: where CUDA was never used it keeps a stack trace of each call, 2 ms and for ever
+        # torch.manual_seed takes 2 ms and leaks a stack trace per call until CUDA is initialized
         (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -237,9 +233,9 @@ class LitClassifier(pl.LightningModule):
         return loss * self._accumulation_scale(batch_idx)
 
     def _accumulation_scale(self, batch_idx: int) -> float:
-        """Return the factor that makes the last, shorter group of accumulated batches of an epoch a mean.
+        """Return the factor that makes the loss of the last group of accumulated batches a mean.
 
-        Lightning divides each loss by ``accumulate_grad_batches``, also where fewer batches are left.
+        Lightning divides by ``accumulate_grad_batches`` even if fewer batches are left in the epoch.
         """
         if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
             return 1.0
@@ -253,12 +249,12 @@ class LitClassifier(pl.LightningModule):
         self._log_epoch(self.training_metrics(), self.current_epoch)
 
     def training_metrics(self) -> dict[str, float]:
-        """Mean loss and accuracy over this epoch so far, of all processes; to be called in each of them."""
+        """Return the mean loss and accuracy of this epoch over all processes; call it in each of them."""
         loss, hits, count = self._summed(self._totals).tolist()
         return {"train/loss": loss / max(count, 1), "train/acc": hits / max(count, 1)}
 
     def running_metrics(self) -> dict[str, float]:
-        """Mean loss and accuracy over this epoch so far, of this process alone; waits for the device."""
+        """Return the mean loss and accuracy of this epoch in this process; synchronizes with the device."""
         loss, hits, count = self._totals.tolist()
         return {"loss": loss / max(count, 1), "acc": hits / max(count, 1)}
 
@@ -271,35 +267,35 @@ class LitClassifier(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the logits; everything is read from them once they are all there."""
-        if len(batch.images):  # the last batch of a rank may be empty: see BatchSampler
+        """Collect logits, labels and indices for the end of the epoch."""
+        if len(batch.images):  # the last batch of a rank may be empty, see BatchSampler
             self._eval_outputs.append((self._logits(batch), batch.targets, batch.indices))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As :meth:`validation_step`."""
+        """Do the same as :meth:`validation_step`."""
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Gather every process's logits into :attr:`evaluation`, and make its loss and accuracy known."""
+        """Evaluate the logits of all processes into :attr:`evaluation`, and log loss and accuracy."""
         self._finish_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """As :meth:`on_validation_epoch_end`."""
+        """Do the same as :meth:`on_validation_epoch_end`."""
         self._finish_evaluation("test")
 
     def _finish_evaluation(self, stage: str) -> None:
         logits, labels, indices = self._gathered_outputs()
         self.evaluation = Evaluation.of(logits, labels, indices, self.class_names)
-        # every process has all the logits, and so the same numbers: nothing to reduce
+        # no reduction, because every process has all the logits
         metrics = {f"{stage}/loss": self.evaluation.loss, f"{stage}/acc": self.evaluation.accuracy}
         self._log_epoch(metrics, self.restored_epoch)
 
     def _log_epoch(self, metrics: dict[str, float], epoch: int | None) -> None:
-        """Log metrics at an epoch: Lightning takes the value called ``step`` as the x axis of the loggers."""
+        """Log metrics with the epoch as x axis; Lightning uses the value named ``step`` for it."""
         self.log_dict({**metrics, "step": float(epoch or 0)}, batch_size=1)
 
     def _gathered_outputs(self) -> list[Tensor]:
-        """Logits, labels and indices of all images, on the CPU."""
+        """Return the logits, labels and indices of all images on the CPU."""
         outputs, self._eval_outputs = self._eval_outputs, []
         if outputs:
             own = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
@@ -308,13 +304,13 @@ class LitClassifier(pl.LightningModule):
         if self.trainer.world_size == 1:
             return own
         gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, own)  # the ranks' counts differ
+        torch.distributed.all_gather_object(gathered, own)  # counts differ between ranks
         return [torch.cat(parts) for parts in zip(*gathered, strict=True)]
 
     # --------------------------------------------------------------------------------------------------- optimization
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over up to four groups (backbone and head, with and without decay), and its schedule if any."""
+        """Return the optimizer, with groups for backbone and head, with and without decay, and its schedule."""
         settings = dict(self.hparams["optimizer"])
         name, backbone_lr_scale = settings.pop("name"), settings.pop("backbone_lr_scale", 1.0)
         optimizer_class = find_optimizer(name)
@@ -326,7 +322,7 @@ class LitClassifier(pl.LightningModule):
         if "fused" in inspect.signature(optimizer_class).parameters and not settings.get("foreach"):
             settings.setdefault("fused", True)
         if settings.get("fused") and self._clips_in_mixed_precision():
-            settings["fused"] = False  # Lightning does not clip the gradients of a fused optimizer in mixed precision
+            settings["fused"] = False  # Lightning cannot clip gradients of a fused optimizer here
         try:
             optimizer = optimizer_class(groups, **settings)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:

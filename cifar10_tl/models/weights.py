@@ -1,4 +1,4 @@
-"""torchvision's ResNet up to its last feature map, and where its weights come from."""
+"""Pretrained weights, from torchvision or a file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torchvision.models import WeightsEnum, get_model_weights
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.models.backbone import _LEFT_OUT, Backbone
 
-#: Every ImageNet weights of torchvision's ResNets was trained on images normalised by these.
+# the same for all of torchvision's ResNet weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalisation(name: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, 0 to 1, that these weights were trained with.
+    """Return the channel means and standard deviations, in [0, 1], that the weights were trained with.
 
-    A file does not tell; then, and for random weights, they are ImageNet's.
+    Files do not contain them, so files and random weights use those of ImageNet.
     """
     if is_published(name, weights):
         transforms = _published(name, weights).transforms()
@@ -34,8 +34,8 @@ def normalisation(name: str, weights: str | None) -> tuple[tuple[float, ...], tu
 
 
 def is_published(name: str, weights: str | None) -> bool:
-    """Whether ``weights`` is a name of torchvision's, rather than a file or null."""
-    # not DEFAULT: what it stands for changes from release to release
+    """Return whether ``weights`` is a name in torchvision, not a file or None."""
+    # DEFAULT changes between releases
     return weights in get_model_weights(name).__members__ and weights != "DEFAULT"
 
 
@@ -44,10 +44,10 @@ def _published(name: str, weights: str | None) -> WeightsEnum:
 
 
 def check_weights(name: str, weights: str | None) -> None:
-    """Complain early of weights that cannot be loaded.
+    """Check that ``weights`` can be loaded.
 
     Raises:
-        UserError: ``weights`` is neither a name of torchvision's nor an existing file.
+        UserError: ``weights`` is neither a name in torchvision nor a file.
     """
     if weights is None or is_published(name, weights) or Path(weights).is_file():
         return
@@ -56,20 +56,20 @@ def check_weights(name: str, weights: str | None) -> None:
 
 
 def fetch_weights(name: str, weights: str | None) -> None:
-    """Download torchvision's weights into its cache, where they are not there yet; to be called once a machine.
+    """Download weights to the cache of torchvision; call it once per machine.
 
     Raises:
-        UserError: the download failed, or its checksum is wrong.
+        UserError: The download failed, or the file has an incorrect checksum.
     """
     if is_published(name, weights):
         _published_state(name, weights)
 
 
 def load_weights(backbone: Backbone, name: str, weights: str | None) -> None:
-    """Give ``backbone`` the weights that torchvision publishes by this name, or a file's; None leaves it as it is.
+    """Load torchvision's weights or a file into ``backbone``; None keeps its weights.
 
     Raises:
-        UserError: as :func:`fetch_weights`, or the file does not hold this backbone's weights.
+        UserError: The weights cannot be downloaded or read, or do not fit the backbone.
     """
     if weights is None:
         return
@@ -86,18 +86,18 @@ def _published_state(name: str, weights: str | None) -> Mapping[str, Tensor]:
         state: Mapping[str, Tensor] = entry.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True
         )
-    except OSError as error:  # URLError, HTTPError and timeouts among them
+    except OSError as error:  # includes URLError, HTTPError and timeouts
         raise UserError(
             f"cannot download {entry.url} ({error}): bring that file from a machine with a network and put it at "
             f"{file}, or start from random weights with model.weights=null"
         ) from error
-    except RuntimeError as error:  # torch.hub's word for a download with a wrong checksum
+    except RuntimeError as error:  # raised by torch.hub for an incorrect checksum
         raise UserError(f"{entry.url} gave another file than torchvision published: {error}") from error
     return state
 
 
 def _check_digest(file: Path) -> None:
-    """Torch checks the checksum of a download, but not of a file that lies in its cache already."""
+    """Verify a cached file, because torch.hub only verifies downloads."""
     expected = file.stem.rsplit("-", 1)[-1]
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(expected):
         raise UserError(f"{file} is not the file that torchvision published: delete it and start again")
@@ -107,7 +107,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """Read the tensors of a ``.safetensors`` or PyTorch file without running code from the file.
 
     Raises:
-        UserError: If the file is broken or does not contain a state dict.
+        UserError: The file is broken or does not contain a state dict.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -124,7 +124,7 @@ def state_dict_of(content: Any, path: Path) -> Mapping[str, Tensor]:
     """Return the state dict in the content of a PyTorch file.
 
     Raises:
-        UserError: If there is none.
+        UserError: There is none.
     """
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -135,10 +135,10 @@ def state_dict_of(content: Any, path: Path) -> Mapping[str, Tensor]:
 
 
 def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copy a state dict, of the trunk or of a whole ResNet, into ``backbone``.
+    """Load the state dict of a backbone or a whole ResNet into ``backbone``.
 
     Raises:
-        UserError: names are missing, unexpected or of another shape; they are named.
+        UserError: Tensors are missing, unexpected or of another shape.
     """
     own = backbone.state_dict()
     given = {k: v for k, v in state.items() if k.split(".")[0] not in _LEFT_OUT}
@@ -161,18 +161,18 @@ def _some(keys: list[str], most: int = 4) -> str:
 
 
 def load_safely(path: Path) -> Any:
-    """The tensors and plain values in a file of ``torch.save``, on the CPU; code that the file names is not run.
+    """Load the tensors and plain values of a PyTorch file on the CPU, without running code from the file.
 
     Raises:
-        UserError: the file is missing, cut off, of another kind, or names code.
+        UserError: The file is missing, broken or of another kind, or it refers to code.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch would not notice a flipped bit
+        if zipfile.is_zipfile(path):  # torch does not verify checksums
             with zipfile.ZipFile(path) as archive:
                 if spoiled := archive.testzip():
                     raise UserError(f"{path} is broken: the checksum of {spoiled} in it is another")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickles; whether it can be read is all that matters
+            warnings.simplefilter("ignore")  # about old pickles
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -182,6 +182,6 @@ def load_safely(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read safely: it is broken, of another kind, or names code to be run"
         ) from error
-    except Exception as error:  # a file cut off fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]  # torch adds advice
+    except Exception as error:  # truncated files raise many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]  # torch appends advice
         raise UserError(f"{path} is broken or of another kind: {reason}") from error
