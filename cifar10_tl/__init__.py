@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-#: Loaded when first asked for (PEP 562), so that ``--help`` need not wait for torch.
+#: Imported on first access (PEP 562), so that ``--help`` does not import torch.
 _LAZY = {
     "CIFAR10DataModule": "cifar10_tl.data.datamodule",
     "LitClassifier": "cifar10_tl.models.lit_classifier",

@@ -41,7 +41,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         feature_cache: Cache of the features that are added to batches, if set.
 
     Raises:
-        UserError: If an argument is invalid for the source.
+        UserError: An argument is invalid for the source.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         """Compare the splits with those of the checkpoint when a training run is resumed.
 
         Raises:
-            UserError: If a split has other images or labels.
+            UserError: A split has other images or labels.
         """
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return

@@ -1,9 +1,8 @@
-"""The built-in dataset: ten classes of textured shapes on cluttered backgrounds, drawn by code.
+"""Built-in dataset of ten classes of textured shapes on cluttered backgrounds.
 
-A class has an outline and, in nine images of ten, a texture of its own, as zebras have stripes. An outline is
-a function of plane coordinates that returns a signed distance: negative inside, positive outside. Coverage of
-a pixel follows from the distance at its centre, so edges are smooth without drawing at a higher resolution.
-Coordinates run from -1 to 1 over the image, x to the right and y upwards.
+Each class has an outline and a texture, which is replaced by a random one in some images. An outline is a function of
+plane coordinates that returns a signed distance, negative inside. The distance at its center determines the coverage
+of a pixel, so edges are antialiased without supersampling. Coordinates are -1 to 1, x to the right and y upwards.
 """
 
 import math
@@ -20,25 +19,24 @@ PlaneFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 MIN_IMAGE_SIZE = 8
 
 
-BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose tensors stay within the processor's cache
+BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose tensors fit into the CPU cache
 
 
 def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Draw a labelled set of shape images.
+    """Draw labeled images of shapes in random order.
 
-    Image and label i depend on the seed, i and the image size alone: a longer set starts with a shorter one.
+    Image and label i depend only on the seed, i and the image size.
 
     Args:
         num_images: Number of images N, zero or more.
-        seed: Zero or more; another seed draws other images.
+        seed: Seed of the random numbers, zero or more.
         image_size: Height and width S in pixels, at least 8.
 
     Returns:
-        Images, uint8 [N, 3, S, S] (RGB, 0 to 255), and labels, int64 [N] (indices into `CLASS_NAMES`). The
-        order is shuffled and the class counts differ by at most one.
+        RGB images, uint8 [N, 3, S, S], and labels, int64 [N], whose class counts differ by at most one.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: An argument is out of range.
     """
     if num_images < 0:
         raise ValueError(f"num_images must be zero or more, got {num_images}")
@@ -49,7 +47,7 @@ def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tenso
     images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
     labels = torch.empty(num_images, dtype=torch.int64)
     for start in range(0, num_images, BLOCK_SIZE):
-        # A block has its own random stream and is always drawn whole: what follows cannot change it.
+        # Whole blocks with one seed each make the images independent of num_images.
         block_images, block_labels = _draw_block(np.random.default_rng([seed, start]), image_size)
         images[start : start + BLOCK_SIZE] = block_images[: num_images - start]
         labels[start : start + BLOCK_SIZE] = block_labels[: num_images - start]
@@ -57,14 +55,14 @@ def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tenso
 
 
 def _draw_block(rng: np.random.Generator, image_size: int) -> tuple[Tensor, Tensor]:
-    """`BLOCK_SIZE` images and their labels, each run of ten labels holding every class once."""
+    """Draw ``BLOCK_SIZE`` images and their labels, with every class once in each ten."""
     tens = np.tile(np.arange(len(CLASS_NAMES)), (BLOCK_SIZE // len(CLASS_NAMES), 1))
     labels = torch.from_numpy(rng.permuted(tens, axis=1)).flatten()
     canvas = _draw_background(rng, image_size)
     for _ in range(3):
         _paint_stroke(canvas, rng, longest=0.8, thickest=0.18)
     _paint_shapes(canvas, labels, rng)
-    _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # hides a part of many shapes
+    _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # occludes many shapes in part
     return _photograph(canvas, rng), labels
 
 
@@ -99,7 +97,7 @@ def _hexagon(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    along, across = _fold(x, -y, 5)  # half of one of five tips
+    along, across = _fold(x, -y, 5)  # half of one of the five points
     return 0.33 * along + 0.945 * across - 0.31
 
 
@@ -109,13 +107,13 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.abs(), y + 0.95  # the tip at the origin, then a square on its corner below two discs
+    x, y = x.abs(), y + 0.95  # a square on its corner, at the origin, below two discs
     square = torch.maximum(x - y, x + y - 1.7) * 0.71
     return torch.minimum(square, torch.hypot(x - 0.425, y - 1.275) - 0.6)
 
 
 def _fold(x: Tensor, y: Tensor, sectors: int) -> tuple[Tensor, Tensor]:
-    """Coordinates along and (absolute) across the axis of the nearest of equal sectors, the first downwards."""
+    """Return coordinates along and (absolute) across the axis of the nearest sector, the first one downwards."""
     width = 2 * math.pi / sectors
     angle = torch.remainder(torch.atan2(x, -y) + width / 2, width) - width / 2
     radius = torch.hypot(x, y)
@@ -135,10 +133,9 @@ def _blotches(x: Tensor, y: Tensor) -> Tensor:
 
 
 class ShapeClass(NamedTuple):
-    """How a class looks: its outline always, its pattern and tint as a rule.
+    """Appearance of a class.
 
-    The tint says what the pattern adds to and takes from red, green and blue in turn, so that the mean colour
-    of an image tells next to nothing about its class.
+    The tint is the sign of the pattern in red, green and blue. The mean color of an image hardly depends on its class.
     """
 
     outline: PlaneFunction
@@ -173,19 +170,19 @@ TINTS = torch.tensor([shape.tint for shape in SHAPES.values()])
 
 
 def _draw_background(rng: np.random.Generator, image_size: int) -> Tensor:
-    """A dark canvas with a pattern in any tint."""
+    """Draw dark backgrounds with a pattern in a random tint."""
     pattern = _draw_pattern(rng, _any_class(rng), image_size)
     return _uniform(rng, 0, 0.3, channels=3) + pattern * _uniform(rng, -0.15, 0.15, channels=3)
 
 
 def _paint_shapes(canvas: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
-    """Paint one shape of the labelled class on every image."""
+    """Paint one shape of the labeled class on every image."""
     x, y = _grid(canvas.shape[-1])
     scale, stretch = _uniform(rng, 0.55, 0.9), _uniform(rng, -0.2, 0.2).exp()
     x, y = x - _uniform(rng, -0.3, 0.3), y - _uniform(rng, -0.3, 0.3)
-    x, y = _rotate(x, y, _uniform(rng, -0.35, 0.35))  # more would turn squares into diamonds
+    x, y = _rotate(x, y, _uniform(rng, -0.35, 0.35))  # larger angles would turn squares into diamonds
     distance = scale * _by_group(OUTLINES, labels, x / (scale * stretch), y * stretch / scale)
-    # One shape in ten wears the texture of any class, so that only the outline is certain.
+    # One shape in ten has a random texture, so that only the outline determines the class.
     wears = torch.where(torch.from_numpy(rng.random(BLOCK_SIZE)) < 0.9, labels, _any_class(rng))
     texture = _draw_pattern(rng, wears, canvas.shape[-1]) * TINTS[wears, :, None, None]
     colour = _uniform(rng, 0.5, 0.9, channels=3) + texture * _uniform(rng, 0.35, 0.5, channels=1)
@@ -193,7 +190,7 @@ def _paint_shapes(canvas: Tensor, labels: Tensor, rng: np.random.Generator) -> N
 
 
 def _draw_pattern(rng: np.random.Generator, classes: Tensor, image_size: int) -> Tensor:
-    """The patterns of the given classes in random direction, period and phase: [B, 1, S, S]."""
+    """Draw patterns of the given classes with random direction, period and phase, [B, 1, S, S]."""
     x, y = _rotate(*_grid(image_size), _uniform(rng, 0, 2 * math.pi))
     frequency = _uniform(rng, 7, 12)
     x, y = frequency * x + _uniform(rng, 0, 9), frequency * y + _uniform(rng, 0, 9)
@@ -201,7 +198,7 @@ def _draw_pattern(rng: np.random.Generator, classes: Tensor, image_size: int) ->
 
 
 def _paint_stroke(canvas: Tensor, rng: np.random.Generator, longest: float, thickest: float) -> None:
-    """Paint one round-ended stroke of random place, length and width on every image: a line or a blob."""
+    """Paint one round-ended stroke of random position, length and width on every image."""
     x, y = _grid(canvas.shape[-1])
     x, y = x - _uniform(rng, -1, 1), y - _uniform(rng, -1, 1)
     x, y = _rotate(x, y, _uniform(rng, 0, 2 * math.pi))
@@ -211,14 +208,14 @@ def _paint_stroke(canvas: Tensor, rng: np.random.Generator, longest: float, thic
 
 
 def _paint(canvas: Tensor, distance: Tensor, colour: Tensor) -> None:
-    """Cover what lies within a signed distance of zero, with an edge one pixel wide."""
+    """Paint the inside of a signed distance, with an edge one pixel wide."""
     pixel = 2 / canvas.shape[-1]
     coverage = (0.5 - distance / pixel).clamp(0, 1)
     canvas += coverage.unsqueeze(1) * (colour - canvas)
 
 
 def _photograph(canvas: Tensor, rng: np.random.Generator) -> Tensor:
-    """Uneven light, a little blur and sensor noise, then rounding to bytes."""
+    """Apply uneven light, blur and sensor noise, and convert to uint8."""
     x, y = _grid(canvas.shape[-1])
     light = 1 + _uniform(rng, -0.3, 0.3) * x + _uniform(rng, -0.3, 0.3) * y
     lit = canvas.clamp(0, 1) * light.unsqueeze(1)
@@ -229,26 +226,26 @@ def _photograph(canvas: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _blur(canvas: Tensor) -> Tensor:
-    """Every pixel averaged with its neighbours, weights 1 2 1 along both axes."""
+    """Blur with weights 1, 2, 1 along both axes."""
     padded = torch.nn.functional.pad(canvas, (1, 1, 1, 1), mode="replicate")
     rows = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
     return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
 
 def _grid(image_size: int) -> tuple[Tensor, Tensor]:
-    """Coordinates of the pixel centres: x [1, 1, S] and y [1, S, 1]."""
+    """Return coordinates of the pixel centers, x [1, 1, S] and y [1, S, 1]."""
     centres = (torch.arange(image_size, dtype=torch.float32) + 0.5) * (2 / image_size) - 1
     return centres[None, None, :], -centres[None, :, None]
 
 
 def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates in a frame turned anticlockwise by an angle in radians."""
+    """Return coordinates in a frame rotated counterclockwise by an angle in radians."""
     cos, sin = angle.cos(), angle.sin()
     return cos * x + sin * y, cos * y - sin * x
 
 
 def _by_group(functions: Sequence[PlaneFunction], groups: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Apply to each image the function that its group numbers."""
+    """Apply to each image the function whose index is its group."""
     values = torch.empty_like(x)
     for group, function in enumerate(functions):
         members = groups == group
@@ -257,11 +254,11 @@ def _by_group(functions: Sequence[PlaneFunction], groups: Tensor, x: Tensor, y: 
 
 
 def _any_class(rng: np.random.Generator) -> Tensor:
-    """One random class index per image [B]."""
+    """Draw one class index per image, int64 [B]."""
     return torch.from_numpy(rng.integers(len(SHAPES), size=BLOCK_SIZE))
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, channels: int | None = None) -> Tensor:
-    """One random number per image [B, 1, 1], or per image and channel [B, channels, 1, 1]."""
+    """Draw one number per image, [B, 1, 1], or per image and channel, [B, channels, 1, 1]."""
     shape = (BLOCK_SIZE, 1, 1) if channels is None else (BLOCK_SIZE, channels, 1, 1)
     return torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))

@@ -86,7 +86,7 @@ def prepare_cifar10(root: str, mirrors: Sequence[str], md5: str, stall_seconds: 
     """Download and extract CIFAR-10 unless it is complete, and return its folder.
 
     Raises:
-        UserError: If no mirror delivers the archive, or the archive is not CIFAR-10.
+        UserError: No mirror delivers the archive, or the archive is not CIFAR-10.
     """
     folder, archive = Path(root, CIFAR10.base_folder), Path(root, CIFAR10.filename)
     if _is_complete(root):
@@ -149,7 +149,7 @@ class Folder:
         """Decode each split without a valid cache file.
 
         Raises:
-            UserError: If a file cannot be used (unless ``skip_bad``), or a class has no images.
+            UserError: A file cannot be used (unless ``skip_bad``), or a class has no images.
         """
         for split in self.folders:
             self._cached(split)
@@ -175,7 +175,7 @@ class Folder:
         return found
 
     def _list(self, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
-        """Return the files of a split with their labels, and a message for everything outside of them."""
+        """Return the files of a split with their labels, and a message for each path that cannot be used."""
         files, bad = [], []
         for path in sorted((self.root / split).iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
@@ -266,7 +266,7 @@ class Shapes:
         self.native_size, self.drawing_seed = native_size, drawing_seed
 
     def prepare(self) -> None:
-        """Do nothing: drawing takes seconds."""
+        """Do nothing, because drawing takes only seconds."""
 
     def load(self) -> dict[str, ImageSet]:
         """Return ``train_size`` and ``test_size`` images with balanced classes."""
