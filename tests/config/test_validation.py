@@ -106,7 +106,7 @@ MADE = [
     ("model.weights=IMAGENET1K_V9", ["IMAGENET1K_V9", "IMAGENET1K_V1"]),
     ("model/head=lstm", ["model.image_size=32", "model/head=lstm", "33"]),
     ("optimizer.name=Adamm", ["optimizer.name=Adamm", "Adam, AdamW and SGD"]),
-    ("optimizer.betas=[2,0.9]", ["optimizer Adam", "beta"]),
+    ("optimizer.betas=[2,0.9]", ["optimizer.name=Adam", "beta"]),
     ("scheduler.name=step", ["scheduler.name=step", "constant, cosine"]),
     ("model.head.name=conv", ["model.head.name=conv", "linear, dense, lstm"]),
     ("+model.head.depth=3", ["model.head=dense", "depth"]),

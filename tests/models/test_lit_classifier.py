@@ -194,7 +194,7 @@ def test_files_that_are_no_checkpoint_are_told(finished_run: Path, tmp_path: Pat
     for name, reason in {
         "cut": "is broken",
         "text": "cannot be read safely|is broken or of another kind",
-        "other": "is no checkpoint of this project",
+        "other": "is not a checkpoint of this project",
         "newer": "does not fit this version",
         "missing": "there is no such file",
     }.items():
