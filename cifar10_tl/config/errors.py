@@ -13,7 +13,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-RENAMED = {
+#: The new name of each old key or option; None if it was removed.
+RENAMED: dict[str, str | None] = {
     "data.augment.flip": "data.augment.horizontal_flip",
     "data.augment.crop_padding": "data.augment.random_crop_padding",
     "data.augment.erase": "data.augment.random_erasing",
@@ -22,6 +23,7 @@ RENAMED = {
     "callbacks.progress": "callbacks.progress_bar",
     "experiment/seed": "experiment=original",
     "trainer/fsdp": "trainer.strategy=fsdp",
+    "corrupt": None,
 }
 _NO_MEMORY = "MemoryError|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking"
 _UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append|Could not delete from config\. '([^']+)' does not exist"
@@ -119,7 +121,8 @@ def one_line(text: str) -> str:
 def _renamed(key: str) -> str | None:
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
-            return f"{key.replace('/', '=')} was renamed: use {new}{key[len(old) :]}"
+            advice = f"renamed: use {new}{key[len(old) :]}" if new else "removed: leave it out"
+            return f"{key.replace('/', '=')} was {advice}"
     return None
 
 

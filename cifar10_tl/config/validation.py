@@ -148,7 +148,6 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of("onnx", "torch_export"), "format"),
     (one_of("test", "val", "train"), "split"),
     (one_of("none", "flip", "flip_shift"), "tta"),
-    (one_of("none", "noise", "blur", "contrast", "jpeg", "brightness", "all"), "corrupt"),
 ]
 RULES = {key: rule for rule, keys in _KEYS for key in keys.split()}
 

@@ -22,7 +22,6 @@ from cifar10_tl.engine.results import describe, environment, images_checksum, wr
 from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics import ground_truth
 from cifar10_tl.metrics.calibration import fit_temperature
-from cifar10_tl.metrics.corruptions import CORRUPTIONS, corrupt
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.metrics.tta import additional_views
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -67,8 +66,6 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         results["test_images"] = images_checksum(split.images)
     if cfg.tta != "none":
         results["tta"] = evaluator.test_time_augmentation(split, evaluation, cfg.tta)
-    if cfg.corrupt != "none":
-        results["corruption"] = evaluator.corruptions(split, evaluation, cfg.corrupt)
     if people is not None:
         results["human_labels"] = ground_truth.compare_with_people(evaluation, people)
     if doubtful is not None:
@@ -121,17 +118,6 @@ class Evaluator:
         for images in additional_views(split.images, name):
             views.append(self(split, f"view {len(views) + 1}", images))
         return {"name": name, "views": len(views), **Evaluation.mean_of(views).scores()}
-
-    def corruptions(self, split: Split, evaluation: Evaluation, name: str) -> dict[str, list[dict[str, Any]]]:
-        """Return metrics at severities 0 (``evaluation``) to 5 of one kind of corruption, or of "all"."""
-        results = {}
-        for kind in CORRUPTIONS if name == "all" else [name]:
-            evaluations = [evaluation]
-            for severity in range(1, 6):
-                images = corrupt(split.images, kind, severity)
-                evaluations.append(self(split, f"{kind}, severity {severity}", images))
-            results[kind] = [{"severity": i, **e.metrics()} for i, e in enumerate(evaluations)]
-        return results
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:

@@ -120,11 +120,6 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
     if scores["confident_errors"]:
         rows = [[_confusion(e), str(e["index"]), f"{e['probability']:.2%}"] for e in scores["confident_errors"][:5]]
         parts.append(text_table(["most confident errors", "index", "confidence"], rows))
-    if "corruption" in results:
-        rows = [
-            [kind, *(f"{row['acc']:.2%}" for row in severities)] for kind, severities in results["corruption"].items()
-        ]
-        parts.append(text_table(["accuracy at severity", *map(str, range(len(rows[0]) - 1))], rows))
     if people := results.get("human_labels"):
         parts.append(
             f"  human labels: agreement with the majority {people['agreement']:.2%}, cross-entropy "

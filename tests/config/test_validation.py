@@ -135,6 +135,7 @@ OTHERS = [
     ("evaluate", "", ["checkpoint=FILE", "compare"]),
     ("evaluate", "checkpoint=nowhere.ckpt", ["checkpoint=nowhere.ckpt", "no such file"]),
     ("evaluate", "checkpoint=notes.txt", ["notes.txt"]),
+    ("evaluate", "checkpoint=notes.txt corrupt=all", ["corrupt was removed: leave it out"]),
     ("predict", "checkpoint=nowhere.ckpt images=empty", ["checkpoint=nowhere.ckpt"]),
     ("predict", "checkpoint=notes.txt images=empty", ["empty"]),
     ("export", "checkpoint=nowhere.ckpt", ["checkpoint=nowhere.ckpt", "no such file"]),

@@ -28,7 +28,6 @@ from cifar10_tl.engine.checkpoints import recorded_precision, restore
 from cifar10_tl.engine.evaluator import check_same_split, data_options
 from cifar10_tl.evaluate import evaluate, main, quote_list
 from cifar10_tl.metrics.calibration import fit_temperature
-from cifar10_tl.metrics.corruptions import CORRUPTIONS, corrupt
 from cifar10_tl.metrics.tta import additional_views
 
 FIGURES = {"confusion_matrix", "correct", "incorrect", "reliability", "per_class", "confidence"}
@@ -68,7 +67,7 @@ def full_evaluation(best: Path, data: CIFAR10DataModule, tmp_path_factory: pytes
     np.save(people, 0.5 * one_hot(data.splits["test"].labels, 10).double().numpy() + 0.05)
     doubtful.write_text("[0, 5]")
     files = (f"human_labels={people}", f"doubtful_labels={doubtful}", f"paths.output_dir={folder}")
-    options = ("trainer.accelerator=cpu", "tta=flip_shift", "corrupt=all")
+    options = ("trainer.accelerator=cpu", "tta=flip_shift")
     evaluate(compose_command("evaluate", f"checkpoint={best}", *files, *options))
     return folder
 
@@ -126,20 +125,14 @@ def test_results_contain_all_metrics(full_evaluation: Path) -> None:
     assert results["human_labels"]["cross_entropy"] > results["human_labels"]["lowest_possible"] > 0
 
 
-def test_views_and_corruptions_match_a_plain_loop(full_evaluation: Path, best: Path, data: CIFAR10DataModule) -> None:
+def test_views_match_a_plain_loop(full_evaluation: Path, best: Path, data: CIFAR10DataModule) -> None:
     results, module, test = results_of(full_evaluation), restore(best), data.splits["test"]
     with torch.inference_mode():
         views = [test.images, *additional_views(test.images, "flip_shift")]
         mean = torch.stack([module(view).softmax(1) for view in views]).mean(0)
-        blurred = module(corrupt(test.images, "blur", 4)).argmax(1)
     assert (results["tta"]["name"], results["tta"]["views"]) == ("flip_shift", 6)
     assert results["tta"]["acc"] == float((mean.argmax(1) == test.labels).double().mean())
     assert results["tta"]["loss"] == pytest.approx(float(-mean[torch.arange(100), test.labels].log().mean()), rel=1e-5)
-    assert results["corruption"].keys() == CORRUPTIONS.keys()
-    for rows in results["corruption"].values():
-        assert [row["severity"] for row in rows] == [0, 1, 2, 3, 4, 5]
-        assert rows[0]["acc"] == results["test"]["acc"]
-    assert results["corruption"]["blur"][4]["acc"] == float((blurred == test.labels).double().mean())
 
 
 def test_val_equals_the_best_epoch_and_fits_the_temperature(
@@ -317,7 +310,6 @@ def test_runs_to_compare_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch
         (("compare=[a]",), "compare=['a']"),
         (("checkpoint=pyproject.toml", "split=all"), "split=all"),
         (("checkpoint=pyproject.toml", "tta=rotate"), "tta=rotate"),
-        (("checkpoint=pyproject.toml", "corrupt=fog"), "corrupt=fog"),
         (("checkpoint=pyproject.toml", "data.batch_size=0"), "data.batch_size=0"),
         (("checkpoint=pyproject.toml", "data.batch_size=null"), "data.batch_size=null"),
         (("checkpoint=pyproject.toml", "human_labels=3"), "human_labels=3"),
