@@ -7,7 +7,7 @@ of a pixel, so edges are antialiased without supersampling. Coordinates are -1 t
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,35 +15,15 @@ from torch import Tensor
 
 PlaneFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-
-MIN_IMAGE_SIZE = 8
-
-
 BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose tensors fit into the CPU cache
 
 
 def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Draw labeled images of shapes in random order.
-
-    Image and label i depend only on the seed, i and the image size.
-
-    Args:
-        num_images: Number of images N, zero or more.
-        seed: Seed of the random numbers, zero or more.
-        image_size: Height and width S in pixels, at least 8.
+    """Draw labeled images in random order; image i depends only on ``seed``, i and ``image_size``.
 
     Returns:
         RGB images, uint8 [N, 3, S, S], and labels, int64 [N], whose class counts differ by at most one.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
-    if num_images < 0:
-        raise ValueError(f"num_images must be zero or more, got {num_images}")
-    if seed < 0:
-        raise ValueError(f"seed must be zero or more, got {seed}")
-    if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE}, got {image_size}")
     images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
     labels = torch.empty(num_images, dtype=torch.int64)
     for start in range(0, num_images, BLOCK_SIZE):
@@ -54,46 +34,8 @@ def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tenso
     return images, labels
 
 
-def _draw_block(rng: np.random.Generator, image_size: int) -> tuple[Tensor, Tensor]:
-    """Draw ``BLOCK_SIZE`` images and their labels, with every class once in each ten."""
-    tens = np.tile(np.arange(len(CLASS_NAMES)), (BLOCK_SIZE // len(CLASS_NAMES), 1))
-    labels = torch.from_numpy(rng.permuted(tens, axis=1)).flatten()
-    canvas = _draw_background(rng, image_size)
-    for _ in range(3):
-        _paint_stroke(canvas, rng, longest=0.8, thickest=0.18)
-    _paint_shapes(canvas, labels, rng)
-    _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # occludes many shapes in part
-    return _photograph(canvas, rng), labels
-
-
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 0.8
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.64).abs() - 0.24
-
-
 def _crescent(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(torch.hypot(x, y) - 0.9, 0.72 - torch.hypot(x - 0.45, y))
-
-
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    along, _ = _fold(x, y, 3)
-    return along - 0.5
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs(), y.abs()) - 0.72
-
-
-def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    return 0.85 * x.abs() + 0.53 * y.abs() - 0.53
-
-
-def _hexagon(x: Tensor, y: Tensor) -> Tensor:
-    along, _ = _fold(x, y, 6)
-    return along - 0.78
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
@@ -120,73 +62,42 @@ def _fold(x: Tensor, y: Tensor, sectors: int) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin().abs()
 
 
-def _stripes(x: Tensor, y: Tensor) -> Tensor:
-    return x.sin()
-
-
-def _checks(x: Tensor, y: Tensor) -> Tensor:
-    return (4 * x.sin() * y.sin()).tanh()
-
-
-def _blotches(x: Tensor, y: Tensor) -> Tensor:
-    return (x + 2 * (0.7 * y).sin()).sin() * (y + 2 * (0.6 * x).sin()).sin()
-
-
-class ShapeClass(NamedTuple):
-    """Appearance of a class.
-
-    The tint is the sign of the pattern in red, green and blue. The mean color of an image hardly depends on its class.
-    """
-
-    outline: PlaneFunction
-    pattern: PlaneFunction
-    tint: tuple[float, float, float]
-
-
-SHAPES = {
-    "circle": ShapeClass(_circle, _blotches, (1, -1, 0)),
-    "ring": ShapeClass(_ring, _stripes, (1, -1, 0)),
-    "crescent": ShapeClass(_crescent, _stripes, (1, 1, 1)),
-    "triangle": ShapeClass(_triangle, _checks, (1, 0, -1)),
-    "square": ShapeClass(_square, _checks, (1, 1, 1)),
-    "diamond": ShapeClass(_diamond, _checks, (1, -1, 0)),
-    "hexagon": ShapeClass(_hexagon, _blotches, (0, 1, -1)),
-    "star": ShapeClass(_star, _stripes, (1, 0, -1)),
-    "cross": ShapeClass(_cross, _stripes, (0, 1, -1)),
-    "heart": ShapeClass(_heart, _blotches, (1, 1, 1)),
+_PATTERNS: dict[str, PlaneFunction] = {
+    "stripes": lambda x, y: x.sin(),
+    "checks": lambda x, y: (4 * x.sin() * y.sin()).tanh(),
+    "blotches": lambda x, y: (x + 2 * (0.7 * y).sin()).sin() * (y + 2 * (0.6 * x).sin()).sin(),
 }
+#: Pattern, tint (the sign of the pattern in red, green and blue) and outline of each class. The mean color of an image
+#: hardly depends on its class.
+_SHAPES: dict[str, tuple[str, tuple[int, int, int], PlaneFunction]] = {
+    "circle": ("blotches", (1, -1, 0), lambda x, y: torch.hypot(x, y) - 0.8),
+    "ring": ("stripes", (1, -1, 0), lambda x, y: (torch.hypot(x, y) - 0.64).abs() - 0.24),
+    "crescent": ("stripes", (1, 1, 1), _crescent),
+    "triangle": ("checks", (1, 0, -1), lambda x, y: _fold(x, y, 3)[0] - 0.5),
+    "square": ("checks", (1, 1, 1), lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.72),
+    "diamond": ("checks", (1, -1, 0), lambda x, y: 0.85 * x.abs() + 0.53 * y.abs() - 0.53),
+    "hexagon": ("blotches", (0, 1, -1), lambda x, y: _fold(x, y, 6)[0] - 0.78),
+    "star": ("stripes", (1, 0, -1), _star),
+    "cross": ("stripes", (0, 1, -1), _cross),
+    "heart": ("blotches", (1, 1, 1), _heart),
+}
+CLASS_NAMES = tuple(_SHAPES)
+_CLASS_PATTERNS = [_PATTERNS[pattern] for pattern, _, _ in _SHAPES.values()]
+_TINTS = torch.tensor([tint for _, tint, _ in _SHAPES.values()])
+_OUTLINES = [outline for *_, outline in _SHAPES.values()]
 
 
-CLASS_NAMES: tuple[str, ...] = tuple(SHAPES)
-
-
-OUTLINES = [shape.outline for shape in SHAPES.values()]
-
-
-PATTERNS = [shape.pattern for shape in SHAPES.values()]
-
-
-TINTS = torch.tensor([shape.tint for shape in SHAPES.values()])
-
-
-def _draw_background(rng: np.random.Generator, image_size: int) -> Tensor:
-    """Draw dark backgrounds with a pattern in a random tint."""
-    pattern = _draw_pattern(rng, _any_class(rng), image_size)
-    return _uniform(rng, 0, 0.3, channels=3) + pattern * _uniform(rng, -0.15, 0.15, channels=3)
-
-
-def _paint_shapes(canvas: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
-    """Paint one shape of the labeled class on every image."""
-    x, y = _grid(canvas.shape[-1])
-    scale, stretch = _uniform(rng, 0.55, 0.9), _uniform(rng, -0.2, 0.2).exp()
-    x, y = x - _uniform(rng, -0.3, 0.3), y - _uniform(rng, -0.3, 0.3)
-    x, y = _rotate(x, y, _uniform(rng, -0.35, 0.35))  # larger angles would turn squares into diamonds
-    distance = scale * _by_group(OUTLINES, labels, x / (scale * stretch), y * stretch / scale)
-    # One shape in ten has a random texture, so that only the outline determines the class.
-    wears = torch.where(torch.from_numpy(rng.random(BLOCK_SIZE)) < 0.9, labels, _any_class(rng))
-    texture = _draw_pattern(rng, wears, canvas.shape[-1]) * TINTS[wears, :, None, None]
-    colour = _uniform(rng, 0.5, 0.9, channels=3) + texture * _uniform(rng, 0.35, 0.5, channels=1)
-    _paint(canvas, distance, colour)
+def _draw_block(rng: np.random.Generator, image_size: int) -> tuple[Tensor, Tensor]:
+    """Draw ``BLOCK_SIZE`` images and their labels, with every class once in each ten."""
+    tens = np.tile(np.arange(len(CLASS_NAMES)), (BLOCK_SIZE // len(CLASS_NAMES), 1))
+    labels = torch.from_numpy(rng.permuted(tens, axis=1)).flatten()
+    background = _draw_pattern(rng, _any_class(rng), image_size)
+    canvas = _uniform(rng, 0, 0.3, channels=3) + background * _uniform(rng, -0.15, 0.15, channels=3)
+    for _ in range(3):
+        _paint_stroke(canvas, rng, longest=0.8, thickest=0.18)
+    _paint_shapes(canvas, labels, rng)
+    _paint_stroke(canvas, rng, longest=1.5, thickest=0.1)  # occludes many shapes in part
+    return _photograph(canvas, rng), labels
 
 
 def _draw_pattern(rng: np.random.Generator, classes: Tensor, image_size: int) -> Tensor:
@@ -194,7 +105,7 @@ def _draw_pattern(rng: np.random.Generator, classes: Tensor, image_size: int) ->
     x, y = _rotate(*_grid(image_size), _uniform(rng, 0, 2 * math.pi))
     frequency = _uniform(rng, 7, 12)
     x, y = frequency * x + _uniform(rng, 0, 9), frequency * y + _uniform(rng, 0, 9)
-    return _by_group(PATTERNS, classes, x, y).unsqueeze(1)
+    return _by_class(_CLASS_PATTERNS, classes, x, y).unsqueeze(1)
 
 
 def _paint_stroke(canvas: Tensor, rng: np.random.Generator, longest: float, thickest: float) -> None:
@@ -207,11 +118,25 @@ def _paint_stroke(canvas: Tensor, rng: np.random.Generator, longest: float, thic
     _paint(canvas, distance, _uniform(rng, 0, 1, channels=3))
 
 
-def _paint(canvas: Tensor, distance: Tensor, colour: Tensor) -> None:
+def _paint_shapes(canvas: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
+    """Paint one shape of the labeled class on every image."""
+    x, y = _grid(canvas.shape[-1])
+    scale, stretch = _uniform(rng, 0.55, 0.9), _uniform(rng, -0.2, 0.2).exp()
+    x, y = x - _uniform(rng, -0.3, 0.3), y - _uniform(rng, -0.3, 0.3)
+    x, y = _rotate(x, y, _uniform(rng, -0.35, 0.35))  # larger angles would turn squares into diamonds
+    distance = scale * _by_class(_OUTLINES, labels, x / (scale * stretch), y * stretch / scale)
+    # One shape in ten has a random texture, so that only the outline determines the class.
+    wears = torch.where(torch.from_numpy(rng.random(BLOCK_SIZE)) < 0.9, labels, _any_class(rng))
+    texture = _draw_pattern(rng, wears, canvas.shape[-1]) * _TINTS[wears, :, None, None]
+    color = _uniform(rng, 0.5, 0.9, channels=3) + texture * _uniform(rng, 0.35, 0.5, channels=1)
+    _paint(canvas, distance, color)
+
+
+def _paint(canvas: Tensor, distance: Tensor, color: Tensor) -> None:
     """Paint the inside of a signed distance, with an edge one pixel wide."""
     pixel = 2 / canvas.shape[-1]
     coverage = (0.5 - distance / pixel).clamp(0, 1)
-    canvas += coverage.unsqueeze(1) * (colour - canvas)
+    canvas += coverage.unsqueeze(1) * (color - canvas)
 
 
 def _photograph(canvas: Tensor, rng: np.random.Generator) -> Tensor:
@@ -234,8 +159,8 @@ def _blur(canvas: Tensor) -> Tensor:
 
 def _grid(image_size: int) -> tuple[Tensor, Tensor]:
     """Return coordinates of the pixel centers, x [1, 1, S] and y [1, S, 1]."""
-    centres = (torch.arange(image_size, dtype=torch.float32) + 0.5) * (2 / image_size) - 1
-    return centres[None, None, :], -centres[None, :, None]
+    centers = (torch.arange(image_size, dtype=torch.float32) + 0.5) * (2 / image_size) - 1
+    return centers[None, None, :], -centers[None, :, None]
 
 
 def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,18 +169,17 @@ def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _by_group(functions: Sequence[PlaneFunction], groups: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Apply to each image the function whose index is its group."""
+def _by_class(functions: Sequence[PlaneFunction], classes: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Apply to each image the function of its class."""
     values = torch.empty_like(x)
-    for group, function in enumerate(functions):
-        members = groups == group
+    for label, function in enumerate(functions):
+        members = classes == label
         values[members] = function(x[members], y[members])
     return values
 
 
 def _any_class(rng: np.random.Generator) -> Tensor:
-    """Draw one class index per image, int64 [B]."""
-    return torch.from_numpy(rng.integers(len(SHAPES), size=BLOCK_SIZE))
+    return torch.from_numpy(rng.integers(len(CLASS_NAMES), size=BLOCK_SIZE))
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, channels: int | None = None) -> Tensor:
