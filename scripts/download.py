@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.sources import prepare_cifar10
+from cifar10_tl.data.sources import Cifar10
 
 
 def main() -> None:
@@ -20,7 +20,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = OmegaConf.load(CONFIG_DIR / "data" / "cifar10.yaml")
     try:
-        print(prepare_cifar10(arguments.root, arguments.mirror or config.mirrors, config.md5, config.stall_seconds))
+        Cifar10(arguments.root, arguments.mirror or config.mirrors, config.md5, config.stall_seconds).prepare()
+        print(f"CIFAR-10 is complete in {arguments.root}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

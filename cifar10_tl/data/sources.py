@@ -10,32 +10,26 @@ import json
 import logging
 import os
 import unicodedata
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.download import download, file_lock
+from cifar10_tl.data.download import download
 from cifar10_tl.data.images import IMAGE_SUFFIXES, BadImageError, decode_image, list_files
 from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.io import atomic_write
 
 log = logging.getLogger(__name__)
-
-
-CIFAR10_NAMES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
 
 
 class ImageSet(NamedTuple):
@@ -62,14 +56,31 @@ class Source(Protocol):
 class Cifar10:
     """CIFAR-10, downloaded from the first working mirror and read by torchvision."""
 
-    class_names = CIFAR10_NAMES
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(self, root: str, mirrors: Sequence[str] = (), md5: str = "", stall_seconds: float = 20.0) -> None:
         self.root, self.mirrors, self.md5, self.stall_seconds = root, mirrors, md5, stall_seconds
 
     def prepare(self) -> None:
-        """Download and extract the archive."""
-        prepare_cifar10(self.root, self.mirrors, self.md5, self.stall_seconds)
+        """Download and extract the archive, unless all files of CIFAR-10 are in ``root``."""
+        if self._is_complete():
+            return
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(self.root, ".cifar-10.lock")):
+            if self._is_complete():  # another process downloaded it while this one was waiting
+                return
+            archive = Path(self.root, CIFAR10.filename)
+            download(self.mirrors, archive, md5=self.md5, timeout=self.stall_seconds)
+            extract_archive(str(archive), self.root)
+            if not self._is_complete():
+                raise UserError(f"{archive} does not contain CIFAR-10; delete it and try again")
+
+    def _is_complete(self) -> bool:
+        try:
+            CIFAR10(self.root, train=False, download=False)
+        except RuntimeError:  # a file is missing or has another checksum
+            return False
+        return True
 
     def load(self) -> dict[str, ImageSet]:
         """Return 50,000 training and 10,000 test images of 32 x 32 pixels, in the official order."""
@@ -82,159 +93,103 @@ class Cifar10:
         return splits
 
 
-def prepare_cifar10(root: str, mirrors: Sequence[str], md5: str, stall_seconds: float) -> Path:
-    """Download and extract CIFAR-10 unless it is complete, and return its folder.
-
-    Raises:
-        UserError: No mirror delivers the archive, or the archive is not CIFAR-10.
-    """
-    folder, archive = Path(root, CIFAR10.base_folder), Path(root, CIFAR10.filename)
-    if _is_complete(root):
-        return folder
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with file_lock(Path(root, ".cifar-10.lock")):
-        if _is_complete(root):  # another process downloaded it while this one was waiting
-            return folder
-        hint = ", or use data=shapes, which needs no download, or data=folder for your own images"
-        download(mirrors, archive, md5=md5, timeout=stall_seconds, hint=hint)
-        extract_archive(str(archive), root)
-        if not _is_complete(root):
-            raise UserError(f"{archive} does not contain CIFAR-10; delete it and try again")
-    return folder
-
-
-def _is_complete(root: str) -> bool:
-    try:
-        CIFAR10(root, train=False, download=False)
-    except RuntimeError:  # a file is missing or has another checksum
-        return False
-    return True
-
-
 class Folder:
     """Images in ``root/train/<class>/``, ``root/test/<class>/`` and optionally ``root/val/<class>/``.
 
-    Each split is decoded once to a cache file, whose name depends on the location, sizes and times of the images.
-
-    Args:
-        root: Folder of the splits.
-        native_size: Height and width of the decoded images in pixels.
-        skip_bad: Leave out files that cannot be used, instead of raising an error.
-        cache_dir: Folder of the cache files.
+    Each split is decoded once to a file in ``cache_dir``, whose name depends on the location, sizes and times of the
+    images. Files that cannot be used are an error, or with ``skip_bad`` a warning.
     """
 
     def __init__(self, root: str, native_size: int = 32, skip_bad: bool = False, cache_dir: str = "data/cache") -> None:
         self.root, self.native_size, self.skip_bad = Path(root), native_size, skip_bad
         self.cache_dir = Path(cache_dir)
-        for split in ("train", "test"):
-            if not (self.root / split).is_dir():
-                raise UserError(
-                    f"data.root={root}: there is no folder {split}; data=folder needs train/<class>/ and test/<class>/"
-                )
-        splits = [s for s in ("train", "val", "test") if (self.root / s).is_dir()]
+        splits = ["train", "val", "test"] if (self.root / "val").is_dir() else ["train", "test"]
         self.folders = {split: _class_folders(self.root / split) for split in splits}
         self.class_names = tuple(sorted(self.folders["train"]))
-        self._check_classes()
-
-    def _check_classes(self) -> None:
         if len(self.class_names) < 2:
-            raise UserError(
-                f"data.root={self.root}: train needs at least 2 class folders, but has {len(self.class_names)}"
-            )
+            raise UserError(f"{self.root / 'train'} needs at least 2 class folders, but has {len(self.class_names)}")
         for split, found in self.folders.items():
             if odd := sorted(set(found) ^ set(self.class_names)):
                 raise UserError(f"data.root={self.root}: the classes of train and {split} differ: {', '.join(odd)}")
 
     def prepare(self) -> None:
-        """Decode each split without a valid cache file.
-
-        Raises:
-            UserError: A file cannot be used (unless ``skip_bad``), or a class has no images.
-        """
+        """Decode each split without a valid cache file, and report the files that cannot be used."""
         for split in self.folders:
-            self._cached(split)
+            *_, bad = self._read(split)
+            if bad:
+                log.warning("left out %s", _summary(split, bad))
 
     def load(self) -> dict[str, ImageSet]:
         """Return the splits, each sorted by class and then by file name."""
-        splits = {}
-        for split in self.folders:
-            images, labels, bad = self._cached(split)
-            self._report_bad(bad, split)
-            splits[split] = ImageSet(images, labels)
-        return splits
+        return {split: ImageSet(*self._read(split)[:2]) for split in self.folders}
 
-    def _cached(self, split: str) -> _Decoded:
+    def _read(self, split: str) -> tuple[Tensor, Tensor, list[str]]:
+        """Return images and labels of a split, and a message for each path that cannot be used."""
         files, bad = self._list(split)
-        cache = self.cache_dir / f"{self.root.name}-{split}-{self._checksum(files, bad)}.npz"
-        found = _read_cache(cache)
-        if found is None:
-            found = self._decode(split, files, bad)
-            with atomic_write(cache) as file:
-                images, labels, bad = found
-                np.savez(file, images=images.numpy(), labels=labels.numpy(), bad=np.array(bad, dtype=np.str_))
-        return found
+        cache = self._cache_file(split, files, bad)
+        try:
+            with np.load(cache) as arrays:
+                images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+                return images, labels, arrays["bad"].tolist()
+        except Exception:  # missing, or damaged, which raises many types of errors
+            images, labels, bad = self._decode(split, files, bad)
+        with atomic_write(cache) as file:
+            np.savez(file, images=images.numpy(), labels=labels.numpy(), bad=np.array(bad, dtype=np.str_))
+        return images, labels, bad
 
     def _list(self, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
         """Return the files of a split with their labels, and a message for each path that cannot be used."""
         files, bad = [], []
         for path in sorted((self.root / split).iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
-                bad.append(f"{printable(path)} (not in a class folder)")
+                bad.append(f"{_printable(path)} (not in a class folder)")
         for label, name in enumerate(self.class_names):
             paths, errors = list_files(self.folders[split][name])
             files += [(path, label) for path in paths]
-            bad += [f"{printable(error.filename)} ({error.strerror})" for error in errors]
+            bad += [f"{_printable(error.filename)} ({error.strerror})" for error in errors]
         return files, bad
 
-    def _checksum(self, files: Sequence[tuple[Path, int]], bad: Sequence[str]) -> str:
-        stats = [(str(p), p.stat() if p.exists() else None) for p, _ in files]
-        listing = [[path, s and s.st_size, s and s.st_mtime_ns, s and s.st_ctime_ns] for path, s in stats]
-        key = json.dumps([4, self.native_size, os.path.realpath(self.root), listing, bad])  # 4: version of the format
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
+    def _cache_file(self, split: str, files: Sequence[tuple[Path, int]], bad: Sequence[str]) -> Path:
+        stats = [(path, path.stat() if path.exists() else path.lstat()) for path, _ in files]
+        listing = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+        key = json.dumps([5, os.path.realpath(self.root), self.native_size, self.skip_bad, listing, bad])  # 5: version
+        return self.cache_dir / f"{self.root.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
-    def _decode(self, split: str, files: Sequence[tuple[Path, int]], unusable: Sequence[str]) -> _Decoded:
+    def _decode(
+        self, split: str, files: Sequence[tuple[Path, int]], unusable: Sequence[str]
+    ) -> tuple[Tensor, Tensor, list[str]]:
         images, labels, bad = [], [], [*unusable]
         for path, label in tqdm(files, desc=f"decoding {split}", unit=" images", disable=None, leave=False):
             try:
                 images.append(decode_image(path, self.native_size))
                 labels.append(label)
             except BadImageError as error:
-                bad.append(f"{printable(path)} ({error})")
-        if not self.skip_bad:
-            self._report_bad(bad, split)
+                bad.append(f"{_printable(path)} ({error})")
+        if bad and not self.skip_bad:
+            raise UserError(f"cannot use {_summary(split, bad)}; data.skip_bad=true leaves them out")
         if empty := [name for label, name in enumerate(self.class_names) if label not in labels]:
             raise UserError(f"{self.root / split}: no images of {', '.join(empty)}")
-        return _Decoded(torch.from_numpy(np.stack(images)), torch.tensor(labels), bad)
-
-    def _report_bad(self, bad: Sequence[str], split: str) -> None:
-        if not bad:
-            return
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        count = "1 path" if len(bad) == 1 else f"{len(bad)} paths"
-        if not self.skip_bad:
-            raise UserError(f"{count} in {split} cannot be used: {shown}; data.skip_bad=true leaves them out")
-        log.warning("%s in %s cannot be used and were left out: %s", count, split, shown)
+        return torch.from_numpy(np.stack(images)), torch.tensor(labels), bad
 
 
-class _Decoded(NamedTuple):
-    images: Tensor
-    labels: Tensor
-    bad: list[str]  # a message for each path that cannot be used
-
-
-def printable(path: Path | str) -> str:
-    """Return a path as text that can be encoded as UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+def _summary(split: str, bad: Sequence[str]) -> str:
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"{len(bad)} paths in {split}: {', '.join(bad[:5])}{more}"
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
     """Return the class folders by name, in Unicode normal form C: macOS and Linux write "é" in different ways."""
+    if not folder.is_dir():
+        raise UserError(
+            f"data.root={folder.parent}: there is no folder {folder.name}; data=folder needs train/<class>/ and "
+            "test/<class>/"
+        )
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_dir():
             continue
-        if printable(path.name) != path.name:
-            raise UserError(f"{printable(path)}: the name of a class folder must be valid UTF-8; rename the folder")
+        if _printable(path.name) != path.name:
+            raise UserError(f"{_printable(path)}: the name of a class folder must be valid UTF-8; rename the folder")
         name = unicodedata.normalize("NFC", path.name)
         if name in found:
             raise UserError(f"{folder}: two class folders are named {name} in different Unicode forms; merge them")
@@ -242,16 +197,9 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_cache(path: Path) -> _Decoded | None:
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # zip files contain checksums
-            images, labels = (torch.from_numpy(arrays[name]) for name in ("images", "labels"))
-            return _Decoded(images, labels, arrays["bad"].tolist())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        log.warning("%s is damaged; decoding the images again", path)
-        return None
+def _printable(path: Path | str) -> str:
+    """Return a path as text that can be encoded as UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 class Shapes:
