@@ -36,13 +36,15 @@ class Augment:
 
 
 def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_classes: int) -> Batch:
-    """Return an augmented batch.
+    """Return an augmented batch, with one view [N, ...] of its cached features if it has them.
 
     Mixing combines each image with the one half a batch away. If ``world_size`` divides half of the global batch, the
     pairs are the same for any number of processes.
     """
-    images, targets, indices, _ = batch
+    images, targets, indices, features = batch
     draw = KeyedRNG(seed, epoch, indices)
+    if features is not None:
+        return _choose_view(batch, features, draw, settings)
     if settings.horizontal_flip or settings.random_crop_padding:
         images = _flip_and_crop(images, draw, settings)
     if settings.color_jitter:
@@ -54,17 +56,13 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
     return Batch(images, targets, indices)
 
 
-def choose_view(batch: Batch, *, flip: bool, seed: int, epoch: int) -> Batch:
-    """Select the plain or mirrored view of cached features [N, V, ...] with the random numbers of :func:`augment`."""
-    images, targets, indices, features = batch
-    assert features is not None
-    if not flip:
+def _choose_view(batch: Batch, features: Tensor, draw: KeyedRNG, settings: Augment) -> Batch:
+    if not settings.horizontal_flip:
         return batch._replace(features=features[:, 0])
-    mirrored = _mirrored(KeyedRNG(seed, epoch, indices))
-    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return Batch(
-        images, targets, indices, features[torch.arange(len(features), device=features.device), mirrored.long()]
-    )
+    mirrored = _mirrored(draw)
+    images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
+    rows = torch.arange(len(features), device=features.device)
+    return batch._replace(images=images, features=features[rows, mirrored.long()])
 
 
 def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
         images: uint8 [N, 3, H, W].
         targets: Labels, int64 [N], or class probabilities, float32 [N, K], after mixing.
         indices: Index of each image in its source, int64 [N].
-        features: Cached features of a frozen backbone, float [N, ...], or [N, V, ...] with V views from a loader.
+        features: Cached features of a frozen backbone, float [N, ...], or from a loader [N, V, ...] of V views.
     """
 
     images: Tensor
@@ -31,17 +31,14 @@ class Batch(NamedTuple):
 class Split(Dataset[Batch]):
     """Images of one split in memory, indexed by a whole batch at once.
 
-    Args:
-        images: uint8 [N, 3, H, W].
-        labels: int64 [N].
-        indices: Index of each image in its source, int64 [N]; 0 to N - 1 by default.
-        views: Cached features of each view of the images, [N, ...] each.
+    Images are uint8 [N, 3, H, W], labels and indices in the source (0 to N - 1 by default) are int64 [N], and cached
+    features of V views of the images are [N, V, ...].
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, views: Sequence[Tensor] = ()
+        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, features: Tensor | None = None
     ) -> None:
-        self.images, self.labels, self.views = images, labels, views
+        self.images, self.labels, self.features = images, labels, features
         self.indices = torch.arange(len(labels)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -50,15 +47,14 @@ class Split(Dataset[Batch]):
     def __getitem__(self, positions: Tensor) -> Batch:
         positions = positions.to(self.images.device, non_blocking=True)
         # Indexing with brackets copies byte by byte: 400 us for 128 images instead of 15.
-        images, labels, indices, *views = (
-            tensor.index_select(0, positions) for tensor in (self.images, self.labels, self.indices, *self.views)
-        )
-        return Batch(images, labels, indices, torch.stack(views, 1) if views else None)
+        images, labels, indices = (x.index_select(0, positions) for x in (self.images, self.labels, self.indices))
+        features = None if self.features is None else self.features.index_select(0, positions)
+        return Batch(images, labels, indices, features)
 
     def to(self, device: torch.device) -> Split:
         """Return the split with its tensors on ``device``."""
-        views = [view.to(device) for view in self.views]
-        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), views)
+        features = None if self.features is None else self.features.to(device)
+        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), features)
 
     def subset(self, positions: Tensor) -> Split:
         """Return the images at ``positions`` (int64 [n]), with the same indices."""
@@ -76,16 +72,8 @@ class BatchSampler(Sampler[Tensor]):
     batch, so that the global batches are the same for any number of processes.
 
     Training (``shuffle=True``) uses a new order in each epoch and full batches only. Evaluation visits every image
-    exactly once, without padding; all ranks yield the same number of batches, and the last one may be empty.
-
-    Args:
-        num_images: Number of images in the split.
-        batch_size: Number of images per global batch.
-        shuffle: Shuffle in each epoch and drop the last incomplete batch.
-        seed: Seed of the order.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        mixed: Evaluate in a random order that is the same in each epoch, for evaluation of the first batches only.
+    exactly once, without padding; all ranks yield the same number of batches, and the last one may be empty. It is in
+    order, or in a random order that is the same in each epoch (``mixed=True``).
     """
 
     def __init__(
@@ -105,7 +93,7 @@ class BatchSampler(Sampler[Tensor]):
         self.rank, self.world_size, self.mixed = rank, world_size, mixed
         self.epoch = 0
         self._position = {"epoch": 0, "batches_done": 0}
-        self._resume_from: dict[str, int] | None = None
+        self._resuming = False
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_images, self.batch_size)
@@ -113,19 +101,16 @@ class BatchSampler(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         # As a generator, this runs at the first batch, after Lightning called set_epoch.
-        order = self.order()
-        resume_from, self._resume_from = self._resume_from, None
-        start = resume_from["batches_done"] if resume_from and resume_from["epoch"] == self.epoch else 0
+        if self.shuffle or self.mixed:
+            generator = torch.Generator().manual_seed(int(hash32(self.seed, self.epoch if self.shuffle else 0)))
+            order = torch.randperm(self.num_images, generator=generator)
+        else:
+            order = torch.arange(self.num_images)
+        start = self._position["batches_done"] if self._resuming and self._position["epoch"] == self.epoch else 0
+        self._resuming = False
         for step in range(start, len(self)):
             self._position = {"epoch": self.epoch, "batches_done": step + 1}
             yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
-
-    def order(self) -> Tensor:
-        """Return the positions of all images in the order of this epoch, int64 [num_images]."""
-        if not self.shuffle and not self.mixed:
-            return torch.arange(self.num_images)
-        generator = torch.Generator().manual_seed(int(hash32(self.seed, self.epoch if self.shuffle else 0)))
-        return torch.randperm(self.num_images, generator=generator)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
@@ -138,34 +123,18 @@ class BatchSampler(Sampler[Tensor]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume inside an epoch, if that epoch is iterated next."""
         self._position = dict(state)
-        self._resume_from = dict(state)
+        self._resuming = True
 
 
 class BatchLoader(DataLoader[Batch]):
     """DataLoader that fetches a whole batch by one index operation and can be resumed inside an epoch.
 
     There are no workers, because indexing takes less time than sending the result to another process.
-
-    Args:
-        dataset: Split to load.
-        sampler: Sampler of whole batches.
-        pin_memory: Copy batches to pinned memory.
     """
 
     sampler: BatchSampler
 
     def __init__(self, dataset: Dataset[Batch], sampler: BatchSampler, *, pin_memory: bool = False) -> None:
         # batch_size=None: the items of the sampler are batches already.
-        super().__init__(dataset, sampler=sampler, batch_size=None, collate_fn=_identity, pin_memory=pin_memory)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the state of the sampler."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the state of the sampler."""
-        self.sampler.load_state_dict(state)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
+        super().__init__(dataset, sampler=sampler, batch_size=None, pin_memory=pin_memory)
+        self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict

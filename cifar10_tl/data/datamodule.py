@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from cifar10_tl.config.errors import UserError, known_arguments
-from cifar10_tl.data.augment import Augment, augment, choose_view
+from cifar10_tl.data.augment import Augment, augment
 from cifar10_tl.data.batch import Batch, BatchLoader, BatchSampler, Split
 from cifar10_tl.data.feature_cache import FeatureCache
 from cifar10_tl.data.keyed_rng import hash32
@@ -35,13 +35,6 @@ class CIFAR10DataModule(pl.LightningDataModule):
         on_device: Keep the images in the memory of the accelerator.
         seed: Seed of the order and the augmentation.
         **source_options: Arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
-
-    Attributes:
-        splits: "train", "val" and "test", available after :meth:`setup`.
-        feature_cache: Cache of the features that are added to batches, if set.
-
-    Raises:
-        UserError: An argument is invalid for the source.
     """
 
     def __init__(
@@ -58,18 +51,14 @@ class CIFAR10DataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.augment = Augment(**known_arguments(Augment, augment or {}, "data.augment"))
-        self.save_hyperparameters({**self._plain(locals()), "augment": asdict(self.augment)}, logger=False)
+        augment = asdict(self.augment)  # with the defaults
+        self.save_hyperparameters(logger=False)
         if source not in SOURCES:
             raise UserError(f"data.source={source}: choose one of {', '.join(SOURCES)}")
         self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
         self.class_names = self.source.class_names
-        self.splits: dict[str, Split] = {}
-        self.feature_cache: FeatureCache | None = None
-
-    @staticmethod
-    def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-        names = ("source", "batch_size", "val_size", "split_seed", "image_limit", "on_device", "seed")
-        return {**{n: arguments[n] for n in names}, **arguments["source_options"]}
+        self.splits: dict[str, Split] = {}  # "train", "val" and "test", after setup
+        self.feature_cache: FeatureCache | None = None  # adds features to the batches
 
     def prepare_data(self) -> None:
         """Download or decode the images; called in one process per machine."""
@@ -88,23 +77,16 @@ class CIFAR10DataModule(pl.LightningDataModule):
         size, classes = self.hparams["val_size"], len(self.class_names)
         if isinstance(size, float):
             size = max(classes, round(size * len(train)))
-        if len(train) < 2 * classes:
-            raise UserError(f"{len(train)} training images are too few for {classes} classes: at least 2 per class")
-        if not classes <= size <= len(train) - classes:
+        held_out = torch.zeros(len(train), dtype=torch.bool)
+        held_out[stratified(train.labels, size, self.hparams["split_seed"])] = True
+        counts = torch.bincount(train.labels[~held_out], minlength=classes)
+        missing = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+        if missing or size < classes:
             raise UserError(
-                f"data.val_size={self.hparams['val_size']} does not fit {len(train)} training images of {classes} "
-                f"classes; choose {classes} to {len(train) - classes}"
+                f"data.val_size={self.hparams['val_size']} does not fit {len(train)} training images: choose at least "
+                f"{classes}, and leave an image of each class to train on (missing: {', '.join(missing) or 'none'})"
             )
-        held_out = stratified(train.labels, size, self.hparams["split_seed"])
-        mask = torch.ones(len(train), dtype=torch.bool)
-        mask[held_out] = False
-        counts = torch.bincount(train.labels[mask], minlength=classes)
-        if missing := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
-            raise UserError(
-                f"data.val_size={self.hparams['val_size']} leaves no training image of {', '.join(missing)}; "
-                "choose a smaller data.val_size or add images"
-            )
-        return train.subset(mask.nonzero().flatten()), train.subset(held_out)
+        return train.subset((~held_out).nonzero().flatten()), train.subset(held_out.nonzero().flatten())
 
     def _limited(self, split: Split) -> Split:
         limit = self.hparams["image_limit"]
@@ -117,11 +99,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         return {"splits": {name: _fingerprint(split) for name, split in self.splits.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the splits with those of the checkpoint when a training run is resumed.
-
-        Raises:
-            UserError: A split has other images or labels.
-        """
+        """Compare the splits with those of the checkpoint when a training run is resumed."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         current = self.state_dict()["splits"]
@@ -134,51 +112,43 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Return shuffled full batches, or one smaller batch if there are fewer images than ``batch_size``."""
-        split, world_size = self.splits["train"], self._world_size
-        if len(split) < world_size:
-            raise UserError(f"{len(split)} training images are too few for {world_size} processes")
-        batch_size = min(self.hparams["batch_size"], len(split) - len(split) % world_size)
-        return self._loader("train", batch_size, shuffle=True)
+        return self._loader("train")
 
     def val_dataloader(self) -> BatchLoader:
         """Return every validation image once, in order unless ``limit_val_batches`` is set."""
-        return self._loader("val", self.hparams["batch_size"], shuffle=False)
+        return self._loader("val")
 
     def test_dataloader(self) -> BatchLoader:
         """Return every test image once, in order unless ``limit_test_batches`` is set."""
-        return self._loader("test", self.hparams["batch_size"], shuffle=False)
+        return self._loader("test")
 
-    def _loader(self, name: str, batch_size: int, *, shuffle: bool) -> BatchLoader:
-        split = self._with_features(name)
+    def _loader(self, name: str) -> BatchLoader:
+        split, batch_size, shuffle = self.splits[name], self.hparams["batch_size"], name == "train"
+        rank, world_size, device = 0, 1, torch.device("cpu")
+        if self.trainer:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            device = self.trainer.strategy.root_device
+        if shuffle:
+            if len(split) < world_size:
+                raise UserError(f"{len(split)} training images are too few for {world_size} processes")
+            batch_size = min(batch_size, len(split) - len(split) % world_size)
+        if self.feature_cache is not None:
+            mirrored = shuffle and self.augment.horizontal_flip
+            features = self.feature_cache.features(name, split.images, mirrored=mirrored)
+            split = Split(split.images, split.labels, split.indices, features)
         limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
         sampler = BatchSampler(
             len(split),
             batch_size,
             shuffle=shuffle,
-            seed=self.hparams["seed"] if shuffle else self.hparams["split_seed"],
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self._world_size,
+            seed=self.hparams["seed" if shuffle else "split_seed"],
+            rank=rank,
+            world_size=world_size,
             mixed=not (isinstance(limit, float) and limit == 1.0),  # files are often sorted by class
         )
         if self.hparams["on_device"]:
-            return BatchLoader(split.to(self._device), sampler)
-        return BatchLoader(split, sampler, pin_memory=self._device.type == "cuda")
-
-    def _with_features(self, name: str) -> Split:
-        split = self.splits[name]
-        if self.feature_cache is None:
-            return split
-        mirrored = name == "train" and self.augment.horizontal_flip
-        views = self.feature_cache.views(name, split.images, mirrored=mirrored)
-        return Split(split.images, split.labels, split.indices, views)
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            return BatchLoader(split.to(device), sampler)
+        return BatchLoader(split, sampler, pin_memory=device.type == "cuda")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch on its device."""
@@ -188,8 +158,6 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """Return ``batch`` augmented for this epoch."""
-        if batch.features is not None:
-            return choose_view(batch, flip=self.augment.horizontal_flip, seed=self.hparams["seed"], epoch=epoch)
         return augment(batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
 
 
@@ -210,7 +178,5 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
 
 
 def _fingerprint(split: Split) -> str:
-    digest = hashlib.sha256()
-    for tensor in (split.labels, split.indices):
-        digest.update(tensor.cpu().numpy().tobytes())
+    digest = hashlib.sha256(split.labels.numpy().tobytes() + split.indices.numpy().tobytes())
     return f"{len(split)}-{digest.hexdigest()[:16]}"

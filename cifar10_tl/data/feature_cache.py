@@ -1,4 +1,4 @@
-"""Cache of the features of a frozen backbone, one memory-mapped safetensors file per split and view."""
+"""Cache of the features of a frozen backbone, one memory-mapped safetensors file per split."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,31 +28,11 @@ CHUNK = 128  # images per call of the backbone
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
-@dataclass(frozen=True)
-class Processes:
-    """Processes of one machine that fill a cache together.
-
-    Attributes:
-        rank: Rank of this process on the machine.
-        count: Number of processes on the machine.
-        wait: Barrier of all processes.
-        broadcast: Return the argument of the first process.
-    """
-
-    rank: int = 0
-    count: int = 1
-    wait: Callable[[], Any] = lambda: None
-    broadcast: Callable[[str], str] = lambda text: text
-
-
 class FeatureCache:
     """Cache that computes the features of images once and reads them from disk afterwards.
 
-    Args:
-        folder: Folder of the cache files.
-        extract: Function from uint8 images [n, 3, H, W] to features [n, ...] on the CPU.
-        describe: Function that returns everything ``extract`` depends on, as plain values.
-        processes: Processes that share the work.
+    ``extract`` maps uint8 images [n, 3, H, W] to features [n, ...] on the CPU, and ``describe`` returns everything that
+    it depends on, as plain values. The processes of ``trainer`` share the work on each machine.
     """
 
     def __init__(
@@ -60,108 +40,95 @@ class FeatureCache:
         folder: Path,
         extract: Callable[[Tensor], Tensor],
         describe: Callable[[], Mapping[str, Any]],
-        processes: Processes | None = None,
+        trainer: pl.Trainer,
     ) -> None:
-        self.folder, self.extract, self.describe = folder, extract, describe
-        self.processes = processes or Processes()
+        self.folder, self.extract, self.describe, self.trainer = folder, extract, describe, trainer
 
-    def views(self, name: str, images: Tensor, *, mirrored: bool) -> list[Tensor]:
-        """Return the memory-mapped features [N, ...] of ``images`` and, if ``mirrored``, of their mirror images.
-
-        Raises:
-            UserError: If the disk has too little free space.
-        """
+    def features(self, name: str, images: Tensor, *, mirrored: bool) -> Tensor:
+        """Return memory-mapped features [N, V, ...] of the images and, if ``mirrored``, of their mirror images."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        sample = self.extract(images[:1])
+        sample = self._views(images[:1], mirrored)
         shape = [len(images), *sample.shape[1:]]
-        description = {**self.describe(), "images": _checksum([images]), "shape": shape, "dtype": str(sample.dtype)}
-        views = ("plain", "mirrored") if mirrored else ("plain",)
-        paths = [self._path({**description, "view": view}) for view in views]
         num_bytes = math.prod(shape) * sample.element_size()
-        self._check_space(name, num_bytes * sum(not _is_valid(path) for path in paths))
-        for view, path in zip(views, paths, strict=True):
-            self._fill(path, f"{name} ({view})", images, view == "mirrored", _header(shape, sample.dtype, num_bytes))
-        return [_read(path) for path in paths]
-
-    def _path(self, description: Mapping[str, Any]) -> Path:
-        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
-        return self.folder / f"{key}.safetensors"
-
-    def _check_space(self, name: str, needed: int) -> None:
+        entry = {"dtype": _DTYPES[sample.dtype], "shape": shape, "data_offsets": [0, num_bytes]}
+        content = {**self.describe(), **entry, "images": tensors_checksum({"": images})}
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        path = self.folder / f"{key}.safetensors"
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if num_bytes > free and not _is_valid(path):
             raise UserError(
-                f"data.cache_features=true: the features of {name} need {needed / 1e9:.2f} GB, but {self.folder} has "
-                f"{free / 1e9:.2f} GB free; free some space, choose another paths.cache_dir, or lower "
-                "data.image_limit or model.image_size"
+                f"data.cache_features=true: the features of {name} need {num_bytes / 1e9:.2f} GB, but {self.folder} "
+                f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit or "
+                "model.image_size"
             )
+        self._fill(path, name, images, mirrored, _header(entry))
+        return _read(path)
 
-    def _fill(self, path: Path, title: str, images: Tensor, mirrored: bool, header: bytes) -> None:
-        """Write the features to a temporary file, each process every ``count``-th chunk, and rename it."""
+    def _views(self, images: Tensor, mirrored: bool) -> Tensor:
+        return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
+
+    def _fill(self, path: Path, name: str, images: Tensor, mirrored: bool, header: bytes) -> None:
+        """Write the features to a temporary file, each process its chunks, and rename it."""
+        strategy, first = self.trainer.strategy, self.trainer.local_rank == 0
         # The first process alone decides whether to compute, so that all processes meet at the same barriers.
-        run = self.processes.broadcast(uuid.uuid4().hex)
+        run = strategy.broadcast(uuid.uuid4().hex)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{run}.tmp")
-        first = self.processes.rank == 0
         try:
             if first and not _is_valid(path):
                 temporary.write_bytes(header)
-            self.processes.wait()
+            strategy.barrier()
             if temporary.exists():
-                self._compute(temporary, title, images, mirrored, len(header))
-            self.processes.wait()
+                self._compute(temporary, name, images, mirrored, len(header))
+            strategy.barrier()
             if first and temporary.exists():
                 os.replace(temporary, path)
-            self.processes.wait()
+            strategy.barrier()
         finally:
             if first:
                 temporary.unlink(missing_ok=True)
 
-    def _compute(self, path: Path, title: str, images: Tensor, mirrored: bool, offset: int) -> None:
-        starts = range(self.processes.rank * CHUNK, len(images), self.processes.count * CHUNK)
-        hidden = None if self.processes.rank == 0 else True  # None: hidden unless stderr is a terminal
+    def _compute(self, path: Path, name: str, images: Tensor, mirrored: bool, offset: int) -> None:
+        rank, count = self.trainer.local_rank, self.trainer.num_devices
+        starts = range(rank * CHUNK, len(images), count * CHUNK)
+        hidden = None if rank == 0 else True  # None: hidden unless stderr is a terminal
         with path.open("r+b") as file:
-            for start in tqdm(starts, desc=f"features of {title}", unit=" batches", disable=hidden):
+            for start in tqdm(starts, desc=f"features of {name}", unit=" batches", disable=hidden):
                 chunk = images[start : start + CHUNK]
-                data = _bytes(self.extract(chunk.flip(-1) if mirrored else chunk))
+                data = _bytes(self._views(chunk, mirrored))
                 file.seek(offset + start * (len(data) // len(chunk)))
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        log.info("computed the features of %s: %d images", title, len(images))
+        log.info("computed the features of %s: %d images", name, len(images))
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return a checksum of the names, shapes, types and values of a state dict."""
     names = json.dumps([(name, list(t.shape), str(t.dtype)) for name, t in tensors.items()])
-    return _checksum(tensors.values(), names)
+    digest = hashlib.sha256(names.encode())
+    for tensor in tensors.values():
+        digest.update(_bytes(tensor.detach().cpu()))
+    return digest.hexdigest()
 
 
-def _header(shape: list[int], dtype: torch.dtype, num_bytes: int) -> bytes:
+def _header(entry: Mapping[str, Any]) -> bytes:
     """Return the header of a safetensors file, written by hand because the library writes whole tensors only."""
-    entry = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [0, num_bytes]}
     text = json.dumps({"features": entry}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
+def _is_valid(path: Path) -> bool:
+    try:
+        _read(path)
+    except (FileNotFoundError, SafetensorError):
+        return False
+    return True
+
+
 def _read(path: Path) -> Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("features")
-
-
-def _is_valid(path: Path) -> bool:
-    try:
-        return path.is_file() and _read(path) is not None
-    except SafetensorError:
-        log.warning("%s is damaged; computing the features again", path)
-        return False
-
-
-def _checksum(tensors: Iterable[Tensor], names: str = "") -> str:
-    digest = hashlib.sha256(names.encode())
-    for tensor in tensors:
-        digest.update(_bytes(tensor.detach().cpu()))
-    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -19,7 +19,7 @@ from cifar10_tl.callbacks import GracefulStop, NaNGuard, RunCheckpoint, RunProgr
 from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
-from cifar10_tl.data.feature_cache import FeatureCache, Processes
+from cifar10_tl.data.feature_cache import FeatureCache
 from cifar10_tl.engine.checkpoints import RunCheckpointIO
 from cifar10_tl.engine.hardware import choose_compile, choose_precision, tune_for
 from cifar10_tl.engine.processes import SignalHandler
@@ -176,10 +176,8 @@ def skip_idle_hooks(callback: Callback) -> None:
 
 def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> FeatureCache:
     """Build the cache of the backbone's features, shared by the processes of this machine."""
-    strategy = trainer.strategy
-    processes = Processes(trainer.local_rank, trainer.num_devices, strategy.barrier, strategy.broadcast)
     folder = Path(cfg.paths.cache_dir) / "features"
-    return FeatureCache(folder, module.features, module.features_description, processes)
+    return FeatureCache(folder, module.features, module.features_description, trainer)
 
 
 def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> None:

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from cifar10_tl.data.batch import BatchSampler
 
 
-def batches(order: BatchSampler, epoch: int = 0) -> list[list[int]]:
-    order.set_epoch(epoch)
-    return [b.tolist() for b in order]
+def batches(sampler: BatchSampler, epoch: int = 0) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    return [b.tolist() for b in sampler]
 
 
 def test_training_takes_full_batches_in_a_new_order_each_epoch() -> None:
-    order = BatchSampler(100, 32, shuffle=True, seed=3)
-    first, second = batches(order, 0), batches(order, 1)
+    sampler = BatchSampler(100, 32, shuffle=True, seed=3)
+    first, second = batches(sampler, 0), batches(sampler, 1)
     assert [len(b) for b in first] == [32, 32, 32]
-    assert len(order) == 3
+    assert len(sampler) == 3
     assert first != second
     assert len({i for b in first for i in b}) == 96
     assert first == batches(BatchSampler(100, 32, shuffle=True, seed=3), 0)
@@ -29,10 +28,9 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(world_size: in
     ranks = [
         batches(BatchSampler(101, 16, shuffle=shuffle, rank=r, world_size=world_size), 5) for r in range(world_size)
     ]
-    assert len({len(b) for b in ranks}) == 1, "a rank would wait for the others"
+    assert len({len(b) for b in ranks}) == 1, "or a rank would wait for the others"
     for step, whole in enumerate(alone):
-        shares = [r[step] for r in ranks]
-        assert [whole[r::world_size] for r in range(world_size)] == shares
+        assert [whole[r::world_size] for r in range(world_size)] == [batches[step] for batches in ranks]
 
 
 def test_seven_images_on_two_processes_stay_seven() -> None:
@@ -42,41 +40,35 @@ def test_seven_images_on_two_processes_stay_seven() -> None:
     assert [len(b) for b in batches(BatchSampler(9, 4, shuffle=False, rank=1, world_size=2))] == [2, 2, 0]
 
 
-def test_going_on_inside_an_epoch_gives_the_rest_of_it() -> None:
-    order = BatchSampler(100, 10, shuffle=True)
-    order.set_epoch(2)
-    iterator = iter(order)
+def test_resuming_inside_an_epoch_gives_its_remaining_batches() -> None:
+    sampler = BatchSampler(100, 10, shuffle=True)
+    sampler.set_epoch(2)
+    iterator = iter(sampler)
     begun = [next(iterator).tolist() for _ in range(4)]
-    state = order.state_dict()
+    state = sampler.state_dict()
     assert state == {"epoch": 2, "batches_done": 4}
 
     resumed = BatchSampler(100, 10, shuffle=True)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
-    assert begun + batches(resumed, 2) == batches(order, 2)
+    assert begun + batches(resumed, 2) == batches(sampler, 2)
     assert len(batches(resumed, 2)) == 10, "only once"
 
 
 def test_a_position_at_the_end_of_an_epoch_starts_the_next_at_its_first_batch() -> None:
-    order = BatchSampler(100, 10, shuffle=True)
-    whole = batches(order, 0)
+    sampler = BatchSampler(100, 10, shuffle=True)
+    whole = batches(sampler, 0)
     resumed = BatchSampler(100, 10, shuffle=True)
-    resumed.load_state_dict(order.state_dict())
+    resumed.load_state_dict(sampler.state_dict())
     assert len(whole) == len(batches(resumed, 1)) == 10
 
 
-def test_an_iteration_left_in_its_middle_does_not_shorten_the_next() -> None:
-    order = BatchSampler(100, 10, shuffle=False)
-    next(iter(order))
-    assert len(batches(order)) == 10
+def test_stopped_iteration_does_not_shorten_the_next() -> None:
+    sampler = BatchSampler(100, 10, shuffle=False)
+    next(iter(sampler))
+    assert len(batches(sampler)) == 10
 
 
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+def test_batch_size_that_cannot_be_divided_is_rejected() -> None:
     with pytest.raises(ValueError, match="batch_size=10 cannot be divided over 3"):
         BatchSampler(100, 10, shuffle=True, world_size=3)
-
-
-def test_places_are_tensors_of_whole_batches() -> None:
-    batch = next(iter(BatchSampler(100, 10, shuffle=True)))
-    assert batch.dtype == torch.int64
-    assert batch.shape == (10,)

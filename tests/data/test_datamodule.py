@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,9 @@ from cifar10_tl.data.datamodule import CIFAR10DataModule, stratified
 AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3}
 
 
-def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options) -> CIFAR10DataModule:
-    options = {
-        "train_size": 200,
-        "test_size": 60,
-        "val_size": 40,
-        "batch_size": 32,
-        "augment": AUGMENT,
-    } | options
-    data = CIFAR10DataModule(source="shapes", **options)
+def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options: Any) -> CIFAR10DataModule:
+    sizes = {"train_size": 200, "test_size": 60, "val_size": 40, "batch_size": 32}
+    data = CIFAR10DataModule(**{"source": "shapes", "augment": AUGMENT, **sizes, **options})
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank,
         world_size=world_size,
@@ -61,7 +56,7 @@ def test_global_batches_are_the_same_pixel_for_pixel_on_one_and_two_processes() 
             assert torch.equal(ranks[rank][step].targets, whole.targets[rank::2])
 
 
-def test_another_epoch_has_another_order_and_other_changes() -> None:
+def test_each_epoch_has_its_own_order_and_augmentation() -> None:
     first, second = training_batches(datamodule(epoch=0)), training_batches(datamodule(epoch=1))
     assert not torch.equal(first[0].indices, second[0].indices)
     by_index = {int(i): image for b in first for i, image in zip(b.indices, b.images, strict=True)}
@@ -69,7 +64,7 @@ def test_another_epoch_has_another_order_and_other_changes() -> None:
     assert np.mean(same) < 0.1
 
 
-def test_going_on_inside_an_epoch_gives_the_same_batches() -> None:
+def test_resuming_inside_an_epoch_gives_the_same_batches() -> None:
     data = datamodule(epoch=2)
     whole = training_batches(data)
     loader = data.train_dataloader()
@@ -86,7 +81,7 @@ def test_going_on_inside_an_epoch_gives_the_same_batches() -> None:
         assert torch.equal(a.images, b.images)
 
 
-def test_evaluation_batches_are_left_as_they_are() -> None:
+def test_evaluation_images_are_not_augmented() -> None:
     data = datamodule()
     data.trainer.training = False  # type: ignore[union-attr]
     batches = [data.on_after_batch_transfer(b, 0) for b in data.val_dataloader()]
@@ -94,22 +89,22 @@ def test_evaluation_batches_are_left_as_they_are() -> None:
     assert sum(len(b.images) for b in data.test_dataloader()) == 60
 
 
-def test_image_limit_holds_after_the_split_and_in_proportion() -> None:
+def test_image_limit_applies_to_each_split_in_proportion() -> None:
     splits = datamodule(image_limit=30).splits
     assert [len(splits[s]) for s in ("train", "val", "test")] == [30, 30, 30]
     assert torch.bincount(splits["train"].labels).tolist() == [3] * 10
     assert set(splits["val"].indices.tolist()) < set(datamodule().splits["val"].indices.tolist())
 
 
-def test_fewer_images_than_a_batch_make_one_batch() -> None:
+def test_fewer_images_than_a_batch_are_one_batch() -> None:
     data = datamodule(image_limit=21, batch_size=64, rank=1, world_size=2)
     batches = training_batches(data)
     assert [len(b.images) for b in batches] == [10]
 
 
-@pytest.mark.parametrize("val_size", [9, 191])
-def test_a_val_size_that_leaves_a_class_out_is_refused(val_size: int) -> None:
-    with pytest.raises(UserError, match=f"data.val_size={val_size} .*choose 10 to 190"):
+@pytest.mark.parametrize(("val_size", "missing"), [(9, "none"), (196, "diamond"), (300, "heart")])
+def test_val_size_that_leaves_no_image_of_a_class_is_rejected(val_size: int, missing: str) -> None:
+    with pytest.raises(UserError, match=rf"data.val_size={val_size} does not fit 200 .*\(missing: .*{missing}\)"):
         datamodule(val_size=val_size)
 
 
@@ -121,13 +116,9 @@ def test_images_are_found_by_their_index() -> None:
 
 def test_stratified_takes_each_class_in_proportion() -> None:
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    places = stratified(labels, 15, seed=0)
-    assert torch.bincount(labels[places]).tolist() == [
-        9,
-        5,
-        1,
-    ]  # 9, 4.5 and 1.5: the first remainder of .5 wins
-    assert places.tolist() == sorted(set(places.tolist()))
+    positions = stratified(labels, 15, seed=0)
+    assert torch.bincount(labels[positions]).tolist() == [9, 5, 1], "of 4.5 and 1.5, the first is rounded up"
+    assert positions.tolist() == sorted(set(positions.tolist()))
     assert len(stratified(labels, 100, seed=0)) == 100
 
 
@@ -140,7 +131,7 @@ def test_hyperparameters_are_plain_and_complete() -> None:
     assert data.hparams["augment"]["random_crop_padding"] == 4
 
 
-def test_an_unknown_source_is_refused() -> None:
+def test_unknown_source_is_rejected() -> None:
     with pytest.raises(UserError, match="choose one of cifar10, folder, shapes"):
         CIFAR10DataModule(source="mnist")
 
@@ -169,12 +160,11 @@ def test_changed_data_is_rejected_on_resume(change: dict[str, int]) -> None:
     changed.load_state_dict(state)
 
 
-def test_class_without_training_image_is_rejected() -> None:
-    data = datamodule()
-    labels = torch.tensor([0] * 101 + [1] + [i for i in range(2, 10) for _ in range(5)])
+def test_class_of_one_image_is_not_moved_to_validation() -> None:
+    data = datamodule(val_size=0.9)
+    labels = torch.tensor([1] + [i for i in range(10) if i != 1] * 10)
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    data.hparams["val_size"] = 0.9
-    with pytest.raises(UserError, match=r"data.val_size=0.9 leaves no training image of ring"):
+    with pytest.raises(UserError, match=r"data.val_size=0.9 does not fit .*\(missing: ring\)"):
         data._split(Split(images, labels))
 
 

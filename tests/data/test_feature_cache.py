@@ -14,13 +14,14 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.feature_cache import CHUNK, FeatureCache, Processes, tensors_checksum
-from cifar10_tl.evaluate import evaluate
+from cifar10_tl.config.validation import check_config
+from cifar10_tl.data.feature_cache import CHUNK, FeatureCache, tensors_checksum
+from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
 
-Small = Callable[..., DictConfig]
 IMAGES = torch.randint(0, 256, (2 * CHUNK + 40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+PLAIN, MIRRORED = (view.flatten(1)[:, :5].bfloat16() for view in (IMAGES, IMAGES.flip(-1)))
 
 
 class Extractor:
@@ -36,69 +37,60 @@ class Extractor:
         return images.flatten(1)[:, :5].to(self.dtype)
 
 
-def views(folder: Path, extract: Extractor, *, mirrored: bool = False, **description: Any) -> list[torch.Tensor]:
-    return FeatureCache(folder, extract, lambda: description).views("train", IMAGES, mirrored=mirrored)
+def trainer(rank: int = 0, count: int = 1, barrier: Callable[[], Any] = lambda: None) -> Any:
+    strategy = SimpleNamespace(barrier=barrier, broadcast=lambda _: "run")
+    return SimpleNamespace(local_rank=rank, num_devices=count, strategy=strategy)
+
+
+def cached(
+    folder: Path, extract: Extractor, images: torch.Tensor = IMAGES, mirrored: bool = False, **description: Any
+) -> torch.Tensor:
+    return FeatureCache(folder, extract, lambda: description, trainer()).features("train", images, mirrored=mirrored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_features_are_exact_and_computed_once(tmp_path: Path, dtype: torch.dtype) -> None:
     first, second = Extractor(dtype), Extractor(dtype)
-    (built,) = views(tmp_path, first)
-    (found,) = views(tmp_path, second)
-    expected = IMAGES.flatten(1)[:, :5].to(dtype)
-    assert built.dtype == dtype
-    assert torch.equal(built, expected)
-    assert torch.equal(found, expected)
+    for extract in (first, second):
+        features = cached(tmp_path, extract)
+        assert features.dtype == dtype
+        assert torch.equal(features[:, 0], IMAGES.flatten(1)[:, :5].to(dtype))
     assert first.seen == len(IMAGES) + 1, "one image determines shape and type"
     assert second.seen == 1
+    (file,) = tmp_path.iterdir()
+    assert torch.equal(load_file(file)["features"], features)
 
 
 def test_mirrored_view_has_the_features_of_the_mirror_images(tmp_path: Path) -> None:
-    plain, mirrored = views(tmp_path, Extractor(), mirrored=True)
-    assert torch.equal(plain, IMAGES.flatten(1)[:, :5].bfloat16())
-    assert torch.equal(mirrored, IMAGES.flip(-1).flatten(1)[:, :5].bfloat16())
+    assert torch.equal(cached(tmp_path, Extractor(), mirrored=True), torch.stack([PLAIN, MIRRORED], 1))
 
 
 def test_each_set_of_weights_settings_and_images_has_its_own_file(tmp_path: Path) -> None:
-    for description in ({"weights": "a"}, {"weights": "b"}):
-        extract = Extractor()
-        views(tmp_path, extract, **description)
-        assert extract.seen == len(IMAGES) + 1
     changed = IMAGES.clone()
     changed[-1, 0, 0, 0] ^= 1
-    FeatureCache(tmp_path, Extractor(), lambda: {"weights": "a"}).views("train", changed, mirrored=False)
+    for images, weights in ((IMAGES, "a"), (IMAGES, "b"), (changed, "a")):
+        extract = Extractor()
+        cached(tmp_path, extract, images, weights=weights)
+        assert extract.seen == len(IMAGES) + 1
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_interrupted_build_is_computed_again(tmp_path: Path) -> None:
+def test_interrupted_and_truncated_files_are_computed_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        views(tmp_path, Extractor(stop_after=CHUNK))
+        cached(tmp_path, Extractor(stop_after=CHUNK))
     assert list(tmp_path.iterdir()) == []
-    (features,) = views(tmp_path, Extractor())
-    assert torch.equal(features, IMAGES.flatten(1)[:, :5].bfloat16())
-
-
-def test_truncated_file_is_computed_again(tmp_path: Path) -> None:
-    views(tmp_path, Extractor())
+    cached(tmp_path, Extractor())
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-7])
-    (features,) = views(tmp_path, Extractor())
-    assert torch.equal(features, IMAGES.flatten(1)[:, :5].bfloat16())
-
-
-def test_file_is_readable_by_the_safetensors_library(tmp_path: Path) -> None:
-    (features,) = views(tmp_path, Extractor())
-    (file,) = tmp_path.glob("*.safetensors")
-    assert torch.equal(load_file(file)["features"], features)
+    assert torch.equal(cached(tmp_path, Extractor())[:, 0], PLAIN)
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     extracts, found, barrier = [Extractor(), Extractor()], {}, threading.Barrier(2, timeout=20)
 
     def build(rank: int) -> None:
-        processes = Processes(rank, 2, barrier.wait, lambda _: "run")
-        cache = FeatureCache(tmp_path, extracts[rank], dict, processes)
-        (found[rank],) = cache.views("train", IMAGES, mirrored=False)
+        cache = FeatureCache(tmp_path, extracts[rank], dict, trainer(rank, 2, barrier.wait))
+        found[rank] = cache.features("train", IMAGES, mirrored=False)
 
     threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -107,102 +99,57 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
         thread.join()
     assert [e.seen - 1 for e in extracts] == [CHUNK + 40, CHUNK]
     for rank in (0, 1):
-        assert torch.equal(found[rank], IMAGES.flatten(1)[:, :5].bfloat16())
+        assert torch.equal(found[rank][:, 0], PLAIN)
 
 
 def test_too_little_disk_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"need 0\.00 GB.*0\.00 GB free.*paths\.cache_dir.*data\.image_limit"):
-        views(tmp_path, Extractor())
+        cached(tmp_path, Extractor())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_checksum_depends_on_names_shapes_types_and_values() -> None:
-    weight = torch.zeros(4)
+    zeros = torch.zeros(4)
     states: list[Mapping[str, torch.Tensor]] = [
-        {"a": weight},
-        {"b": weight},
-        {"a": weight.view(2, 2)},
-        {"a": weight.half()},
-        {"a": weight + 1},
+        *({"a": zeros}, {"b": zeros}, {"a": zeros.view(2, 2)}, {"a": zeros.half()}, {"a": zeros + 1})
     ]
     assert len({tensors_checksum(state) for state in states}) == len(states)
     assert tensors_checksum({"a": torch.zeros(4)}) == tensors_checksum(states[0])
 
 
-PROBE = (
-    "model.freeze=backbone",
-    "model.image_size=64",
-    "model.head.dropout=0",
-    "data.augment.random_crop_padding=0",
-    "trainer.deterministic=true",
-    "+callbacks.losses={_target_: helpers.StepLosses}",
-)
-
-
-@pytest.fixture
-def probe(small_cfg: Small, tmp_path: Path) -> Callable[..., tuple[list[float], Path]]:
-    """Return a function that trains a probe and returns its losses and run folder."""
-
-    def run(name: str, *overrides: str) -> tuple[list[float], Path]:
-        cfg = small_cfg(*PROBE, *overrides, f"paths.cache_dir={tmp_path / 'cache'}", run=name)
-        StepLosses.seen.clear()
-        train(cfg)
-        return list(StepLosses.seen), Path(cfg.paths.output_dir)
-
-    return run
-
-
-@pytest.mark.parametrize(("head", "flip"), [("model/head=dense", "true"), ("model/head=lstm", "false")])
-def test_probe_is_the_same_with_and_without_cache(
-    probe: Callable[..., tuple[list[float], Path]], tmp_path: Path, head: str, flip: str
-) -> None:
-    options = ("data.train_size=280", "trainer.max_epochs=2", f"data.augment.horizontal_flip={flip}", head)
-    options += ("model.head.hidden=[32]", "model.head.dropout=0.5")  # the same random numbers with and without cache
-    plain, uncached_run = probe("uncached", *options)
-    cached, cached_run = probe("cached", *options, "data.cache_features=true")
-    assert cached == pytest.approx(plain, rel=1e-4)
-    assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 3 + (flip == "true"), (
-        "train, val and test"
+def test_run_is_the_same_with_and_without_cache(small_cfg: Callable[..., DictConfig], tmp_path: Path) -> None:
+    options = (
+        *("model.freeze=backbone", "model.image_size=64", "model/head=lstm", "model.head.hidden=[32]"),
+        *("model.head.dropout=0.5", "data.augment.random_crop_padding=0", "data.augment.horizontal_flip=true"),
+        *("data.train_size=96", "data.val_size=32", "data.test_size=32", "data.batch_size=32", "trainer.max_epochs=2"),
+        *("callbacks=minimal", "logger=none", "+callbacks.losses={_target_: helpers.StepLosses}"),
+        f"paths.cache_dir={tmp_path / 'cache'}",
     )
-
-    uncached, from_cache = predictions(uncached_run), predictions(cached_run)
-    assert [row["predicted_label"] for row in from_cache] == [row["predicted_label"] for row in uncached]
-
-    # The checkpoint contains the backbone and evaluates images.
-    checkpoint = cached_run / "checkpoints" / "best.ckpt"
-    backbone = LitClassifier.load_from_checkpoint(checkpoint, weights_only=True).network.backbone
-    assert sum(p.numel() for p in backbone.parameters()) > 11e6
-    evaluate(compose_evaluate(checkpoint, tmp_path / "evaluated"))
-    for a, b in zip(predictions(tmp_path / "evaluated"), from_cache, strict=True):
-        assert a["predicted_label"] == b["predicted_label"]
-        assert float(a["probability"]) == pytest.approx(float(b["probability"]), abs=1e-4)
-
-
-def predictions(run: Path) -> list[dict[str, str]]:
-    with (run / "predictions.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def compose_evaluate(checkpoint: Path, folder: Path) -> DictConfig:
-    from hydra import compose, initialize_config_dir
-
-    from cifar10_tl.config import CONFIG_DIR
-
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose("evaluate", overrides=[f"checkpoint={checkpoint}", f"paths.output_dir={folder}"])
+    losses: list[list[float]] = []
+    probabilities: list[list[float]] = []
+    for cache in ("false", "true"):
+        StepLosses.seen.clear()
+        train(small_cfg(*options, f"data.cache_features={cache}", run=cache))
+        losses.append(list(StepLosses.seen))
+        with (tmp_path / cache / "predictions.csv").open() as file:
+            probabilities.append([float(row["probability"]) for row in csv.DictReader(file)])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert probabilities[1] == pytest.approx(probabilities[0], abs=1e-4)
+    assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 3, "train, val and test"
+    # The checkpoint contains the backbone, which was not run on the test images.
+    checkpoint = tmp_path / "true" / "checkpoints" / "best.ckpt"
+    module = LitClassifier.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    confidence = module(draw_shapes(32, seed=1)[0]).softmax(1).amax(1)
+    assert confidence.tolist() == pytest.approx(probabilities[0], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["data.cache_features=true"], r"add model\.freeze=backbone"),
-        (["experiment=probe", "data.augment.random_crop_padding=4"], r"add data\.augment\.random_crop_padding=0"),
-        (["experiment=probe", "data.augment.mix=mixup"], r"add data\.augment\.mix=none"),
-        (["experiment=probe", "data.augment.random_erasing=0.5"], r"add data\.augment\.random_erasing=0"),
-        (["experiment=probe", "data.augment.color_jitter=0.5"], r"add data\.augment\.color_jitter=0"),
-    ],
-)
-def test_incompatible_settings_are_rejected(overrides: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        compose_train(*overrides)
+def test_augmentation_that_changes_features_is_rejected() -> None:
+    probe = compose_train("experiment=probe")
+    changes = {"random_crop_padding": 4, "random_erasing": 0.5, "color_jitter": 0.5, "mix": "mixup"}
+    for key, value in changes.items():
+        cfg = probe.copy()
+        cfg.data.augment[key] = value
+        with pytest.raises(UserError, match=rf"add data\.augment\.{key}={'none' if key == 'mix' else 0}"):
+            check_config(cfg)
