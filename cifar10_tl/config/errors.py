@@ -25,7 +25,20 @@ RENAMED: dict[str, str | None] = {
     "trainer/fsdp": "trainer.strategy=fsdp",
     "corrupt": None,
 }
-_NO_MEMORY = "MemoryError|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking"
+_LOST_PROCESS = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gloo"
+#: What RuntimeErrors and MemoryErrors mean, by a pattern of "TypeName: message".
+_MEANINGS = {
+    "^OutOfMemoryError": (
+        "out of device memory; reduce data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
+    ),
+    "^MemoryError|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking": (
+        "this machine does not have enough memory; reduce the sizes in the settings"
+    ),
+    "Expected more than 1 value per channel": (
+        "data.batch_size is one image per device, too few for BatchNorm; choose at least 2 per device"
+    ),
+    _LOST_PROCESS: "another process of this run has ended or cannot be reached; resume the run with resume=RUN_DIR",
+}
 _UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append|Could not delete from config\. '([^']+)' does not exist"
 
 
@@ -49,54 +62,36 @@ def known_arguments(
 
 def explain(error: BaseException, config_name: str) -> str | None:
     """Return the line that explains ``error`` to a user, or None if it is a bug."""
-    text, kind = str(error), type(error).__name__
+    text = str(error)
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return one_line(str(cause))
-        if isinstance(cause, HydraException):  # one of them is an OSError, too
-            continue
-        if isinstance(cause, OSError) and cause.filename and _raised_by(("hydra", "logging"), error):
-            return f"paths.output_dir: cannot write {cause.filename}: {cause.strerror}; choose another folder"
-        if isinstance(cause, OSError):
-            return one_line(str(cause))
+        if isinstance(cause, OSError) and not isinstance(cause, HydraException):  # some are both
+            prefix = "paths.output_dir: " if _raised_by(error, "hydra", "logging") else ""
+            return one_line(f"{prefix}{cause}")
     if unknown := re.search(_UNKNOWN_KEY, text):
         return _explain_unknown_key(unknown[1] or unknown[2], config_name)
     if (missing := re.search(r"Could not find '([^']+)'", text)) and (renamed := _renamed(missing[1])):
         return renamed
     if isinstance(error, OverrideParseException):
         return one_line(f"{error.override}: {text} (quote a value with special characters: 'key=\"a=b\"')")
-    if "Config group override must be a string" in text or (kind == "TypeError" and _raised_by(("hydra",), error)):
+    hydra_type_error = isinstance(error, TypeError) and _raised_by(error, "hydra")
+    if hydra_type_error or "Config group override must be a string" in text:
         return "a config group takes a name, such as logger=none or callbacks=minimal; --help lists them"
-    if isinstance(error, (HydraException, OmegaConfBaseException)) or kind == "MisconfigurationException":
-        reason = str(error.__cause__ or "")
-        return one_line(text if reason in text else f"{text} {reason}")
-    if text.startswith("You set `"):
-        return one_line(
-            f"trainer.devices, trainer.num_nodes: torchrun or SLURM started a different number of processes. {text} "
-            "Set trainer.devices=PROCESSES_PER_NODE trainer.num_nodes=NODES"
-        )
-    if kind == "OutOfMemoryError":
-        return "out of device memory; reduce data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
-    if isinstance(error, (MemoryError, RuntimeError)) and re.search(_NO_MEMORY, f"{kind} {text}"):
-        return "this machine does not have enough memory; reduce the sizes in the settings"
-    if "Expected more than 1 value per channel" in text:
-        return "data.batch_size is one image per device, too few for BatchNorm; choose at least 2 per device"
-    if is_connection_loss(error):
-        return (
-            "another process of this run ended or cannot be reached (its own message may stand above); "
-            "resume with resume=RUN_DIR"
-        )
-    if isinstance(error, ValueError) and _raised_by(("hydra", "logging"), error):
-        return one_line(text)
-    if isinstance(error, (ValueError, TypeError)) and _raised_by(("lightning",), error):
-        return one_line(f"trainer: {text} (HYDRA_FULL_ERROR=1 shows where)")
-    return None
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return one_line(f"{text} {error.__cause__ or ''}")
+    if isinstance(error, (MemoryError, RuntimeError)):
+        for pattern, meaning in _MEANINGS.items():
+            if re.search(pattern, f"{type(error).__name__}: {text}"):
+                return meaning
+    if isinstance(error, (ValueError, TypeError, RuntimeError)) and _raised_by(error, "hydra", "logging", "lightning"):
+        return one_line(f"{text} (HYDRA_FULL_ERROR=1 shows where)")
+    return one_line(text) if type(error).__name__ == "MisconfigurationException" else None
 
 
 def is_connection_loss(error: BaseException) -> bool:
     """Return whether ``error`` says that another process of the job cannot be reached."""
-    lost = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gloo"
-    return isinstance(error, RuntimeError) and bool(re.search(lost, str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search(_LOST_PROCESS, str(error)))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -105,7 +100,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _raised_by(libraries: Collection[str], error: BaseException) -> bool:
+def _raised_by(error: BaseException, *libraries: str) -> bool:
     """Return whether a library raised ``error``: Hydra and Lightning raise plain ValueErrors for wrong settings."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     while modules and modules[-1] in ("os", "pathlib"):
@@ -133,13 +128,11 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
     if key in known:
         return f"{key}: the chosen groups have no such setting (data=, model/head=, scheduler= ...)"
     section, _, name = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
-    similar = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]
-    if similar := similar or [k for k in known if k.rpartition(".")[2] == name]:
-        advice = f"did you mean {' or '.join(similar)}?"
-    else:
-        advice = f"choose from {', '.join(siblings)};" if section and siblings else ""
-    return one_line(f"{key}: no such setting; {advice} --cfg job shows all settings")
+    similar = difflib.get_close_matches(key, known, n=1, cutoff=0.8) or [k for k in known if k.endswith(f".{name}")]
+    if similar:
+        return f"{key}: no such setting; did you mean {' or '.join(similar)}? --cfg job shows all settings"
+    siblings = [k for k in known if section and k.rpartition(".")[0] == section]
+    return f"{key}: no such setting; choose from {', '.join(siblings) or 'those of --cfg job'}"
 
 
 def config_keys(config_name: str) -> list[str]:

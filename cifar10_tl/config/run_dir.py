@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -22,6 +21,8 @@ _NUMBERS = (
 )
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
+#: Variables that users may set to start the processes of a job themselves.
+_BY_HAND = ("LOCAL_RANK", "NODE_RANK")
 _composed = itertools.count(1)
 _sweep_dirs: set[str] = set()
 
@@ -30,7 +31,7 @@ def check_launch_variables() -> None:
     """Raise :class:`UserError` if a variable of torchrun, SLURM or Lightning is malformed, missing or left over."""
     env = os.environ
     for name in _NUMBERS:
-        if name in env and not (env[name].isascii() and env[name].isdecimal()):
+        if not re.fullmatch("0|[1-9][0-9]*", env.get(name, "0")):
             raise UserError(f"{name}={env[name]} (environment variable): should be a whole number; unset {name}")
     if int(env.get("MASTER_PORT", 1)) not in range(1, 2**16):
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): should be 1 to 65535")
@@ -39,24 +40,23 @@ def check_launch_variables() -> None:
     elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         _check_job("srun", "SLURM_NTASKS", _SLURM, "SLURM_NTASKS")
     else:
-        for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
-            by_hand = name in ("LOCAL_RANK", "NODE_RANK") and env.get("MASTER_ADDR")
-            if int(env.get(name, 0)) > 0 and not by_hand:
+        for name in ("RANK", "SLURM_PROCID") if env.get("MASTER_ADDR") else ("RANK", "SLURM_PROCID", *_BY_HAND):
+            if env.get(name, "0") != "0":
                 raise UserError(
-                    f"{name}={env[name]} (environment variable): this process is not the first of a job, but neither "
-                    f"torchrun nor srun nor MASTER_ADDR says which job; unset {name}"
+                    f"{name}={env[name]} (environment variable): not the first process of a job, but neither torchrun "
+                    f"nor srun nor MASTER_ADDR says which job; unset {name}"
                 )
 
 
-def _check_job(launcher: str, found: str, names: tuple[str, ...], size: str) -> None:
-    if missing := [name for name in names if not os.environ.get(name)]:
+def _check_job(launcher: str, mark: str, names: tuple[str, ...], size: str) -> None:
+    env = os.environ
+    if missing := [name for name in names if not env.get(name)]:
         raise UserError(
-            f"{found} (environment variable) is set, but {', '.join(missing)} is not: start the command with "
-            f"{launcher}, or unset {found}"
+            f"{mark} (environment variable) is set, but {', '.join(missing)} is not: start the command with "
+            f"{launcher}, or unset {mark}"
         )
-    rank = names[0]
-    if int(os.environ[rank]) >= int(os.environ[size]):
-        raise UserError(f"{rank}={os.environ[rank]} (environment variable): should be below {size}={os.environ[size]}")
+    if int(env[names[0]]) >= int(env[size]):
+        raise UserError(f"{names[0]}={env[names[0]]} (environment variable): should be below {size}={env[size]}")
 
 
 def process_rank() -> int:
@@ -72,12 +72,11 @@ def run_stamp() -> str:
 
     Child processes inherit it from the environment. The processes of torchrun and SLURM derive it from the job's ID.
     """
-    if STAMP_VARIABLE not in os.environ:
-        os.environ[STAMP_VARIABLE] = _new_stamp(os.environ)
-    return os.environ[STAMP_VARIABLE]
+    return os.environ.setdefault(STAMP_VARIABLE, os.environ.get(STAMP_VARIABLE) or _new_stamp())
 
 
-def _new_stamp(env: Mapping[str, str]) -> str:
+def _new_stamp() -> str:
+    env = os.environ
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:  # started by srun, not in the batch script
         return f"slurm-{env.get('SLURM_JOB_ID', 0)}-{env.get('SLURM_STEP_ID', 0)}"
     started, process = time.time(), os.getpid()

@@ -147,4 +147,4 @@ def recorded_precision(checkpoint: Path) -> str | None:
         precision = results["environment"]["precision"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return precision if RULES["trainer.precision"](precision) is None else None
+    return precision if RULES["trainer.precision"].is_valid(precision) else None

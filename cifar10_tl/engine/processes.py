@@ -156,7 +156,7 @@ def end_with_children(children: Sequence[subprocess.Popen[bytes]], grace: float 
     signum = -status if status < 0 else status - 128
     if signum in (signal.SIGINT, signal.SIGTERM):
         os._exit(128 + signum)
-    _fail("another process of this run has ended")
+    _fail("another process of this run has ended or cannot be reached")
 
 
 def end_with_parent(parent: int, done: threading.Event, grace: float = 10) -> None:

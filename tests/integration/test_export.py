@@ -185,7 +185,7 @@ def test_invalid_settings_are_refused_before_any_work(
     assert "broken.ckpt" in error_of(f"checkpoint={tmp_path}/broken.ckpt", f"paths.output_dir={tmp_path}")
     assert f"compare_on={tmp_path}" in error_of(f"checkpoint={best}", f"compare_on={tmp_path}")
     assert files_in(tmp_path) == ["a.pt2", "broken.ckpt"]
-    assert all(RULES["format"](name) is None for name in SUFFIXES)
+    assert all(RULES["format"].is_valid(name) for name in SUFFIXES)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert error_of(f"checkpoint={best}").startswith("format=onnx: onnxscript not installed; run pip install")
 
