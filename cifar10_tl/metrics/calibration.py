@@ -10,13 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 NUM_BINS = 15
-
-
-#: Limits of the search, because the likelihood has no maximum if all predictions are correct or at chance level.
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 
 
 class ReliabilityBins(NamedTuple):
@@ -27,22 +22,17 @@ class ReliabilityBins(NamedTuple):
     accuracy: Tensor  # fraction of correct predictions, float64 [B]
 
 
-def reliability_bins(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> ReliabilityBins:
+def reliability_bins(probabilities: Tensor, labels: Tensor) -> ReliabilityBins:
     """Return the bins of a reliability diagram for probabilities, float [N, K], and labels, int64 [N]."""
     confidence, predictions = probabilities.max(1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=confidence.dtype)
-    place = (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, num_bins - 1)
-    counts = torch.bincount(place, minlength=num_bins)
+    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=confidence.dtype)
+    bins = (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, NUM_BINS - 1)
+    counts = torch.bincount(bins, minlength=NUM_BINS)
 
     def mean(values: Tensor) -> Tensor:
-        return torch.bincount(place, values.double(), minlength=num_bins) / counts
+        return torch.bincount(bins, values.double(), minlength=NUM_BINS) / counts
 
     return ReliabilityBins(counts, mean(confidence), mean(predictions == labels))
-
-
-def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> float:
-    """Return the mean of abs(accuracy - confidence) over the bins, weighted by size (Guo et al., equation 3)."""
-    return float(multiclass_calibration_error(probabilities, labels, probabilities.shape[1], num_bins, norm="l1"))
 
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
@@ -57,15 +47,12 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature T that minimizes the loss of softmax(logits / T) (Guo et al., section 4.2).
 
-    The loss is convex in 1 / T, so the minimum is found by bisection on the sign of its slope.
-
-    Args:
-        logits: Logits of images not used for training, float [N, K].
-        labels: int64 [N].
+    The loss is convex in 1 / T, so the minimum is found by bisection on the sign of its slope. The ``logits``, float
+    [N, K], should be of images that were not used for training.
     """
     logits = logits.double()
     true = logits.gather(1, labels[:, None]).squeeze(1)
-    low, high = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE
+    low, high = 0.05, 20.0  # limits, because there is no minimum if all predictions are correct or at chance level
     for _ in range(60):
         temperature = (low * high) ** 0.5
         expected = ((logits / temperature).softmax(1) * logits).sum(1)

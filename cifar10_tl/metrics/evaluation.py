@@ -13,18 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
+    multiclass_calibration_error,
     multiclass_confusion_matrix,
     multiclass_f1_score,
     multiclass_precision,
     multiclass_recall,
 )
 
-from cifar10_tl.metrics.calibration import (
-    ReliabilityBins,
-    brier_score,
-    expected_calibration_error,
-    reliability_bins,
-)
+from cifar10_tl.metrics.calibration import NUM_BINS, ReliabilityBins, brier_score, reliability_bins
 from cifar10_tl.metrics.intervals import wilson_interval
 
 
@@ -46,13 +42,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, indices: Tensor, class_names: Sequence[str]) -> Evaluation:
-        """Create an evaluation from outputs in any order.
-
-        Raises:
-            ValueError: An index occurs twice, or the lengths differ.
-        """
-        if not len(logits) == len(labels) == len(indices):
-            raise ValueError(f"{len(logits)} logits, {len(labels)} labels and {len(indices)} indices")
+        """Create an evaluation from outputs in any order; an index that occurs twice raises ValueError."""
         order = indices.argsort()
         if (indices[order].diff() == 0).any():
             raise ValueError("an image was evaluated twice")
@@ -60,19 +50,10 @@ class Evaluation:
 
     @classmethod
     def mean_of(cls, views: Sequence[Evaluation]) -> Evaluation:
-        """Average the probabilities of several views of the same images.
-
-        Raises:
-            ValueError: The views differ in images, labels or classes.
-        """
-        first = views[0]
-        for view in views[1:]:
-            same = torch.equal(view.indices, first.indices) and torch.equal(view.labels, first.labels)
-            if not same or view.class_names != first.class_names:
-                raise ValueError("the views are not of the same images")
+        """Average the probabilities of several views of the same images."""
         # The softmax of log-probabilities returns the probabilities; log space avoids underflow of small ones.
         logs = torch.stack([view.logits.double().log_softmax(1) for view in views]).logsumexp(0)
-        return cls((logs - math.log(len(views))).float(), first.labels, first.indices, first.class_names)
+        return replace(views[0], logits=(logs - math.log(len(views))).float())
 
     def scaled(self, temperature: float) -> Evaluation:
         """Return a copy with the logits divided by ``temperature``."""
@@ -80,6 +61,11 @@ class Evaluation:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K."""
+        return len(self.class_names)
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -111,15 +97,12 @@ class Evaluation:
         return {"acc": self.accuracy, "loss": self.loss, "count": len(self)}
 
     def scores(self) -> dict[str, Any]:
-        """Return :meth:`metrics` and all other scalar metrics of at least one image.
-
-        ``acc_interval`` is the 95 % Wilson interval. ``nll`` is the loss.
-        """
+        """Return :meth:`metrics` and all other scalar metrics of at least one image; ``nll`` is the loss."""
         top2 = multiclass_accuracy(self.probabilities, self.labels, self.num_classes, average="micro", top_k=2)
-        right = int((self.predictions == self.labels).sum())
+        num_correct = int((self.predictions == self.labels).sum())
         return {
             **self.metrics(),
-            "acc_interval": list(wilson_interval(right, len(self))),
+            "acc_interval": list(wilson_interval(num_correct, len(self))),
             "top2_acc": _rounded(top2),
             "macro_f1": _rounded(multiclass_f1_score(self.predictions, self.labels, self.num_classes, "macro")),
             "nll": self.loss,
@@ -127,74 +110,61 @@ class Evaluation:
         }
 
     def calibration(self) -> dict[str, float]:
-        """Return the Brier score and the expected calibration error."""
-        return {
-            "brier": brier_score(self.probabilities, self.labels),
-            "ece": _rounded(expected_calibration_error(self.probabilities, self.labels)),
-        }
+        """Return the Brier score and the expected calibration error (Guo et al., equation 3)."""
+        ece = multiclass_calibration_error(self.probabilities, self.labels, self.num_classes, NUM_BINS, norm="l1")
+        return {"brier": brier_score(self.probabilities, self.labels), "ece": _rounded(ece)}
 
     def reliability_bins(self) -> ReliabilityBins:
         """Return the bins of a reliability diagram."""
         return reliability_bins(self.probabilities, self.labels)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes K."""
-        return len(self.class_names)
-
     def per_class(self) -> list[dict[str, Any]]:
         """Return name, precision, recall, F1 and number of images of each class; 0 for division by zero."""
-        scores = [
+        precision, recall, f1 = (
             metric(self.predictions, self.labels, self.num_classes, average="none")
             for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
-        ]
-        counts = self.confusion_matrix.sum(1).tolist()
-        rows = zip(self.class_names, *scores, counts, strict=True)
+        )
+        columns = (self.class_names, precision, recall, f1, self.confusion_matrix.sum(1))
         return [
-            {"class": name, "precision": _rounded(p), "recall": _rounded(r), "f1": _rounded(f), "count": count}
-            for name, p, r, f, count in rows
+            {"class": name, "precision": _rounded(p), "recall": _rounded(r), "f1": _rounded(f), "count": int(count)}
+            for name, p, r, f, count in zip(*columns, strict=True)
         ]
 
-    def confused_pairs(self, most: int = 10) -> list[dict[str, Any]]:
+    def confused_pairs(self, limit: int = 10) -> list[dict[str, Any]]:
         """Return the most frequent confusions, with their number and their fraction of the true class."""
-        wrong = self.confusion_matrix.clone().fill_diagonal_(0)
-        order = wrong.flatten().argsort(descending=True, stable=True)[:most].tolist()
-        pairs = [divmod(place, self.num_classes) for place in order]
-        return [
-            {
-                "true": self.class_names[i],
-                "predicted": self.class_names[j],
-                "count": int(wrong[i, j]),
-                "share": int(wrong[i, j]) / int(self.confusion_matrix[i].sum()),
-            }
-            for i, j in pairs
-            if wrong[i, j]
-        ]
+        counts, sizes = self.confusion_matrix.clone().fill_diagonal_(0), self.confusion_matrix.sum(1)
+        pairs = []
+        for position in counts.flatten().argsort(descending=True, stable=True)[:limit].tolist():
+            i, j = divmod(position, self.num_classes)
+            if count := int(counts[i, j]):
+                names = {"true": self.class_names[i], "predicted": self.class_names[j]}
+                pairs.append({**names, "count": count, "share": count / int(sizes[i])})
+        return pairs
 
-    def confident_errors(self, most: int = 10) -> list[dict[str, Any]]:
+    def confident_errors(self, limit: int = 10) -> list[dict[str, Any]]:
         """Return the errors with the highest confidence; ``index`` is the index of the image in its source."""
         return [
             {
-                "index": int(self.indices[place]),
-                "true": self.class_names[self.labels[place]],
-                "predicted": self.class_names[self.predictions[place]],
-                "probability": _rounded(self.probabilities[place].max()),
+                "index": int(self.indices[position]),
+                "true": self.class_names[self.labels[position]],
+                "predicted": self.class_names[self.predictions[position]],
+                "probability": _rounded(self.probabilities[position].max()),
             }
-            for place in self.incorrect(most).tolist()
+            for position in self.incorrect(limit)
         ]
 
-    def correct(self, most: int) -> Tensor:
-        """Return the positions of up to ``most`` correct predictions, evenly spaced, int64."""
-        places = (self.predictions == self.labels).nonzero().flatten()
-        if len(places) <= most:
-            return places
-        return places[torch.linspace(0, len(places) - 1, most).round().long()]
+    def correct(self, limit: int) -> Tensor:
+        """Return the positions of up to ``limit`` correct predictions, evenly spaced, int64."""
+        positions = (self.predictions == self.labels).nonzero().flatten()
+        if len(positions) <= limit:
+            return positions
+        return positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
 
-    def incorrect(self, most: int) -> Tensor:
-        """Return the positions of up to ``most`` errors in order of decreasing confidence, int64."""
-        places = (self.predictions != self.labels).nonzero().flatten()
-        confidence = self.probabilities.max(1).values[places]
-        return places[confidence.argsort(descending=True, stable=True)][:most]
+    def incorrect(self, limit: int) -> Tensor:
+        """Return the positions of up to ``limit`` errors in order of decreasing confidence, int64."""
+        positions = (self.predictions != self.labels).nonzero().flatten()
+        confidence = self.probabilities.max(1).values[positions]
+        return positions[confidence.argsort(descending=True, stable=True)][:limit]
 
 
 def _rounded(value: Tensor | float) -> float:
