@@ -49,7 +49,6 @@ def build_datamodule(cfg: DictConfig) -> CIFAR10DataModule:
 
 def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifier:
     """Build the LightningModule of ``cfg.model`` for the classes of the data, after checking its settings."""
-    check_weights(cfg.model.backbone, cfg.model.weights)
     find_optimizer(cfg.optimizer.name)
     schedule_factor(plain(cfg.scheduler), num_steps=1)
     own = {
@@ -59,7 +58,9 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
         "scheduler": plain(cfg.scheduler),
         "seed": cfg.seed,
     }
-    return LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
+    module = LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
+    check_weights(cfg.model.backbone, cfg.model.weights)
+    return module
 
 
 def build_trainer(

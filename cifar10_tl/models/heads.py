@@ -7,37 +7,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.errors import UserError, known_arguments
 
 
-class LinearHead(nn.Module):
-    """Global average pooling and a linear layer."""
+class PoolingHead(nn.Module):
+    """Global average pooling, followed by ``layers``."""
 
-    pools = True
-
-    def __init__(self, num_features: int, num_classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Map features [N, C, h, w] to logits [N, K]."""
         return self.layers(feature_map.mean((2, 3)))
 
 
-class DenseHead(nn.Module):
-    """Global average pooling and dense ReLU layers with dropout."""
+class LinearHead(PoolingHead):
+    """Global average pooling and a linear layer."""
 
-    pools = True
+    def __init__(self, num_features: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__(nn.Dropout(dropout), nn.Linear(num_features, num_classes))
+
+
+class DenseHead(PoolingHead):
+    """Global average pooling and dense ReLU layers with dropout."""
 
     def __init__(
         self, num_features: int, num_classes: int, hidden: Sequence[int] = (512,), dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*dense_layers(num_features, hidden, dropout, num_classes))
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        """Map features [N, C, h, w] to logits [N, K]."""
-        return self.layers(feature_map.mean((2, 3)))
+        super().__init__(*dense_layers(num_features, hidden, dropout, num_classes))
 
 
 class LSTMHead(nn.Module):
@@ -65,31 +63,20 @@ class LSTMHead(nn.Module):
 def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_outputs: int) -> list[nn.Module]:
     """Return a linear layer, ReLU and dropout for each size in ``hidden``, and a final linear layer."""
     layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(num_inputs, width), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-        num_inputs = width
+    for size in hidden:
+        layers += [nn.Linear(num_inputs, size), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        num_inputs = size
     return [*layers, nn.Linear(num_inputs, num_outputs)]
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {"linear": LinearHead, "dense": DenseHead, "lstm": LSTMHead}
 
 
-def pools(head: nn.Module) -> bool:
-    """Return whether ``head`` starts with global average pooling (``pools = True``)."""
-    return bool(getattr(head, "pools", False))
-
-
 def build_head(settings: Mapping[str, Any], num_features: int, num_classes: int) -> nn.Module:
-    """Build the head ``settings["name"]`` with the other settings.
-
-    Raises:
-        UserError: The head or one of its settings does not exist.
-    """
+    """Build the head ``settings["name"]`` with the other settings."""
     options = dict(settings)
     name = options.pop("name", None)
     if name not in HEADS:
-        raise UserError(f"model.head.name={name}: there are {', '.join(HEADS)}")
-    try:
-        return HEADS[name](num_features, num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"model.head={name}: {error}") from error
+        raise UserError(f"model.head.name={name}: choose from {', '.join(HEADS)}")
+    known_arguments(HEADS[name], options, "model.head", taken=("num_features", "num_classes"))
+    return HEADS[name](num_features, num_classes, **options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,10 @@ from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.backbone import Backbone
-from cifar10_tl.models.heads import build_head, pools
+from cifar10_tl.models.heads import build_head
 from cifar10_tl.models.network import TransferResNet
-from cifar10_tl.models.optim import find_optimizer, parameter_groups, schedule_factor
-from cifar10_tl.models.weights import (
-    check_weights,
-    fetch_weights,
-    load_backbone_state,
-    load_safely,
-    load_weights,
-    normalisation,
-    state_dict_of,
-)
-
-log = logging.getLogger(__name__)
+from cifar10_tl.models.optim import build_optimizer, schedule_factor
+from cifar10_tl.models.weights import load_backbone, load_network, read_weights
 
 
 class LitClassifier(pl.LightningModule):
@@ -56,13 +44,9 @@ class LitClassifier(pl.LightningModule):
         stem: "imagenet" or "cifar", see :class:`Backbone`.
         head: ``{"name": "dense", ...}``, see :mod:`cifar10_tl.models.heads`.
         label_smoothing: Fraction of the target probability spread over all classes, in [0, 1).
-        optimizer: ``{"name": ..., "lr": ..., "backbone_lr_scale": ..., ...}`` for a class of ``torch.optim``.
-        scheduler: ``{"name": "constant"}`` or ``{"name": "cosine", "warmup": ..., "final": ...}``, see
-            :func:`schedule_factor`.
+        optimizer: ``{"name": ..., "lr": ..., ...}``, see :func:`build_optimizer`.
+        scheduler: ``{"name": "constant"}`` or ``{"name": "cosine", ...}``, see :mod:`cifar10_tl.models.optim`.
         seed: Seed of dropout.
-
-    Raises:
-        UserError: An argument has an invalid value.
     """
 
     def __init__(
@@ -90,18 +74,10 @@ class LitClassifier(pl.LightningModule):
         self.save_hyperparameters(logger=False)
         self.class_names, self.label_smoothing = class_names, label_smoothing
         trunk = Backbone(backbone, stem=stem, frozen=freeze == "backbone")
-        mean, std = normalisation(backbone, weights)
+        classifier = build_head(head, trunk.num_features, len(class_names))
         self.network = TransferResNet(
-            trunk,
-            build_head(head, trunk.num_features, len(class_names)),
-            native_size=native_size,
-            image_size=image_size,
-            interpolation=interpolation,
-            mean=mean,
-            std=std,
+            trunk, classifier, native_size=native_size, image_size=image_size, interpolation=interpolation
         )
-        # here, because FSDP flattens parameters before configure_optimizers
-        self._decayed = {p for p in self.network.parameters() if p.ndim > 1}
         self.evaluation: Evaluation | None = None  # of the latest validation or test epoch
         self.restored_epoch: int | None = None  # last epoch that trained these weights
         self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -117,8 +93,6 @@ class LitClassifier(pl.LightningModule):
             return self.network(batch.images).float()
         return self.network.head(batch.features).float()
 
-    # ------------------------------------------------------------------------------------ features of a frozen backbone
-
     def features(self, images: Tensor) -> Tensor:
         """Return the input of the head for uint8 images [N, 3, H, W], on the CPU in the trainer's precision."""
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -126,76 +100,42 @@ class LitClassifier(pl.LightningModule):
 
     def features_description(self) -> dict[str, Any]:
         """Return plain values that identify everything except the images that :meth:`features` depends on."""
-        names = ("backbone", "stem", "image_size", "interpolation")
+        tensors = {name: value for name, value in self.network.state_dict().items() if not name.startswith("head.")}
         return {
-            **{name: self.hparams[name] for name in names},
+            **{name: self.hparams[name] for name in ("backbone", "image_size", "interpolation")},
             "precision": str(self.trainer.precision_plugin.precision),
-            "pooled": pools(self.network.head),
-            "weights": tensors_checksum(self.network.backbone.state_dict()),
-            "normalisation": tensors_checksum({"scale": self.network.scale, "shift": self.network.shift}),
+            "weights": tensors_checksum(tensors),
         }
 
-    # ------------------------------------------------------------------------------------------------ initial weights
+    def load_weights_from(self, checkpoint: Path) -> None:
+        """Start from the weights of another run's checkpoint, see :func:`load_network`."""
+        load_network(self.network, self.class_names, checkpoint)
+        self._has_weights = True
 
     def prepare_data(self) -> None:
-        """Download the weights that a fit starts from."""
-        if self._wants_weights():
-            check_weights(self.hparams["backbone"], self.hparams["weights"])
-            fetch_weights(self.hparams["backbone"], self.hparams["weights"])
+        """Download the weights that a fit starts from, once per machine."""
+        if self._needs_weights():
+            read_weights(self.hparams["backbone"], self.hparams["weights"])
 
     def setup(self, stage: str) -> None:
         """Load the weights that a fit starts from."""
-        if self._wants_weights():
-            load_weights(self.network.backbone, self.hparams["backbone"], self.hparams["weights"])
+        if self._needs_weights():
+            name, weights = self.hparams["backbone"], self.hparams["weights"]
+            load_backbone(self.network.backbone, read_weights(name, weights), weights)
             self._has_weights = True
 
-    def _wants_weights(self) -> bool:
+    def _needs_weights(self) -> bool:
         return self.trainer.state.fn == "fit" and not self._has_weights and not self.trainer.ckpt_path
 
-    def load_weights_from(self, checkpoint: Path) -> None:
-        """Load the weights of another run's checkpoint; load the head only if classes and shapes are the same.
-
-        Raises:
-            UserError: The file is not a checkpoint of a network with this backbone.
-        """
-        content = load_safely(checkpoint)
-        tensors = state_dict_of(content, checkpoint)
-        if not any(name.startswith("network.") for name in tensors):
-            raise UserError(
-                f"init_from={checkpoint} is not a checkpoint of this project; use model.weights=FILE to load the "
-                "weights of a ResNet"
-            )
-        state = {k.removeprefix("network."): v for k, v in tensors.items()}
-        backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        load_backbone_state(self.network.backbone, backbone, f"init_from={checkpoint}")
-        own = self.network.head.state_dict()
-        head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-        fits = head.keys() == own.keys() and all(v.shape == own[k].shape for k, v in head.items())
-        same_classes = content.get("hyper_parameters", {}).get("class_names") == self.class_names
-        if fits and same_classes:
-            self.network.head.load_state_dict(head)
-            log.info("init_from=%s: loaded backbone and head", checkpoint)
-        else:
-            reason = "its head has other layers" if same_classes else "its classes differ"
-            log.warning("init_from=%s: loaded the backbone only, because %s", checkpoint, reason)
-        self._has_weights = True
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the running totals of all processes; Lightning calls this in each of them."""
+        checkpoint["train_totals"] = self._summed_totals().cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the running totals of a partial epoch."""
         self._has_weights = True
         self.restored_epoch = checkpoint["epoch"]
-        totals = checkpoint.get("train_totals")
-        if totals is not None and self._is_rank_zero():
-            self._totals = totals.to(self._totals.device)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the running totals of all processes; Lightning calls this in each of them."""
-        checkpoint["train_totals"] = self._summed(self._totals).cpu()
-
-    def _is_rank_zero(self) -> bool:
-        return self._trainer is None or self._trainer.is_global_zero
-
-    # ------------------------------------------------------------------------------------------------------- training
+        self._totals = checkpoint.get("train_totals", self._totals)
 
     def on_train_start(self) -> None:
         """Move the totals to the device, and restore the position of the training loader.
@@ -206,6 +146,8 @@ class LitClassifier(pl.LightningModule):
         self.trainer.fit_loop._load_combined_loader_states()
         has_float64 = self.device.type != "mps"
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
+        if not self.trainer.is_global_zero:
+            self._totals.zero_()  # a checkpoint has the totals of all processes
 
     def on_train_epoch_start(self) -> None:
         """Reset the totals; not called when a run resumes within an epoch."""
@@ -237,12 +179,9 @@ class LitClassifier(pl.LightningModule):
 
         Lightning divides by ``accumulate_grad_batches`` even if fewer batches are left in the epoch.
         """
-        if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
-            return 1.0
-        size = self.trainer.accumulate_grad_batches
-        remainder = self.trainer.num_training_batches % size
-        is_last_group = batch_idx >= self.trainer.num_training_batches - remainder
-        return size / remainder if is_last_group else 1.0
+        size, num_batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        remainder = num_batches % size
+        return size / remainder if batch_idx >= num_batches - remainder else 1.0
 
     def on_train_epoch_end(self) -> None:
         """Log the mean loss and accuracy of the epoch."""
@@ -250,91 +189,53 @@ class LitClassifier(pl.LightningModule):
 
     def training_metrics(self) -> dict[str, float]:
         """Return the mean loss and accuracy of this epoch over all processes; call it in each of them."""
-        loss, hits, count = self._summed(self._totals).tolist()
-        return {"train/loss": loss / max(count, 1), "train/acc": hits / max(count, 1)}
+        return {f"train/{name}": value for name, value in _means(self._summed_totals()).items()}
 
     def running_metrics(self) -> dict[str, float]:
         """Return the mean loss and accuracy of this epoch in this process; synchronizes with the device."""
-        loss, hits, count = self._totals.tolist()
-        return {"loss": loss / max(count, 1), "acc": hits / max(count, 1)}
+        return _means(self._totals)
 
-    def _summed(self, totals: Tensor) -> Tensor:
-        if self._trainer is None or self.trainer.world_size == 1:
-            return totals
-        summed: Any = self.trainer.strategy.reduce(totals.clone(), reduce_op="sum")
-        return summed
-
-    # ----------------------------------------------------------------------------------------------------- evaluation
+    def _summed_totals(self) -> Tensor:
+        return self.trainer.strategy.reduce(self._totals.clone(), reduce_op="sum")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect logits, labels and indices for the end of the epoch."""
-        if len(batch.images):  # the last batch of a rank may be empty, see BatchSampler
-            self._eval_outputs.append((self._logits(batch), batch.targets, batch.indices))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Do the same as :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx)
+        is_empty = len(batch.images) == 0  # the last batch of a rank may be, see BatchSampler
+        logits = torch.zeros(0, len(self.class_names), device=self.device) if is_empty else self._logits(batch)
+        self._eval_outputs.append((logits, batch.targets, batch.indices))
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate the logits of all processes into :attr:`evaluation`, and log loss and accuracy."""
-        self._finish_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Do the same as :meth:`on_validation_epoch_end`."""
-        self._finish_evaluation("test")
-
-    def _finish_evaluation(self, stage: str) -> None:
-        logits, labels, indices = self._gathered_outputs()
+        logits, labels, indices = (torch.cat(parts).cpu() for parts in zip(*self._eval_outputs, strict=True))
+        self._eval_outputs = []
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, (logits, labels, indices))  # counts differ between ranks
+            logits, labels, indices = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         self.evaluation = Evaluation.of(logits, labels, indices, self.class_names)
+        stage = "test" if self.trainer.testing else "val"
         # no reduction, because every process has all the logits
         metrics = {f"{stage}/loss": self.evaluation.loss, f"{stage}/acc": self.evaluation.accuracy}
         self._log_epoch(metrics, self.restored_epoch)
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def _log_epoch(self, metrics: dict[str, float], epoch: int | None) -> None:
         """Log metrics with the epoch as x axis; Lightning uses the value named ``step`` for it."""
         self.log_dict({**metrics, "step": float(epoch or 0)}, batch_size=1)
 
-    def _gathered_outputs(self) -> list[Tensor]:
-        """Return the logits, labels and indices of all images on the CPU."""
-        outputs, self._eval_outputs = self._eval_outputs, []
-        if outputs:
-            own = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
-        else:  # fewer images than processes
-            own = [torch.zeros(0, len(self.class_names)), *torch.zeros(2, 0, dtype=torch.long)]
-        if self.trainer.world_size == 1:
-            return own
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, own)  # counts differ between ranks
-        return [torch.cat(parts) for parts in zip(*gathered, strict=True)]
-
-    # --------------------------------------------------------------------------------------------------- optimization
-
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with groups for backbone and head, with and without decay, and its schedule."""
-        settings = dict(self.hparams["optimizer"])
-        name, backbone_lr_scale = settings.pop("name"), settings.pop("backbone_lr_scale", 1.0)
-        optimizer_class = find_optimizer(name)
-        lr = settings["lr"]
-        groups = [
-            *parameter_groups("backbone", self.network.backbone, lr * backbone_lr_scale, self._decayed),
-            *parameter_groups("head", self.network.head, lr, self._decayed),
-        ]
-        if "fused" in inspect.signature(optimizer_class).parameters and not settings.get("foreach"):
-            settings.setdefault("fused", True)
-        if settings.get("fused") and self._clips_in_mixed_precision():
-            settings["fused"] = False  # Lightning cannot clip gradients of a fused optimizer here
-        try:
-            optimizer = optimizer_class(groups, **settings)
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"optimizer.name={name}: {error} (~optimizer.KEY removes a setting)") from error
+        """Return the optimizer and the schedule of its learning rates."""
+        clips = self.trainer.gradient_clip_val is not None
+        # Lightning cannot clip gradients of a fused optimizer in mixed precision
+        can_fuse = not (clips and isinstance(self.trainer.precision_plugin, MixedPrecision))
+        optimizer = build_optimizer(self.hparams["optimizer"], self.network.backbone, self.network.head, can_fuse)
         if self.hparams["scheduler"]["name"] == "constant":
             return optimizer
         schedule = schedule_factor(self.hparams["scheduler"], int(self.trainer.estimated_stepping_batches))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}]
 
-    def _clips_in_mixed_precision(self) -> bool:
-        clips = self.trainer.gradient_clip_val is not None
-        return clips and isinstance(self.trainer.precision_plugin, MixedPrecision)
+
+def _means(totals: Tensor) -> dict[str, float]:
+    loss, hits, count = totals.tolist()
+    return {"loss": loss / max(count, 1), "acc": hits / max(count, 1)}

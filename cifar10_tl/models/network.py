@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.models.backbone import Backbone
-from cifar10_tl.models.heads import LSTMHead, pools
+from cifar10_tl.models.heads import LSTMHead, PoolingHead
 from cifar10_tl.models.resize import Resize
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TransferResNet(nn.Module):
@@ -24,10 +26,10 @@ class TransferResNet(nn.Module):
         interpolation: "bicubic" or "bilinear".
         mean: Channel means, in [0, 1], of the data that the backbone was trained on.
         std: Channel standard deviations of the same data.
-
-    Raises:
-        UserError: The feature map has a single cell, and the head is an LSTM.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -37,23 +39,20 @@ class TransferResNet(nn.Module):
         native_size: int,
         image_size: int,
         interpolation: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         if isinstance(head, LSTMHead) and image_size <= backbone.stride:
             raise UserError(
                 f"model.image_size={image_size}: the feature map has one cell, no sequence for model/head=lstm; "
-                f"choose {backbone.stride + 1} or more ({2 * backbone.stride} gives 2x2 cells, 224 gives "
-                f"{224 // backbone.stride}x{224 // backbone.stride})"
+                f"choose {backbone.stride + 1} or more"
             )
         self.backbone, self.head = backbone, head
         self.resize = Resize(native_size, image_size, interpolation)
         # (x / 255 - mean) / std as one multiplication and one addition
         self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, 3, 1, 1))
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
-        self.scale: Tensor
-        self.shift: Tensor
 
     def lay_out_for(self, device: torch.device) -> None:
         """Convert the weights to channels_last on a GPU.
@@ -74,7 +73,7 @@ class TransferResNet(nn.Module):
     def head_input(self, images: Tensor) -> Tensor:
         """Return the feature map, averaged to one cell if the head pools it."""
         feature_map = self.features(images)
-        return feature_map.mean((2, 3), keepdim=True) if pools(self.head) else feature_map
+        return feature_map.mean((2, 3), keepdim=True) if isinstance(self.head, PoolingHead) else feature_map
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalize uint8 images [N, 3, H, W] and resize them to [N, 3, image_size, image_size].

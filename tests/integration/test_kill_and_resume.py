@@ -172,7 +172,7 @@ def test_broken_checkpoints_are_not_resumed(
     last, best = (run / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
     flip_bit(last)
     resume(run)
-    assert "last.ckpt is broken: the checksum of" in caplog.text
+    assert "last.ckpt is broken" in caplog.text
     assert f"from {best}" in caplog.text
     assert_same(run, expected)
     flip_bit(best)
