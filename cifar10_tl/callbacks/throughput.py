@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import time
 from datetime import timedelta
@@ -22,18 +23,15 @@ LONG_RUN_SECONDS = 3600
 class Throughput(Callback):
     """Callback that measures the speed of training, without validation and figures.
 
-    It waits for the device once per epoch. On a CPU it logs once if the run is going to take over an hour.
-
+    It waits for the device once per epoch. On a CPU it logs if the run is going to take over an hour.
     """
 
     def __init__(self) -> None:
         self.first_step_seconds: float | None = None  # from the start of the fit
         self.earlier_seconds = 0.0  # of the fit before the checkpoint from which this run was resumed
-        self._seconds, self._images = 0.0, 0  # of all epochs
-        self._fit_start = self._epoch_start = self._step_end = 0.0
+        self._seconds, self._images, self._steps = 0.0, 0, 0  # of all epochs
         self._epoch_images, self._epoch_steps, self._epoch_wait = 0, 0, 0.0
-        self._steps, self._second_step_end = 0, 0.0
-        self._long_run_checked = False
+        self._fit_start = self._epoch_start = self._second_step_end = self._step_end = 0.0
 
     @property
     def images_per_second(self) -> float | None:
@@ -53,18 +51,18 @@ class Throughput(Callback):
         self.first_step_seconds, self.earlier_seconds = state_dict["first_step_seconds"], state_dict["fit_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock of the fit, and that of an epoch which is resumed in the middle."""
         self._fit_start = time.perf_counter()
-        self.on_train_epoch_start(trainer, pl_module)
+        self.on_train_epoch_start()  # which Lightning omits for an epoch that is resumed in the middle
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         self._epoch_start = self._step_end = time.perf_counter()
         self._epoch_images, self._epoch_steps, self._epoch_wait = 0, 0, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Add the time since the loader was asked for this batch: fetch, transfer and augmentation."""
+        """Add the time since the sampler was asked for this batch: fetch, transfer and augmentation."""
         now = time.perf_counter()
-        self._epoch_wait += now - getattr(trainer.train_dataloader, "requested_at", now)
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        self._epoch_wait += now - getattr(sampler, "requested_at", now)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         """Count the step; at the last one of an epoch wait for the device."""
@@ -78,10 +76,10 @@ class Throughput(Callback):
             self.first_step_seconds = self._step_end - self._fit_start
         elif self._steps == 2:
             self._second_step_end = self._step_end
-        elif not self._long_run_checked and pl_module.device.type == "cpu":
-            self._check_long_run(trainer)
+        elif self._steps == 5 and pl_module.device.type == "cpu" and trainer.is_global_zero:
+            self._log_long_run(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, *_: Any) -> None:
         self._seconds += self._step_end - self._epoch_start
         self._images += self._epoch_images
 
@@ -96,15 +94,10 @@ class Throughput(Callback):
             "peak_memory_gb": peak_memory_gb(device),
         }
 
-    def _check_long_run(self, trainer: pl.Trainer) -> None:
-        """Estimate the duration of the run after ten steps or half a minute."""
-        measured = self._step_end - self._second_step_end
-        if self._steps < 12 and measured < 30:
-            return
-        self._long_run_checked = True
+    def _log_long_run(self, trainer: pl.Trainer) -> None:
         left = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
-        seconds = measured / (self._steps - 2) * left
-        if seconds > LONG_RUN_SECONDS and trainer.is_global_zero:
+        seconds = (self._step_end - self._second_step_end) / (self._steps - 2) * left
+        if seconds > LONG_RUN_SECONDS:
             log.info(
                 "This run will take about %s on this CPU. Faster: experiment=quickstart (minutes), experiment=probe "
                 "(one pass through the network), a smaller model.image_size or data.image_limit.",
@@ -112,13 +105,9 @@ class Throughput(Callback):
             )
 
 
-def peak_memory_gb(device: torch.device) -> float | None:
-    """Return the peak memory in GB (10^9 bytes): tensors on a GPU, else the whole process; None where unknown."""
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the peak memory in GB (10^9 bytes): tensors on a GPU, else the whole process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)

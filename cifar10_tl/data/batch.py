@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -110,6 +111,7 @@ class BatchSampler(Sampler[Tensor]):
         self._resuming = False
         for step in range(start, len(self)):
             self._position = {"epoch": self.epoch, "batches_done": step + 1}
+            self.requested_at = time.perf_counter()  # read by the Throughput callback
             yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, SlowStep
-from omegaconf import DictConfig
+from callbacks.small_fit import SPLIT, small_fit
+from helpers import SlowStep
 
 from cifar10_tl.callbacks import Throughput
-from cifar10_tl.data.batch import Batch
-from cifar10_tl.train import train
+from cifar10_tl.data.batch import Batch, Split
 
 BATCH = Batch(torch.zeros(8, 3, 1, 1), torch.zeros(8).long(), torch.arange(8))
 
@@ -37,12 +35,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch: float, device: str = "cpu") -> None:
     """Run an epoch of two processes with batches of 8, ``seconds`` per step and ``fetch`` seconds per batch."""
-    loader = SimpleNamespace(requested_at=0.0)
+    sampler = SimpleNamespace(requested_at=0.0)
     trainer: Any = SimpleNamespace(
         world_size=2,
         is_last_batch=False,
         is_global_zero=True,
-        train_dataloader=loader,
+        train_dataloader=SimpleNamespace(sampler=sampler),
         global_step=0,
         estimated_stepping_batches=10_000,
         accumulate_grad_batches=1,
@@ -50,7 +48,7 @@ def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch:
     module: Any = SimpleNamespace(device=torch.device(device))
     callback.on_train_epoch_start(trainer, module)
     for _ in range(steps):
-        loader.requested_at = clock.now
+        sampler.requested_at = clock.now
         clock.now += fetch
         callback.on_train_batch_start(trainer, module, BATCH, 0)
         clock.now += seconds - fetch
@@ -70,14 +68,18 @@ def test_speed_leaves_out_what_is_between_epochs(clock: Clock) -> None:
     assert callback.first_step_seconds == 104.0
 
 
-def test_only_waiting_for_a_batch_counts_as_waiting_for_data(small_cfg: Callable[..., DictConfig]) -> None:
+class SlowSplit(Split):
+    def __getitem__(self, positions: torch.Tensor) -> Batch:
+        time.sleep(0.05)
+        return super().__getitem__(positions)
+
+
+def test_only_waiting_for_a_batch_counts_as_waiting_for_data(tmp_path: Path) -> None:
     """Checkpoints are written, and other callbacks work, between the end of a step and the next batch."""
-    overrides = ("callbacks=minimal", "checkpoint_every_n_steps=1", "test=false", "trainer.max_epochs=1")
-    cfg = small_cfg(*TINY, *overrides, "+callbacks.slow={_target_: helpers.SlowStep}")
-    train(cfg)
-    header, row = (Path(cfg.paths.output_dir) / "metrics.csv").read_text().splitlines()
-    measured = dict(zip(header.split(","), row.split(","), strict=True))
-    assert float(measured["data_wait"]) * float(measured["seconds"]) < SlowStep.seconds / 2
+    callback = Throughput()
+    small_fit(tmp_path, callback, SlowStep(), split=SlowSplit(SPLIT.images, SPLIT.labels))
+    row = callback.row(torch.device("cpu"))
+    assert 0.15 <= row["data_wait"] * row["seconds"] < 0.15 + SlowStep.seconds  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("seconds", "device", "logged"), [(7.0, "cpu", 1), (0.3, "cpu", 0), (7.0, "meta", 0)])
