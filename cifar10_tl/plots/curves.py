@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 _MARKER_LIMIT = 30  # epochs
 
 
-@style.default_style()
+@style.default_style
 def curves(rows: Rows, *, heading: str) -> Figure:
     """Plot accuracy and loss against the epoch, training and validation together.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cifar10_tl.plots import style
 from cifar10_tl.plots.confusion_matrix import confusion_matrix
-from cifar10_tl.plots.image_grid import prediction_grid
+from cifar10_tl.plots.image_grid import caption_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 
-_SIDE = 3.0  # inches of a reliability diagram
-_ROW, _BAR, _LIMIT = 0.27, 5.0, 40  # per class: inches of a row and of a full bar; classes that are shown
+_ROW, _BAR, _LIMIT = 0.27, 5.0, 40  # inches of a row and of a full bar, number of rows of class_bars
 
 
 def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Split, where: str) -> dict[str, Figure]:
@@ -32,17 +31,20 @@ def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Sp
     ``calibrated`` has the temperature-scaled probabilities; ``where`` ends the headings: "validation, epoch 3".
     """
     correct = (evaluation.predictions == evaluation.labels).numpy()
+    confidence = evaluation.probabilities.max(1).values.numpy()
     rows = evaluation.per_class()
     precision, recall, f1 = (np.array([row[key] for row in rows]) for key in ("precision", "recall", "f1"))
+    panels = {
+        f"{title}: ECE {scored.calibration()['ece']:.2%}": scored.reliability_bins()
+        for title, scored in (("uncalibrated", evaluation), ("temperature-scaled (val)", calibrated))
+    }
     return {
         "confusion_matrix": confusion_matrix_figure(evaluation, where),
         "correct": correct_figure(evaluation, split, where),
         "incorrect": incorrect_figure(evaluation, split, where),
-        "reliability": _reliability_figure(evaluation, calibrated, where),
+        "reliability": reliability_diagram(panels, heading=f"Reliability, {where}"),
         "per_class": class_bars(precision, recall, f1, evaluation.class_names, heading=f"Per class, {where}"),
-        "confidence": confidence_histogram(
-            evaluation.probabilities.max(1).values.numpy(), correct, heading=f"Confidence, {where}"
-        ),
+        "confidence": confidence_histogram(confidence, correct, heading=f"Confidence, {where}"),
     }
 
 
@@ -54,62 +56,61 @@ def confusion_matrix_figure(evaluation: Evaluation, where: str) -> Figure:
 
 def correct_figure(evaluation: Evaluation, split: Split, where: str, num_images: int = 25) -> Figure:
     """Draw up to ``num_images`` correct predictions, spread evenly over the split."""
-    return _prediction_figure(evaluation, split, evaluation.correct(num_images), f"Correct predictions, {where}")
+    return _prediction_grid(evaluation, split, evaluation.correct(num_images), f"Correct predictions, {where}")
 
 
 def incorrect_figure(evaluation: Evaluation, split: Split, where: str, num_images: int = 25) -> Figure:
     """Draw up to ``num_images`` incorrect predictions, the most confident first."""
     rows = evaluation.incorrect(num_images)
-    return _prediction_figure(evaluation, split, rows, f"Incorrect predictions, the most confident first, {where}")
+    return _prediction_grid(evaluation, split, rows, f"Incorrect predictions, the most confident first, {where}")
 
 
-def _prediction_figure(evaluation: Evaluation, split: Split, rows: Tensor, heading: str) -> Figure:
-    return prediction_grid(
-        split.by_index(evaluation.indices[rows]).permute(0, 2, 3, 1).numpy(),
-        evaluation.labels[rows].numpy(),
-        evaluation.predictions[rows].numpy(),
-        evaluation.probabilities[rows].numpy(),
-        evaluation.class_names,
-        heading=heading,
-    )
+@style.default_style
+def _prediction_grid(evaluation: Evaluation, split: Split, rows: Tensor, heading: str) -> Figure:
+    """Draw images with the predicted class and, where it is incorrect, the true class."""
+    if not len(rows):
+        return style.new_page(style.MIN_WIDTH, 0, heading, "no such predictions")[0]
+    names, captions = style.legible(evaluation.class_names), []
+    for row in rows.tolist():
+        label, predicted = int(evaluation.labels[row]), int(evaluation.predictions[row])
+        percent = [f" {style.as_percent(p)}" for p in evaluation.probabilities[row].tolist()]
+        if label == predicted:
+            captions.append([("✓ ", names[predicted], percent[predicted], style.BLUE)])
+        else:
+            true = ("true: ", names[label], percent[label], style.INK)
+            captions.append([("✗ ", names[predicted], percent[predicted], style.ORANGE), true])
+    images = split.by_index(evaluation.indices[rows]).permute(0, 2, 3, 1).numpy()
+    note = "✓ correct    ✗ incorrect    % = probability of that class"
+    return caption_grid(images, captions, heading=heading, note=note, side=1.28, frame=0.04)
 
 
-def _reliability_figure(evaluation: Evaluation, calibrated: Evaluation, where: str) -> Figure:
-    panels = {}
-    for title, scored in (("uncalibrated", evaluation), ("temperature-scaled (val)", calibrated)):
-        bins = scored.reliability_bins()
-        arrays = (bins.counts.numpy(), bins.confidence.numpy(), bins.accuracy.numpy())
-        panels[f"{title}: ECE {scored.calibration()['ece']:.2%}"] = arrays
-    note = f"blue: accuracy    orange: mean confidence    {len(bins.counts)} bins    ECE: expected calibration error"
-    return reliability_diagram(panels, heading=f"Reliability, {where}", note=note)
-
-
-@style.default_style()
-def reliability_diagram(bins: Mapping[str, Sequence[NDArray[Any]]], *, heading: str, note: str) -> Figure:
+@style.default_style
+def reliability_diagram(panels: Mapping[str, Sequence[Any]], *, heading: str) -> Figure:
     """Draw accuracy against confidence, with one panel per set of probabilities.
 
-    ``bins`` maps the title of a panel to the counts, mean confidence and accuracy of bins of equal width over [0, 1].
-    The height of a bar is the accuracy of its predictions, and its mark is their mean confidence.
+    ``panels`` maps a title to the counts, mean confidence and accuracy of bins of equal width over [0, 1].
     """
-    step = _SIDE + 0.95
-    fig, page = style.new_page(style.PAD + step * len(bins), _SIDE + 0.8, heading, note)
-    for k, (title, (counts, confidence, accuracy)) in enumerate(bins.items()):
+    side, step, num_bins = 3.0, 3.95, len(next(iter(panels.values()))[0])
+    note = f"blue: accuracy    orange: mean confidence    {num_bins} bins    ECE: expected calibration error"
+    fig, page = style.new_page(style.PAD + step * len(panels), side + 0.8, heading, note)
+    for k, (title, bins) in enumerate(panels.items()):
+        counts, confidence, accuracy = map(np.asarray, bins)
         left = style.PAD + 0.6 + k * step
         style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")
-        panel = style.add_panel(page, left, 0.25, _SIDE, _SIDE, ("confidence", "accuracy"))
-        filled, width = np.flatnonzero(counts), 1 / len(counts)
-        middle, reach = (filled + 0.5) * width, 0.44 * width
+        panel = style.add_panel(page, left, 0.25, side, side, ("confidence", "accuracy"))
+        filled = np.flatnonzero(counts)
+        middle, reach = (filled + 0.5) / num_bins, 0.44 / num_bins
         panel.plot([0, 1], [0, 1], "--", color=style.MUTED, linewidth=1)
         panel.bar(middle, accuracy[filled], 2 * reach, color=style.BLUE, zorder=2)
         marks: dict[str, Any] = {"color": style.ORANGE, "linewidth": 2.2, "zorder": 3}
         panel.hlines(confidence[filled], middle - reach, middle + reach, **marks)
         panel.set(xlim=(0, 1), ylim=(0, 1))
-        panel.xaxis.set_major_formatter(style.in_percent)
-        panel.yaxis.set_major_formatter(style.in_percent)
+        panel.xaxis.set_major_formatter("{x:.0%}")
+        panel.yaxis.set_major_formatter("{x:.0%}")
     return fig
 
 
-@style.default_style()
+@style.default_style
 def confidence_histogram(
     confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], *, heading: str, num_bins: int = 25
 ) -> Figure:
@@ -125,12 +126,12 @@ def confidence_histogram(
         panel.hist(values, num_bins, range=(0, 1), color=color, rwidth=0.88)
         panel.set_xlim(0, 1)
         panel.set_ylim(bottom=0, top=None if len(values) else 1)
-        panel.xaxis.set_major_formatter(style.in_percent)
+        panel.xaxis.set_major_formatter("{x:.0%}")
         panel.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     return fig
 
 
-@style.default_style()
+@style.default_style
 def class_bars(precision: Floats, recall: Floats, f1: Floats, class_names: Sequence[str], *, heading: str) -> Figure:
     """Draw one bar per class for its F1, with marks for precision and recall, all ``[K]``.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,16 +23,10 @@ HEADING, BODY, SMALL, TINY = 12.0, 9.0, 8.0, 6.0  # points
 PAD, GAP, CAPTION = 0.15, 0.12, 0.155  # inches: page margin, space between cells, height of a caption line
 MIN_WIDTH = 5.0  # inches, so that the heading has space
 _RENDERERS: list[Any] = [RendererAgg(1, 1, dpi) for dpi in (DPI, 120, 150, 200)]  # type: ignore[no-untyped-call]
+default_style = mpl.rc_context(mpl.rcParamsDefault)  # a decorator: the user's matplotlibrc has no effect
 
 
-@contextmanager
-def default_style() -> Iterator[None]:
-    """Apply matplotlib's default settings, so that the user's matplotlibrc has no effect; also a decorator."""
-    with mpl.rc_context(mpl.rcParamsDefault):
-        yield
-
-
-@default_style()
+@default_style
 def to_png(figure: Figure) -> bytes:
     """Render ``figure`` as a PNG file."""
     file = io.BytesIO()
@@ -45,17 +38,16 @@ def new_page(width: float, height: float, heading: str, note: str = "") -> tuple
     """Return a white page with its heading; x and y are in inches, y points down and is 0 below the heading."""
     width = math.ceil(100 * max(width, MIN_WIDTH) - 1e-6) / 100  # whole dots, so that pictures stay sharp
     text_size = width - 2 * PAD
-    lines = [(line, HEADING, "bold", INK) for line in wrap(heading, text_size, HEADING, "bold")]
-    lines += [(line, BODY, "normal", MUTED) for line in wrap(note, text_size, BODY, "normal")]
-    steps = [round(size / 48, 2) for _, size, _, _ in lines]  # 1.5 times the font size, in inches
-    top = PAD + sum(steps) + GAP
+    lines = [(line, 0.25, HEADING, "bold", INK) for line in wrap(heading, text_size, HEADING, "bold")]
+    lines += [(line, 0.19, BODY, "normal", MUTED) for line in wrap(note, text_size, BODY, "normal")]
+    top = PAD + sum(step for _, step, *_ in lines) + GAP
     height = math.ceil(100 * (top + height) - 1e-6) / 100
     fig = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     page = fig.add_axes((0, 0, 1, 1))
     page.set(xlim=(0, width), ylim=(height - top, -top))
     page.set_axis_off()
     y = PAD - top
-    for (line, size, weight, color), step in zip(lines, steps, strict=True):
+    for line, step, size, weight, color in lines:
         write(page, PAD, y + step / 2, line, size, weight=weight, color=color)
         y += step
     return fig, page
@@ -68,7 +60,7 @@ def write(ax: Axes, x: float, y: float, text: str, size: float = SMALL, **style:
 
 
 def add_panel(page: Axes, x: float, y: float, width: float, height: float, labels: tuple[str, str]) -> Axes:
-    """Add labeled axes to a page, with the top left corner of their frame at (x, y), all in inches of the page."""
+    """Add axes with labels to a page; (x, y) is the top left corner of their frame, all in inches of the page."""
     fig: Any = page.figure
     (page_width, page_height), bottom = fig.get_size_inches(), page.get_ylim()[0]
     left, up = x / page_width, (bottom - y - height) / page_height
@@ -83,17 +75,11 @@ def add_panel(page: Axes, x: float, y: float, width: float, height: float, label
     return panel
 
 
-def in_percent(value: float, position: float = 0) -> str:
-    """Return the tick label of a fraction."""
-    return f"{100 * value:g}%"
-
-
 @lru_cache(maxsize=8192)
-def text_width(text: str, size: float, weight: str = "normal") -> float:
+def text_width(text: str, size: float = SMALL, weight: str = "normal") -> float:
     """Return the width of ``text`` in inches: the largest at common resolutions, which differ by up to a tenth."""
     font = FontProperties(family=FONT, size=size, weight=weight)
-    widths = [r.get_text_width_height_descent(text, font, ismath=False)[0] / r.dpi for r in _RENDERERS]
-    return float(max(widths))
+    return float(max(r.get_text_width_height_descent(text, font, ismath=False)[0] / r.dpi for r in _RENDERERS))
 
 
 @lru_cache(maxsize=8192)
@@ -109,7 +95,7 @@ def legible(names: Sequence[str]) -> list[str]:
 
 
 @lru_cache(maxsize=8192)
-def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
+def fit(text: str, width: float, size: float = SMALL, weight: str = "normal") -> str:
     """Shorten ``text`` to ``width`` inches in the middle, because names often differ only at their end."""
     text = clean(text)
     if text_width(text, size, weight) <= width:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from cifar10_tl.metrics.evaluation import Evaluation
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ODD = ["$x_1$ & $", "a_b^c", r"$\alpha {$", "naïve λ", "猫", "two\nlines", "%", "", "W" * 60, "<b>&amp;"]
@@ -16,6 +19,11 @@ HEADING = "A heading that is a good deal longer than one picture is wide, so tha
 
 def pictures(n: int, height: int = 32, width: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def evaluation(probabilities: np.ndarray, labels: np.ndarray, names: list[str]) -> Evaluation:
+    logits = torch.tensor(probabilities).clamp(min=1e-30).log().float()
+    return Evaluation.of(logits, torch.tensor(labels), torch.arange(len(labels)), names)
 
 
 def long_names(k: int) -> list[str]:
