@@ -18,23 +18,16 @@ class RunCheckpoint(ModelCheckpoint):
     Only complete, validated epochs compete for the best. A run that stops inside an epoch (``max_steps``, ``max_time``)
     saves its last step, so that a longer resume continues that epoch.
 
-    Args:
-        filename: Name without extension. If several checkpoints are kept, the epoch is appended to the name of each,
-            and the best one is copied to ``filename``.
-        monitor: "val/acc" or "val/loss", which also determines the mode; None to save every time.
-        save_top_k: Number of checkpoints to keep; -1 for all.
+    If several checkpoints are kept (``save_top_k``), the epoch is appended to the name of each, and the best one is
+    copied to ``filename``, the name without extension. ``monitor`` is "val/acc", "val/loss" or None: save every time.
     """
 
     def __init__(self, filename: str, monitor: str | None = None, save_top_k: int = 1, **options: Any) -> None:
         keeps_several = monitor is not None and save_top_k not in (0, 1) and "{" not in filename
         self._copy_best_to = f"{filename}.ckpt" if keeps_several else None
-        super().__init__(
-            filename=f"{filename}-{{epoch}}" if keeps_several else filename,
-            monitor=monitor,
-            mode="min" if monitor == "val/loss" else "max",
-            save_top_k=save_top_k,
-            **options,
-        )
+        pattern = f"{filename}-{{epoch}}" if keeps_several else filename
+        mode = "min" if monitor == "val/loss" else "max"
+        super().__init__(filename=pattern, monitor=monitor, mode=mode, save_top_k=save_top_k, **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, with all paths in the current folder.
@@ -42,17 +35,14 @@ class RunCheckpoint(ModelCheckpoint):
         Lightning forgets the best score when the folder has moved, and it deletes the files that it replaces: a
         checkpoint from somebody else must not name a file outside this folder.
         """
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved = {
-            "dirpath": str(self.dirpath),
-            "best_k_models": {self._moved(path): score for path, score in state_dict["best_k_models"].items()},
-            **{key: self._moved(state_dict[key]) for key in paths},
-        }
-        super().load_state_dict(state_dict | moved)
+        state = state_dict | {"dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = self._moved(state[key])
+        state["best_k_models"] = {self._moved(path): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict(state)
 
     def _moved(self, path: str) -> str:
-        name = Path(path).name
-        return str(Path(str(self.dirpath)) / name) if name.endswith(".ckpt") else ""
+        return str(Path(str(self.dirpath), Path(path).name)) if path.endswith(".ckpt") else ""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: Any) -> None:
         """Save inside an epoch, after an optimizer step; the last step of an epoch is saved after validation."""
@@ -74,12 +64,3 @@ class RunCheckpoint(ModelCheckpoint):
             best = Path(self.best_model_path)
             with best.open("rb") as source, atomic_write(best.with_name(self._copy_best_to)) as target:
                 shutil.copyfileobj(source, target)
-
-
-def is_best(trainer: pl.Trainer) -> bool:
-    """Return whether the validation that has just ended is better than the best checkpoint of ``trainer``."""
-    checkpoint = trainer.checkpoint_callback
-    if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None or checkpoint.best_model_score is None:
-        return True
-    score, best = trainer.callback_metrics[checkpoint.monitor], checkpoint.best_model_score
-    return trainer.is_last_batch and bool(score < best if checkpoint.mode == "min" else score > best)

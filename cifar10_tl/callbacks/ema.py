@@ -26,9 +26,9 @@ class WeightEMA(WeightAveraging):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the average to the device; its step count stays on the CPU, where reading it costs nothing."""
-        assert self._average_model is not None
-        self._average_model.to(pl_module.device)
-        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+        average: Any = self._average_model
+        average.to(pl_module.device)
+        average.n_averaged = average.n_averaged.cpu()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore both sets of weights for a fit; a test keeps the average, where Lightning would undo it."""

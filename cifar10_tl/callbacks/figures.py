@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from cifar10_tl import plots
-from cifar10_tl.callbacks.checkpoint import is_best
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.io import atomic_write
@@ -46,7 +45,6 @@ class SampleInputs(Callback):
         self.num_images = num_images
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """Draw at the first step of the run."""
         if trainer.global_step or batch_idx or not wants_figures(trainer):
             return
         images = batch.images[: self.num_images].permute(0, 2, 3, 1).cpu().numpy()
@@ -59,10 +57,10 @@ def _title(target: Tensor, class_names: list[str]) -> list[tuple[str, str]]:
     """Return one line with the class name, or one per class with its weight where two images were mixed."""
     if target.ndim == 0:
         return [(class_names[int(target)], "")]
-    weights, labels = target.topk(2)
+    weights, labels = (values.tolist() for values in target.topk(2))
     if weights[1] <= 0.005:
-        return [(class_names[int(labels[0])], "")]
-    return [(class_names[i], f" {100 * w:.0f}%") for w, i in zip(weights.tolist(), labels.tolist(), strict=True)]
+        return [(class_names[labels[0]], "")]
+    return [(class_names[i], f" {100 * weight:.0f}%") for weight, i in zip(weights, labels, strict=True)]
 
 
 class Curves(Callback):
@@ -87,13 +85,13 @@ class EvaluationFigure(Callback):
     def __init__(self, tag: str, draw: Callable[[Any, Any, str], Figure]) -> None:
         self.tag, self.draw = tag, draw
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if wants_figures(trainer) and is_best(trainer):
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if wants_figures(trainer) and _is_best(trainer):
             self._publish(trainer, pl_module, "val", trainer.current_epoch)
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if wants_figures(trainer):
-            restored: Any = pl_module.restored_epoch
+            restored = pl_module.restored_epoch
             self._publish(trainer, pl_module, "test", trainer.current_epoch if restored is None else restored)
 
     def _publish(self, trainer: pl.Trainer, pl_module: Any, stage: str, epoch: int) -> None:
@@ -102,13 +100,21 @@ class EvaluationFigure(Callback):
         publish(trainer, f"{self.tag}/{stage}", self.draw(pl_module.evaluation, split, where), step=epoch)
 
 
+def _is_best(trainer: pl.Trainer) -> bool:
+    """Return whether the validation that has just ended is better than the best checkpoint of ``trainer``."""
+    checkpoint: Any = trainer.checkpoint_callback
+    best = getattr(checkpoint, "best_model_score", None)
+    if best is None:
+        return True
+    score = trainer.callback_metrics[checkpoint.monitor]
+    return trainer.is_last_batch and bool(score < best if checkpoint.mode == "min" else score > best)
+
+
 class ConfusionMatrix(EvaluationFigure):
     """Callback that draws the confusion matrix."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "confusion_matrix", lambda evaluation, _, where: plots.confusion_matrix_figure(evaluation, where)
-        )
+        super().__init__("confusion_matrix", lambda result, _, where: plots.confusion_matrix_figure(result, where))
 
 
 class CorrectPredictions(EvaluationFigure):

@@ -16,17 +16,15 @@ from cifar10_tl.metrics.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
 
-METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
 SPEED = ("seconds", "images_per_second", "step_ms", "data_wait", "peak_memory_gb")
-COLUMNS = ("epoch", "step", "lr", *METRICS, "val/count", *SPEED)
+COLUMNS = ("epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "val/count", *SPEED)
 
 
 class MetricsLogger(Callback):
     """Callback that writes one row per epoch to metrics.csv and to the log.
 
     The rows are saved in checkpoints, and metrics.csv is written as a whole, so that a resumed run has each epoch once.
-
-    ``rows`` has one dict per epoch with the keys ``COLUMNS``; None where a value was not measured.
+    A row is a dict with the keys ``COLUMNS``; None where a value was not measured.
     """
 
     def __init__(self) -> None:
@@ -38,18 +36,16 @@ class MetricsLogger(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out TensorBoard's custom scalars: training and validation on one chart."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay out TensorBoard's custom scalars, and remove the results of a finished run that is trained further."""
+        if not trainer.is_global_zero:
+            return
         charts = {name: ["Multiline", [f"train/{name}", f"val/{name}"]] for name in ("loss", "acc")}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({"train and val": charts})
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the results of a finished run that is trained further."""
-        if trainer.is_global_zero:
-            for name in ("results.json", "predictions.csv"):
-                (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
+        for name in ("results.json", "predictions.csv"):
+            (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the row of the epoch, after validation and before checkpoints are saved."""

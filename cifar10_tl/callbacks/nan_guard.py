@@ -28,38 +28,32 @@ class NaNGuard(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.append(outputs["loss"].detach())
         if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
-            self._check(trainer)
+            self.on_save_checkpoint(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the validation loss, because the last update of an epoch may have made the weights NaN."""
         evaluation: Any = pl_module.evaluation
         if len(evaluation) and not math.isfinite(evaluation.loss):  # equal in all processes
-            problem = f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}"
-            raise UserError(f"{problem}; {_advice(trainer)}")
+            _stop(trainer, f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Check the losses kept so far, because the checkpoint would replace a good one."""
-        self._check(trainer)
-
-    def _check(self, trainer: pl.Trainer) -> None:
-        losses, self._losses = self._losses, []
-        if not losses:
+        """Check the losses since the last check."""
+        if not self._losses:
             return
-        values = torch.stack(losses).float()
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        losses, self._losses = torch.stack(self._losses).float(), []
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
         steps_ago = len(losses) - bad[0] if bad else 0
         if trainer.world_size > 1:  # each process has the losses of its own images
-            steps_ago = int(trainer.strategy.reduce(torch.tensor(float(steps_ago), device=values.device), None, "max"))
+            steps_ago = int(trainer.strategy.reduce(torch.tensor(float(steps_ago), device=losses.device), None, "max"))
         if steps_ago:
             batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - steps_ago
-            where = f"epoch {trainer.current_epoch}, batch {batch}"
-            raise UserError(f"the loss is {float(values[-steps_ago])} at {where}; {_advice(trainer)}")
+            _stop(trainer, f"the loss is {float(losses[-steps_ago])} at epoch {trainer.current_epoch}, batch {batch}")
 
 
-def _advice(trainer: pl.Trainer) -> str:
+def _stop(trainer: pl.Trainer, problem: str) -> None:
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
-    return (
-        f"{good}. Try a lower optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; "
+    raise UserError(
+        f"{problem}; {good}. Try a lower optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true; "
         "trainer.detect_anomaly=true names the operation"
     )

@@ -25,11 +25,12 @@ class RunProgressBar(ProgressBar):
     def __init__(self, refresh_seconds: float = 1.0) -> None:
         super().__init__()
         self.refresh_seconds, self.description = refresh_seconds, "test"
-        self._bar, self._stack, self._enabled = tqdm(disable=True), ExitStack(), True
+        self._bar, self._stack = tqdm(disable=True), ExitStack()
+        self._disabled: bool | None = None  # tqdm decides by stderr
         self._refreshed_at, self._images = 0.0, 0
 
     def disable(self) -> None:
-        self._enabled = False
+        self._disabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
@@ -71,11 +72,10 @@ class RunProgressBar(ProgressBar):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stack.close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         self._stack.close()
 
     def _open(self, **options: Any) -> None:
-        disable = None if self._enabled else True  # None: disabled where stderr is not a terminal
-        self._bar = self._stack.enter_context(tqdm(disable=disable, dynamic_ncols=True, **options))
+        self._bar = self._stack.enter_context(tqdm(disable=self._disabled, dynamic_ncols=True, **options))
         if not self._bar.disable:
             self._stack.enter_context(logging_redirect_tqdm())

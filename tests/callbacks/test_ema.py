@@ -1,37 +1,30 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, TINY, Weights, compose_train
+from callbacks.small_fit import SPLIT, loader, small_fit
+from helpers import Weights
 from lightning.pytorch.callbacks import WeightAveraging
-from omegaconf import DictConfig
 
-from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.callbacks import RunCheckpoint, WeightEMA
 from cifar10_tl.models.lit_classifier import LitClassifier
-from cifar10_tl.train import train
-
-State = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[State]]:
-    """The folder of a run with an average, and the weights after each of its steps."""
-    folder = tmp_path_factory.mktemp("ema") / "run"
-    Weights.seen.clear()
-    recorded = "+callbacks.weights={_target_: helpers.Weights}"
-    train(compose_train(*SMALL, *TINY, "callbacks=minimal", "ema_decay=0.3", recorded, f"paths.output_dir={folder}"))
-    return folder, list(Weights.seen)
-
-
-def test_a_checkpoint_holds_the_average_and_the_trained_weights(averaged: tuple[Path, list[State]]) -> None:
-    folder, steps = averaged
+def test_validation_test_and_checkpoint_use_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: Any = {"max_epochs": 2, "optimizer": {"name": "SGD", "lr": 0.01, "backbone_lr_scale": 1.0}}
+    monkeypatch.setattr(Weights, "seen", plain := [])
+    small_fit(tmp_path, Weights(), **options)
+    monkeypatch.setattr(Weights, "seen", steps := [])
+    trainer, module = small_fit(tmp_path, Weights(), WeightEMA(0.3), RunCheckpoint("last", dirpath=tmp_path), **options)
     assert len(steps) == 6
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in steps[-1].items():
+        torch.testing.assert_close(value, plain[-1][name], msg=f"{name}: the average changed the training")
+
+    path = tmp_path / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
     expected = dict(steps[0])
     for n, weights in enumerate(steps[1:], 1):
         decay = min(0.3, (1 + n) / (10 + n))  # 0.3 from the fourth update on
@@ -45,38 +38,11 @@ def test_a_checkpoint_holds_the_average_and_the_trained_weights(averaged: tuple[
     weight = "network.head.layers.0.weight"
     assert not torch.allclose(checkpoint["state_dict"][weight], steps[-1][weight])
 
-
-def test_validation_and_test_use_the_average(averaged: tuple[Path, list[State]]) -> None:
-    folder, _ = averaged
-    results = json.loads((folder / "results.json").read_text())
-    path = folder / "checkpoints" / "best.ckpt"
-    module = LitClassifier.load_from_checkpoint(path, weights_only=True).eval()
-    data = CIFAR10DataModule(**torch.load(path, weights_only=True)["datamodule_hyper_parameters"])
-    data.setup()
-    for stage in ("val", "test"):
-        split = data.splits[stage]
-        with torch.inference_mode():
-            logits = module(split.images)
-        assert results[stage]["acc"] == float((logits.argmax(1) == split.labels).double().mean())
-        loss = torch.nn.functional.cross_entropy(logits, split.labels)
-        assert results[stage]["loss"] == pytest.approx(float(loss), rel=1e-4)
-
-
-def test_training_is_the_same_without_an_average(
-    small_cfg: Callable[..., DictConfig], averaged: tuple[Path, list[State]]
-) -> None:
-    cfg = small_cfg(*TINY, "callbacks=minimal", "test=false")
-    train(cfg)
-    plain = torch.load(Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt", weights_only=True)
-    assert "current_model_state" not in plain
-    for name, value in averaged[1][-1].items():
-        torch.testing.assert_close(plain["state_dict"][name], value, msg=name)
-
-
-@pytest.mark.parametrize("decay", ["0", "1", "abc"])
-def test_a_decay_outside_of_0_to_1_is_refused(decay: str) -> None:
-    with pytest.raises(UserError, match=f"ema_decay={decay}: .* a number above 0 and below 1"):
-        compose_train(f"ema_decay={decay}")
+    with torch.inference_mode():
+        logits = LitClassifier.load_from_checkpoint(path, weights_only=True).eval()(SPLIT.images)
+    torch.testing.assert_close(module.evaluation.logits, logits, rtol=1e-4, atol=1e-5)
+    trainer.test(module, loader(), ckpt_path=path, weights_only=True, verbose=False)
+    torch.testing.assert_close(module.evaluation.logits, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_lightning_keeps_the_average_where_we_move_it() -> None:

@@ -1,30 +1,30 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import TINY
-from omegaconf import DictConfig
+from callbacks.small_fit import small_fit
 
+from cifar10_tl.callbacks import NaNGuard, RunCheckpoint
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.train import train
 
-Small = Callable[..., DictConfig]
+DIVERGES: Any = {"name": "SGD", "lr": 1e30, "backbone_lr_scale": 1.0}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(small_cfg: Small) -> None:
-    cfg = small_cfg(*TINY, "optimizer.lr=1e30", "checkpoint_every_n_steps=1", "scheduler=constant")
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    options = {"every_n_train_steps": 1, "enable_version_counter": False}
+    checkpoint = RunCheckpoint("last", dirpath=last.parent, **options)
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at epoch 0, batch 1; the last good checkpoint is"):
-        train(cfg)
-    last = Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt"
+        small_fit(tmp_path, NaNGuard(), checkpoint, optimizer=DIVERGES)
     assert torch.load(last, weights_only=True)["global_step"] == 1
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(small_cfg: Small) -> None:
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
     """The last step of the epoch makes the weights NaN, after its own loss was finite."""
-    cfg = small_cfg(*TINY, "trainer.limit_train_batches=1", "optimizer=sgd", "optimizer.lr=1e30", "scheduler=constant")
+    checkpoint = RunCheckpoint("last", dirpath=tmp_path)
     with pytest.raises(UserError, match=r"the validation loss is nan at epoch 0; there is no checkpoint yet. Try a"):
-        train(cfg)
-    assert not (Path(cfg.paths.output_dir) / "results.json").exists()
+        small_fit(tmp_path, NaNGuard(), checkpoint, optimizer=DIVERGES, limit_train_batches=1)
+    assert not list(tmp_path.iterdir())

@@ -1,38 +1,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
-from helpers import TINY
-from omegaconf import DictConfig
+from callbacks.small_fit import loader, small_fit
 
 from cifar10_tl.callbacks import RunProgressBar
-from cifar10_tl.train import train
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
+@pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_run_has_one_bar_and_its_test_another(
-    small_cfg: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
-    stderr = Terminal()
-    monkeypatch.setattr("sys.stderr", stderr)
-    overrides = ("trainer.enable_progress_bar=true", "callbacks=minimal", "callbacks.progress_bar.refresh_seconds=0")
-    train(small_cfg(*TINY, *overrides, "trainer.max_epochs=1"))
-    drawn = stderr.getvalue()
-    for text in ("epoch 1 of 1: ", "epoch 1 of 1, validation: ", "3/3 [", " images/s", "test:   0%|          | 0/32 ["):
-        assert text in drawn
-
-
-def test_no_bar_is_drawn_outside_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: is_terminal)
     monkeypatch.setattr("sys.stderr", stderr)
-    bar = RunProgressBar()
-    bar.on_test_start(SimpleNamespace(test_dataloaders=SimpleNamespace(dataset=[0])), None)  # type: ignore[arg-type]
-    bar.teardown(None, None, "test")  # type: ignore[arg-type]
-    assert stderr.getvalue() == ""
+    trainer, module = small_fit(tmp_path, RunProgressBar(refresh_seconds=0), enable_progress_bar=True)
+    trainer.test(module, loader(), verbose=False)
+    for text in ("epoch 1 of 1: ", "epoch 1 of 1, validation: ", "3/3 [", " images/s", "test:   0%|          | 0/12 ["):
+        assert (text in stderr.getvalue()) == is_terminal
