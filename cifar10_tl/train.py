@@ -10,23 +10,21 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.resume import resume_command
 from cifar10_tl.config.run_dir import RUN_CONFIG, process_rank
 from cifar10_tl.engine.processes import SignalHandler, Stopped, own_processes
-from cifar10_tl.io import atomic_write_text, claim, remove_temporary
+from cifar10_tl.io import claim, remove_temporary
 
-if TYPE_CHECKING:  # slow to import, therefore imported by the functions that need them
-    import lightning.pytorch as pl
-
+if TYPE_CHECKING:  # slow to import, therefore imported by the functions that need it
     from cifar10_tl.models.lit_classifier import LitClassifier
 
 log = logging.getLogger(__name__)
@@ -37,34 +35,28 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
 
     Returns:
         The content of results.json; None for a ``fast_dev_run``, which writes nothing.
-
-    Raises:
-        UserError: A setting does not fit the data, the machine or another setting.
     """
     run_dir = Path(cfg.paths.output_dir)
-    with SignalHandler() as handler:
+    lock = claim(run_dir) if process_rank() == 0 and run_dir.is_dir() else nullcontext(True)
+    with SignalHandler() as handler, own_processes(handler), lock as is_only_run:
+        if not is_only_run:
+            raise UserError(f"{run_dir}: another process is running in this folder; wait for it or stop it")
         try:
-            with own_processes(handler), only_one_run(run_dir):
-                return _train(cfg, handler)
+            return _train(cfg, handler)
         except Stopped:
             if process_rank() == 0 and (run_dir / RUN_CONFIG).exists():
                 log.info("resume with: %s", resume_command(run_dir))
-            if process_rank() > 0 and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
-                raise SystemExit(0) from None  # torchrun and SLURM kill the other processes after any other status
             raise
 
 
 def _train(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
-    from cifar10_tl.engine import builder
-    from cifar10_tl.engine.checkpoints import RunCheckpointIO, best_checkpoint
-    from cifar10_tl.engine.hardware import quiet_libraries
-    from cifar10_tl.engine.results import fit_results, summary, test_results, write_results
+    from cifar10_tl.engine import builder, checkpoints, hardware, results
 
-    quiet_libraries()
+    hardware.quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
-    run_dir, checkpoint_io = Path(cfg.paths.output_dir), RunCheckpointIO()
+    run_dir, checkpoint_io = Path(cfg.paths.output_dir), checkpoints.RunCheckpointIO()
     start, resumed = prepare_resume(cfg, checkpoint_io)
     datamodule = builder.build_datamodule(cfg)
     module = builder.build_module(cfg, datamodule)
@@ -72,106 +64,74 @@ def _train(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any] | None:
         check_same_run(start, resumed, module)
     elif cfg.init_from:
         module.load_weights_from(Path(cfg.init_from))
-    trainer = builder.build_trainer(cfg, resumed or None, handler, checkpoint_io)
+    trainer = builder.build_trainer(cfg, handler, checkpoint_io, builder.next_epoch(resumed))
     builder.speed_up(cfg, module, trainer)
     if cfg.data.cache_features:
         datamodule.feature_cache = builder.build_feature_cache(cfg, module, trainer)
-    earlier = builder.read_results(cfg)
-    begin(cfg, trainer, builder.describe(cfg, module, trainer, start))
+    earlier = results.read_results(run_dir)
+    if trainer.is_global_zero:
+        results.begin(cfg, trainer)
+        log.info("%s", builder.describe(cfg, module, trainer))
 
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if resumed and trainer.global_step == resumed["global_step"]:
         log.info(
-            "nothing left to train after epoch %d, step %d: to train further, raise the limit that ended the run "
+            "nothing left to train after step %d: to train further, raise the limit that ended the run "
             "(trainer.max_epochs, max_steps or max_time, or early stopping)",
-            *(builder.next_epoch(resumed) - 1, trainer.global_step),
+            trainer.global_step,
         )
-        if earlier:
+        if "test" in earlier:
             return earlier
-    best, best_epoch = best_checkpoint(trainer) or (None, None)
-    results = fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)
+    best, best_epoch = checkpoints.best_checkpoint(trainer) or (None, None)
+    outcome = results.fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)
     if cfg.test:
         clock = time.perf_counter()
         trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
-        results["seconds"]["test"] = time.perf_counter() - clock
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        outcome["seconds"]["test"] = time.perf_counter() - clock
+        outcome |= results.test_results(cfg, module, datamodule.splits["test"].images)
+    if cfg.trainer.fast_dev_run:
         log.info("fast_dev_run: all stages ran, nothing was written")
         return None
-    if cfg.test:
-        results |= test_results(cfg, module, trainer)
     if trainer.is_global_zero:
-        write_results(run_dir, results, module, trainer)
-        log.info("%s", summary(results, run_dir, best))
-    return results
+        if cfg.test and ("test" not in earlier or earlier["best_epoch"] != module.restored_epoch):
+            results.log_settings(trainer, outcome, module.restored_epoch)
+        results.write_results(run_dir, outcome, module.evaluation if cfg.test else None)
+        log.info("%s", results.summary(outcome, run_dir, best))
+    return outcome
 
 
 def prepare_resume(cfg: DictConfig, checkpoint_io: Any) -> tuple[Path | None, Mapping[str, Any]]:
-    """Return the checkpoint that the run resumes from and its content, None and an empty dict for a new run.
+    """Return the checkpoint that the run resumes from and its content, None and an empty dict for a new run."""
+    from cifar10_tl.engine.checkpoints import find_resumable
 
-    Raises:
-        UserError: The folder contains a run that is not resumed, or its checkpoints are broken.
-    """
-    from cifar10_tl.engine.checkpoints import copy_to_last, find_resumable
-
-    run_dir = Path(cfg.paths.output_dir)
-    if not cfg.resume and not was_requeued(run_dir):
-        if process_rank() == 0 and (run_dir / RUN_CONFIG).exists():
+    run_dir, is_rank_zero = Path(cfg.paths.output_dir), process_rank() == 0
+    exists = (run_dir / RUN_CONFIG).exists()
+    is_requeued = exists and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0  # SLURM repeats the first command
+    if not cfg.resume and not is_requeued:
+        if exists and is_rank_zero:
             raise UserError(
                 f"paths.output_dir={run_dir}: contains a run; resume it with resume={run_dir}, or use another folder"
             )
         return None, {}
     start, resumed = find_resumable(run_dir, checkpoint_io) or (None, {})
-    if process_rank() == 0:
+    if is_rank_zero:
         remove_temporary(run_dir)
-        if start is not None:
-            copy_to_last(start)
+    if start is not None:
+        log.info("resuming from %s, at step %d", start, resumed["global_step"])
+        if is_rank_zero and start.name != "last.ckpt":
+            checkpoint_io.save_checkpoint(resumed, start.with_name("last.ckpt"))
     return start, resumed
 
 
-def begin(cfg: DictConfig, trainer: pl.Trainer, description: str) -> None:
-    """Write the config of the run, and log its settings and its description, on rank zero."""
-    from cifar10_tl.engine.builder import plain
-    from cifar10_tl.engine.results import log_settings
-
-    if trainer.is_global_zero:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            config = OmegaConf.merge(cfg, {"resume": None, "trust": False})
-            atomic_write_text(Path(cfg.paths.output_dir) / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
-            log_settings(trainer, plain(cfg))
-        log.info("%s", description)
-
-
-@contextmanager
-def only_one_run(run_dir: Path) -> Iterator[None]:
-    """Prevent other runs from writing to the folder.
-
-    Raises:
-        UserError: Another run does.
-    """
-    with ExitStack() as stack:
-        if process_rank() == 0 and run_dir.is_dir() and not stack.enter_context(claim(run_dir)):
-            raise UserError(f"{run_dir}: another process is running in this folder; wait for it or stop it")
-        yield
-
-
 def check_same_run(start: Path, checkpoint: Mapping[str, Any], module: LitClassifier) -> None:
-    """Check that the settings of a run are those of its checkpoint.
-
-    Raises:
-        UserError: They differ; the message names the first difference.
-    """
+    """Check that the settings of a run are those of its checkpoint."""
     for key, value in checkpoint["hyper_parameters"].items():
         if key in module.hparams and module.hparams[key] != value:
             raise UserError(
                 f"{start} was saved with {key}={value}, but {RUN_CONFIG} or the data has {module.hparams[key]}: "
                 f"restore it, or start a new run with init_from={start}"
             )
-
-
-def was_requeued(run_dir: Path) -> bool:
-    """Return whether SLURM has restarted this job after it began a run in ``run_dir``."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and (run_dir / RUN_CONFIG).exists()
 
 
 def main() -> None:

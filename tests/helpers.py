@@ -6,6 +6,8 @@ import csv
 import errno
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,15 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
+
+
+def start_python(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    """Start Python in a process group of its own, whose output goes to one pipe."""
+    ours = ("CIFAR10_TL_RUN_STAMP", "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR", "LOCAL_RANK", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **options)
 
 
 def compose_command(command: str, *overrides: str) -> DictConfig:
@@ -126,8 +137,8 @@ class Accident(Callback):
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._now("validation", trainer.current_epoch)
 
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._now("test", batch_idx)
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._now("test end", 0)
 
 
 class Watcher(Callback):

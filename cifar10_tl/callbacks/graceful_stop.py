@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -26,12 +25,12 @@ class GracefulStop(Callback):
     """Callback that saves ``checkpoints/last.ckpt`` and stops after the step in which a signal was received.
 
     After the last step of an epoch, validation and the regular checkpoints come first. All processes stop at the same
-    step: a signal reaches them at different times, so they agree after about every ``agree_every_n_batches`` batches.
-    A SLURM job that receives SIGUSR1 (see scripts/slurm.sh) is also requeued.
+    step: a signal reaches them at different times, so they agree after about every ten batches. A SLURM job that
+    receives SIGUSR1 (see scripts/slurm.sh) is also requeued.
     """
 
-    def __init__(self, handler: SignalHandler, agree_every_n_batches: int = 10) -> None:
-        self.handler, self.agree_every_n_batches = handler, agree_every_n_batches
+    def __init__(self, handler: SignalHandler) -> None:
+        self.handler = handler
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Skip the training of a resumed run that early stopping has ended."""
@@ -55,7 +54,7 @@ class GracefulStop(Callback):
         """Save and stop after an optimizer step inside an epoch."""
         every = trainer.accumulate_grad_batches
         if trainer.world_size > 1:
-            every *= math.ceil(self.agree_every_n_batches / every)
+            every *= math.ceil(10 / every)
         if trainer.is_last_batch or (batch_idx + 1) % every or not self._should_stop(trainer):
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=False)
@@ -94,8 +93,8 @@ def requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    command = shutil.which("scontrol")
-    if command and subprocess.run([command, "requeue", job]).returncode == 0:  # noqa: S603
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)  # noqa: S603, S607
         log.info("job %s is requeued and will resume in this folder", job)
-    else:
+    except (OSError, subprocess.CalledProcessError):
         log.warning("scontrol requeue %s failed: submit the job again to resume the run", job)

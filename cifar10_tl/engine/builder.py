@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar10_tl.callbacks import GracefulStop, NaNGuard, RunCheckpoint, RunProgressBar, WeightEMA
 from cifar10_tl.config.errors import UserError, known_arguments
-from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import FeatureCache
 from cifar10_tl.engine.checkpoints import RunCheckpointIO
@@ -65,27 +63,17 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
 
 def build_trainer(
     cfg: DictConfig,
-    resumed: Mapping[str, Any] | None = None,
     handler: SignalHandler | None = None,
     checkpoint_io: RunCheckpointIO | None = None,
+    first_epoch: int = 0,
 ) -> pl.Trainer:
-    """Build the Trainer of ``cfg`` with its callbacks and loggers.
-
-    Args:
-        cfg: Config of the train command.
-        resumed: Content of the checkpoint that the run resumes from.
-        handler: Handler of the signals that stop the run.
-        checkpoint_io: Plugin that reads and writes checkpoints.
-
-    Raises:
-        UserError: Lightning refuses the settings, or the batch size is not divisible by the number of devices.
-    """
+    """Build the Trainer of ``cfg``; ``first_epoch`` is the first one that is not complete in a resumed run."""
     callbacks = build_callbacks(cfg, handler)
     try:
         trainer = pl.Trainer(
             **trainer_arguments(cfg),
             callbacks=callbacks,
-            logger=build_loggers(cfg, resumed) or False,
+            logger=build_loggers(cfg, first_epoch) or False,
             default_root_dir=cfg.paths.output_dir,
             enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
             plugins=[checkpoint_io or RunCheckpointIO()],
@@ -129,22 +117,17 @@ def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Call
     return callbacks
 
 
-def build_loggers(cfg: DictConfig, resumed: Mapping[str, Any] | None) -> list[Logger]:
+def build_loggers(cfg: DictConfig, first_epoch: int) -> list[Logger]:
     """Build the loggers of ``cfg.logger``, none for a ``fast_dev_run``.
 
-    TensorBoard discards the epochs that were logged after the checkpoint which is resumed, and does not log the test
-    of the same epoch again.
+    TensorBoard discards what an earlier start of the run has logged for ``first_epoch`` and later ones.
     """
     if cfg.trainer.fast_dev_run:
         return []
     entries = plain(cfg.logger) if cfg.get("logger") else {}
     for entry in entries.values():
         if isinstance(entry, dict) and str(entry.get("_target_")).endswith(".RunTensorBoardLogger"):
-            if resumed is not None:
-                entry["purge_step"] = next_epoch(resumed)
-                entry["tested_epoch"] = (read_results(cfg) or {}).get("best_epoch")
-            elif (Path(cfg.paths.output_dir) / RUN_CONFIG).is_file():  # killed before its first checkpoint
-                entry["purge_step"] = 0
+            entry["purge_step"] = first_epoch
     return instantiate_all(entries, "logger", Logger)
 
 
@@ -152,15 +135,6 @@ def next_epoch(checkpoint: Mapping[str, Any]) -> int:
     """Return the first epoch that is not complete in a checkpoint."""
     rows = checkpoint.get("callbacks", {}).get("MetricsLogger", {}).get("rows", [])
     return int(rows[-1]["epoch"]) + 1 if rows else 0
-
-
-def read_results(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return the tested results of an earlier start of this run, None if there are none."""
-    try:
-        results: dict[str, Any] = json.loads((Path(cfg.paths.output_dir) / "results.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return results if "test" in results else None
 
 
 def skip_idle_hooks(callback: Callback) -> None:
@@ -192,31 +166,22 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
 
 
 def instantiate_all(entries: Mapping[str, Any] | None, group: str, kind: type[Any]) -> list[Any]:
-    """Instantiate the entries of a config group that are not null.
-
-    Raises:
-        UserError: An entry is not of the given kind.
-    """
+    """Instantiate the entries of a config group that are not null, each of which should be a ``kind``."""
     instances = []
     for name, entry in (entries or {}).items():
-        if entry is None:
-            continue
         is_config = isinstance(entry, Mapping | DictConfig) and "_target_" in entry
         instance = instantiate(entry, _convert_="all") if is_config else entry
-        if not isinstance(instance, kind):
+        if isinstance(instance, kind):
+            instances.append(instance)
+        elif instance is not None:
             raise UserError(
                 f"{group}.{name}={instance}: should be a {kind.__name__} (_target_ names its class) or null"
             )
-        instances.append(instance)
     return instances
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Check that the global batch can be divided over the devices.
-
-    Raises:
-        UserError: It cannot; the message names the nearest sizes.
-    """
+    """Check that the global batch can be divided over the devices."""
     below = batch_size // world_size * world_size
     if below != batch_size:
         nearest = " or ".join(str(n) for n in (below, below + world_size) if n)
@@ -231,15 +196,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return container
 
 
-def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, start: Path | None) -> str:
+def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> str:
     """Return a line that describes the run."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    parts = [
-        f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {cfg.model.image_size} px)",
-        f"{cfg.model.head.name} head",
-        f"{trainable / 1e6:.1f} M trainable parameters",
-        f"data {cfg.data.source}",
-        f"{trainer.world_size} x {trainer.strategy.root_device.type}",
-        f"resuming from {start}" if start else f"run folder {cfg.paths.output_dir}",
-    ]
-    return ", ".join(parts)
+    return (
+        f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {cfg.model.image_size} px), "
+        f"{cfg.model.head.name} head, {trainable / 1e6:.1f} M trainable parameters, data {cfg.data.source}, "
+        f"{trainer.world_size} x {trainer.strategy.root_device.type}, run folder {cfg.paths.output_dir}"
+    )

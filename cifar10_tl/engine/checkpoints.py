@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.validation import RULES
 from cifar10_tl.io import atomic_write
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.weights import load_safely
@@ -37,30 +34,21 @@ class RunCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint for Lightning."""
         return self._content.pop(Path(path), None) or super().load_checkpoint(path, *args, **kwargs)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint atomically, see :func:`cifar10_tl.io.atomic_write`.
-
-        Raises:
-            UserError: The file cannot be written; an existing file is unchanged.
-        """
+    def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint. If that fails, an existing file is unchanged."""
         try:
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if it cannot complete the file
             cause = error if isinstance(error, OSError) else error.__context__ or error
-            kept = "the previous checkpoint is unchanged" if Path(path).is_file() else "there is no earlier checkpoint"
             raise UserError(
-                f"cannot write the checkpoint {path}: {cause}; {kept}. Free some disk space, then continue with "
-                f"resume={Path(path).parent.parent}"
+                f"cannot write the checkpoint {path}: {cause}; an earlier one is unchanged. Free some disk space, then "
+                f"continue with resume={Path(path).parent.parent}"
             ) from error
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Return the content of a checkpoint.
-
-    Raises:
-        UserError: The file is missing, broken, or not a checkpoint of this project.
-    """
+    """Return the content of a checkpoint of this project."""
     content = load_safely(path)
     if not isinstance(content, Mapping) or not {"state_dict", "hyper_parameters", "epoch"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project: no state_dict, hyper_parameters and epoch")
@@ -70,25 +58,17 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 def find_resumable(run_dir: Path, checkpoint_io: RunCheckpointIO) -> tuple[Path, Mapping[str, Any]] | None:
     """Return the latest intact checkpoint of a run and its content, None if there is no checkpoint.
 
-    A run killed while it saved an epoch has a best checkpoint that is newer than the last one. The result is then
-    copied to last.ckpt.
-
-    Raises:
-        UserError: All checkpoints are broken.
+    A run killed while it saved an epoch has a best checkpoint that is newer than the last one.
     """
-    folder = run_dir / "checkpoints"
-    paths = sorted(folder.glob("*.ckpt"), key=lambda path: (_step(path), path.name == "last.ckpt"), reverse=True)
-    for path in paths:
+    paths = list((run_dir / "checkpoints").glob("*.ckpt"))
+    for path in sorted(paths, key=lambda path: (_step(path), path.name == "last.ckpt"), reverse=True):
         try:
             content = checkpoint_io.read(path)
             if missing := {"global_step", "optimizer_states", "loops", "callbacks"} - content.keys():
                 raise UserError(f"{path} cannot be resumed: no {', '.join(sorted(missing))}")
+            return path, content
         except UserError as error:
             log.warning("%s", error)
-        else:
-            if path != paths[0]:
-                log.warning("resuming from %s, at step %d", path, content["global_step"])
-            return path, content
     if paths:
         raise UserError(f"{run_dir}: all checkpoints are broken; start a new run, or restore a copy of {paths[0]}")
     return None
@@ -102,20 +82,12 @@ def _step(path: Path) -> int:
         return -1
 
 
-def copy_to_last(path: Path) -> None:
-    """Copy a checkpoint to last.ckpt."""
-    last = path.with_name("last.ckpt")
-    if path != last:
-        with path.open("rb") as source, atomic_write(last) as target:
-            shutil.copyfileobj(source, target)
-
-
 def best_checkpoint(trainer: pl.Trainer) -> tuple[Path, int] | None:
     """Return the best checkpoint of the first checkpoint callback, else last.ckpt, and its epoch; None if broken."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     checkpoint_io: Any = trainer.strategy.checkpoint_io
-    for path in (*([Path(best)] if best else []), last):
+    for path in (Path(best), last):
         if path.is_file():
             try:
                 return path, checkpoint_io.read(path)["epoch"]
@@ -125,11 +97,7 @@ def best_checkpoint(trainer: pl.Trainer) -> tuple[Path, int] | None:
 
 
 def restore(checkpoint: Path) -> LitClassifier:
-    """Return the classifier of a checkpoint, in eval mode on the CPU.
-
-    Raises:
-        UserError: The file is missing, broken, not a checkpoint, or of an incompatible version.
-    """
+    """Return the classifier of a checkpoint, in eval mode on the CPU."""
     content = read_checkpoint(checkpoint)
     try:
         module = LitClassifier(**content["hyper_parameters"])
@@ -138,13 +106,3 @@ def restore(checkpoint: Path) -> LitClassifier:
         raise UserError(f"{checkpoint} does not fit this version of cifar10_tl: {error}") from error
     module.on_load_checkpoint(dict(content))
     return module.eval()
-
-
-def recorded_precision(checkpoint: Path) -> str | None:
-    """Return the precision in which a run was tested, None if its results.json is not beside the checkpoint."""
-    try:
-        results = json.loads((checkpoint.resolve().parent.parent / "results.json").read_text())
-        precision = results["environment"]["precision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return precision if RULES["trainer.precision"].is_valid(precision) else None

@@ -10,15 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from cifar10_tl.callbacks import RunProgressBar
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
-from cifar10_tl.engine.checkpoints import read_checkpoint, recorded_precision, restore
+from cifar10_tl.engine.checkpoints import read_checkpoint, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
-from cifar10_tl.engine.results import describe, environment, images_checksum, write_json, write_predictions
+from cifar10_tl.engine.results import describe, environment, images_checksum, read_results, write_results
 from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics import ground_truth
 from cifar10_tl.metrics.calibration import fit_temperature
@@ -33,11 +32,7 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate ``cfg.checkpoint``, write metrics, figures and predictions, and return the content of results.json.
-
-    Raises:
-        UserError: A file cannot be used, or a setting does not fit the checkpoint or its data.
-    """
+    """Evaluate ``cfg.checkpoint``, write metrics, figures and predictions, and return the content of results.json."""
     quiet_libraries()
     start = time.perf_counter()
     module = restore(Path(cfg.checkpoint))
@@ -74,9 +69,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     for name, figure in evaluation_figures(evaluation, evaluation.scaled(temperature), split, where).items():
         with atomic_write(run_dir / "figures" / f"{name}_{cfg.split}.png") as file:
             file.write(to_png(figure))
-    write_predictions(run_dir / "predictions.csv", evaluation)
     results["seconds"] = {"evaluate": time.perf_counter() - start}
-    write_json(run_dir / "results.json", results)
+    write_results(run_dir, results, evaluation)
     log.info("%s", describe(results, run_dir))
     return results
 
@@ -100,12 +94,11 @@ class Evaluator:
         self.module, self.trainer, self.batch_size = module, trainer, batch_size
         tune_for(trainer.strategy.root_device, module.network)
 
-    def __call__(self, split: Split, description: str, images: Tensor | None = None) -> Evaluation:
-        """Evaluate a split, or other ``images`` with its labels; the progress bar shows ``description``."""
+    def __call__(self, split: Split, description: str) -> Evaluation:
+        """Evaluate a split; the progress bar shows ``description``."""
         bar = self.trainer.progress_bar_callback
         if isinstance(bar, RunProgressBar):
             bar.description = description
-        split = split if images is None else Split(images, split.labels, split.indices)
         sampler = BatchSampler(len(split), self.batch_size, shuffle=False)
         loader = BatchLoader(split, sampler, pin_memory=self.trainer.strategy.root_device.type == "cuda")
         self.trainer.test(self.module, dataloaders=loader, verbose=False)
@@ -116,8 +109,14 @@ class Evaluator:
         """Return the scores of the mean probabilities of ``evaluation`` and of additional views."""
         views = [evaluation]
         for images in additional_views(split.images, name):
-            views.append(self(split, f"view {len(views) + 1}", images))
+            view = Split(images, split.labels, split.indices)
+            views.append(self(view, f"view {len(views) + 1}"))
         return {"name": name, "views": len(views), **Evaluation.mean_of(views).scores()}
+
+
+def recorded_precision(checkpoint: Path) -> str | None:
+    """Return the precision of the run of a checkpoint, None if its results.json is not in the folder above."""
+    return read_results(checkpoint.resolve().parent.parent).get("environment", {}).get("precision")
 
 
 def build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -141,11 +140,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
 
 
 def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModule:
-    """Return the data of ``cfg.data``, completed by the settings in the checkpoint and loaded.
-
-    Raises:
-        UserError: The classes are not those of the checkpoint, or a setting does not fit the data or the checkpoint.
-    """
+    """Return the data of ``cfg.data``, completed by the settings in the checkpoint and loaded."""
     trained_with = read_checkpoint(Path(cfg.checkpoint)).get("datamodule_hyper_parameters", {})
     settings: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings.pop("cache_features", None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -15,12 +15,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
 from cifar10_tl.config import PACKAGE_DIR
+from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.io import atomic_write_text, csv_text
 from cifar10_tl.metrics.calibration import NUM_BINS
@@ -28,17 +29,29 @@ from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.lit_classifier import LitClassifier
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as standard JSON, with null for NaN and infinity."""
-    atomic_write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+def begin(cfg: DictConfig, trainer: pl.Trainer) -> None:
+    """Write the config to the run folder and to TensorBoard."""
+    if not cfg.trainer.fast_dev_run:
+        config = OmegaConf.merge(cfg, {"resume": None, "trust": False})
+        atomic_write_text(Path(cfg.paths.output_dir) / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        log_settings(trainer, {"config": plain(cfg)})
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """Return the content of results.json in a run folder, empty if there is none."""
+    try:
+        results = json.loads((run_dir / "results.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) else {}
+
+
+def write_results(run_dir: Path, results: Mapping[str, Any], evaluation: Evaluation | None) -> None:
+    """Write results.json, with null for NaN and infinity, and the predictions of an evaluation."""
+    if evaluation is not None:
+        write_predictions(run_dir / "predictions.csv", evaluation)
+    finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    atomic_write_text(run_dir / "results.json", json.dumps(finite, indent=2) + "\n")
 
 
 def write_predictions(path: Path, evaluation: Evaluation) -> None:
@@ -72,37 +85,26 @@ def environment(device: torch.device, num_devices: int, precision: str) -> dict[
 
 
 def _processor(device: torch.device) -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text().split("model name")[1:2] if cpuinfo.is_file() else []
-    name = names[0].split("\n")[0].lstrip("\t :") if names else platform.processor()
-    return f"{device.type} ({name})"
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{device.type} ({found[1] if found else platform.processor()})"
 
 
 def _git_commit() -> str | None:
     """Return the commit of this checkout, with "-dirty" if files were changed; None for an installed package."""
-    if not (PACKAGE_DIR.parent / ".git").exists():
-        return None
+    command = ["git", "--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
-            cwd=PACKAGE_DIR.parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, cwd=PACKAGE_DIR.parent, check=True, capture_output=True, text=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:
-    """Return a nested config as one dict with dotted keys and values that TensorBoard accepts."""
-    settings: dict[str, bool | str | float | int] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as one dict with dotted keys."""
+    settings: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            settings |= flat(value, f"{prefix}{key}.")
-        else:
-            settings[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float)) else str(value)
+        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return settings
 
 
@@ -139,13 +141,10 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
 
 
 def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> str:
-    """Return the table of scores: uncalibrated, temperature-scaled, and averaged over views."""
     calibrated = scores["calibrated"]
-    header = ["", "uncalibrated", f"temperature-scaled (val, {calibrated['temperature']:.3f})"]
-    columns = [scores, calibrated]
+    columns = {"uncalibrated": scores, f"temperature-scaled (val, {calibrated['temperature']:.3f})": calibrated}
     if views is not None:
-        header.append(f"{views['name']}, {views['views']} views")
-        columns.append(views)
+        columns[f"{views['name']}, {views['views']} views"] = views
     formats = {
         "accuracy": ("acc", ".2%"),
         "95% interval (Wilson)": ("acc_interval", ""),
@@ -155,26 +154,22 @@ def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> 
         "Brier score": ("brier", ".4f"),
         f"calibration error ({NUM_BINS} bins)": ("ece", ".2%"),
     }
-    return text_table(
-        header,
-        [[title, *(_cell(column.get(key), form) for column in columns)] for title, (key, form) in formats.items()],
-    )
+    rows = [[title, *(_cell(c.get(key), form) for c in columns.values())] for title, (key, form) in formats.items()]
+    return text_table(["", *columns], rows)
 
 
 def _cell(value: Any, form: str) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value[0]:.2f} to {value[1]:.2%}" if isinstance(value, list) else format(value, form)
+    if isinstance(value, list):
+        return f"{100 * value[0]:.2f} to {value[1]:.2%}"
+    return "" if value is None else format(value, form)
 
 
 def _class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
     title = "class"
     if len(per_class) > limit:
         title, per_class = f"{limit} classes with the lowest F1", sorted(per_class, key=lambda row: row["f1"])[:limit]
-    rows = [
-        [row["class"], *(f"{row[k]:.1%}" for k in ("precision", "recall", "f1")), str(row["count"])]
-        for row in per_class
-    ]
+    scores = ("precision", "recall", "f1")
+    rows = [[row["class"], *(f"{row[key]:.1%}" for key in scores), str(row["count"])] for row in per_class]
     return text_table([title, "precision", "recall", "F1", "images"], rows)
 
 
@@ -185,19 +180,15 @@ def _confusion(error: Mapping[str, Any]) -> str:
 def fit_results(
     cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, best_epoch: int | None, seconds: float
 ) -> dict[str, Any]:
-    """Return the results of a fit. Call it before ``trainer.test``, which restores the state of the callbacks.
+    """Return the results of a fit that took ``seconds`` since this start of the run.
 
-    Args:
-        cfg: Config of the train command.
-        module: Module that was trained.
-        trainer: Trainer that trained it.
-        best_epoch: Epoch of the best checkpoint.
-        seconds: Wall-clock time of the fit since the run was started or resumed.
+    Call it before ``trainer.test``, which restores the state of the callbacks.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     logger = next((c for c in callbacks if isinstance(c, MetricsLogger)), MetricsLogger())
     throughput = next((c for c in callbacks if isinstance(c, Throughput)), Throughput())
     best_row = next((row for row in logger.rows if row["epoch"] == best_epoch), {})
+    precision = str(trainer.precision_plugin.precision)
     return {
         "val": {key: best_row.get(f"val/{key}") for key in ("acc", "loss", "count")},
         "best_epoch": best_epoch,
@@ -206,27 +197,20 @@ def fit_results(
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),
         "config": plain(cfg),
-        "environment": environment(
-            trainer.strategy.root_device, trainer.world_size, str(trainer.precision_plugin.precision)
-        ),
+        "environment": environment(trainer.strategy.root_device, trainer.world_size, precision),
     }
 
 
-def test_results(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> dict[str, Any]:
-    """Return the results of a test.
-
-    Raises:
-        RuntimeError: The test did not count every image once.
-    """
+def test_results(cfg: DictConfig, module: LitClassifier, images: Tensor) -> dict[str, Any]:
+    """Return the results of the test on ``images``, after checking that each of them was counted once."""
     assert module.evaluation is not None
-    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    count, expected = len(module.evaluation), len(datamodule.splits["test"])
-    if cfg.trainer.limit_test_batches is None and count != expected:
-        raise RuntimeError(f"the test counted {count} of {expected} images")
+    count, is_limited = len(module.evaluation), cfg.trainer.limit_test_batches is not None or cfg.trainer.fast_dev_run
+    if count != len(images) and not is_limited:
+        raise RuntimeError(f"the test counted {count} of {len(images)} images")
     return {
         "test": module.evaluation.metrics(),
         "confusion_matrix": module.evaluation.confusion_matrix.tolist(),
-        "test_images": images_checksum(datamodule.splits["test"].images),
+        "test_images": images_checksum(images),
     }
 
 
@@ -235,33 +219,22 @@ def images_checksum(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 
-def write_results(run_dir: Path, results: Mapping[str, Any], module: LitClassifier, trainer: pl.Trainer) -> None:
-    """Write results.json, predictions.csv and HPARAMS on rank zero."""
-    log_settings(trainer, results["config"], results)
-    write_json(run_dir / "results.json", results)
-    if "test" in results:
-        assert module.evaluation is not None
-        write_predictions(run_dir / "predictions.csv", module.evaluation)
-
-
-def log_settings(trainer: pl.Trainer, config: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> None:
-    """Log the settings of a run to TensorBoard's hparams.yaml and, with the metrics of its test, to HPARAMS."""
+def log_settings(trainer: pl.Trainer, results: Mapping[str, Any], epoch: int | None = None) -> None:
+    """Log ``results["config"]`` to TensorBoard, with the metrics of the test of ``epoch`` if there are any."""
     groups = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "init_from")
-    settings = flat({key: value for key, value in config.items() if key in groups})
-    test = (results or {}).get("test", {})
+    settings = flat({key: value for key, value in results["config"].items() if key in groups})
+    metrics = {f"test/{key}": results["test"][key] for key in ("acc", "loss") if "test" in results}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            metrics = {f"test/{key}": test[key] for key in ("acc", "loss") if key in test}
-            logger.log_hyperparams(settings, metrics, step=(results or {}).get("best_epoch"))
+            logger.log_hyperparams(settings, metrics, step=epoch)
 
 
 def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str:
     """Return the closing summary of a run."""
-    val, test = results["val"], results.get("test")
     lines = ["", "  no validation"]
-    if val["acc"] is not None:
-        lines = ["", f"  best epoch {results['best_epoch']}, val acc {val['acc']:.2%}"]
-    if test:
+    if (val_acc := results["val"]["acc"]) is not None:
+        lines = ["", f"  best epoch {results['best_epoch']}, val acc {val_acc:.2%}"]
+    if test := results.get("test"):
         lines.append(f"  test acc {test['acc']:.2%}, loss {test['loss']:.4f}, {test['count']} images")
     lines += [
         f"  figures      {run_dir / 'figures'}",

@@ -9,22 +9,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoardLogger with one event file per start of a run, and one point per test of an epoch.
+    """TensorBoardLogger with one event file per start of a run, and one point per test.
 
-    Args:
-        tested_epoch: Epoch whose test was logged before the run was resumed.
-        options: Arguments of TensorBoardLogger.
+    A test is logged by ``log_hyperparams`` alone, when its results are complete: a run that is killed before that
+    tests again when it is resumed.
     """
 
-    def __init__(self, *, tested_epoch: int | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self._logged = {("test/acc", tested_epoch), ("test/loss", tested_epoch)}
-
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics, without a second test of the same epoch (as from ``log_hyperparams``)."""
-        new = {name: value for name, value in metrics.items() if (name, step) not in self._logged}
-        self._logged |= {(name, step) for name in new if name.startswith("test/")}
-        super().log_metrics(new, step)
+        """Log metrics, except those that :meth:`log_hyperparams` logs."""
+        super().log_metrics({k: v for k, v in metrics.items() if k not in ("test/acc", "test/loss")}, step)
+
+    def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
+        """Log settings and the metrics of a test."""
+        super().log_hyperparams(params, metrics, step)
+        super().log_metrics(metrics or {}, step)
 
     def finalize(self, status: str) -> None:
         """Flush the event file; Lightning would close it after ``fit`` and start another one for ``test``."""

@@ -9,17 +9,13 @@ from cifar10_tl.callbacks.graceful_stop import requeue
 
 
 @pytest.mark.parametrize(
-    ("variables", "job"),
-    [
-        ({"SLURM_JOB_ID": "17"}, "17"),
-        ({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}, "15_2"),
-    ],
+    ("array", "job"), [({}, "17"), ({"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}, "15_2")]
 )
-def test_job_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], job: str) -> None:
+def test_job_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: dict[str, str], job: str) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n')
     scontrol.chmod(0o755)
-    for name, value in (variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}).items():
+    for name, value in {"SLURM_JOB_ID": "17", **array, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
     requeue()
     assert (tmp_path / "arguments").read_text() == f"requeue {job}\n"

@@ -16,10 +16,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, rows
+from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, rows, start_python
 from torch import Tensor
 
-from cifar10_tl.config.run_dir import STAMP_VARIABLE
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.engine.builder import build_datamodule, build_module
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -34,17 +33,9 @@ TWO = ("trainer=ddp_cpu", "trainer.devices=2")
 TRAIN = ("-m", "cifar10_tl.train")
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    ours = {STAMP_VARIABLE, "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR", "LOCAL_RANK"}
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **options)
-
-
-def finish(*arguments: str, cwd: Path, status: int = 0) -> str:
+def finish(*arguments: str, cwd: Path, status: int = 0, **variables: str) -> str:
     """Run a command to its end and return its output."""
-    process = command(*arguments, cwd=cwd)
+    process = start_python(*arguments, cwd=cwd, **variables)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == status, output
     return output
@@ -93,20 +84,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])
 def test_two_processes_train_like_one(runs: dict[str, Path], name: str) -> None:
-    assert_same_metrics(runs[name], runs["one"], rel=1e-4)
-    one, two = (
-        torch.load(runs[key] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for key in ("one", name)
+    one, two = runs["one"], runs[name]
+    assert_same_metrics(two, one, rel=1e-4)
+    expected, actual = (
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)
     )
-    for key, value in one.items():
-        assert torch.allclose(value, two[key], atol=1e-4), key
-
-
-@pytest.mark.parametrize("name", ["two", "torchrun"])
-def test_two_processes_count_each_image_once(runs: dict[str, Path], name: str) -> None:
-    one, two = results(runs["one"]), results(runs[name])
-    assert (two["val"]["count"], two["test"]["count"], two["environment"]["devices"]) == (33, 35, 2)
-    assert two["confusion_matrix"] == one["confusion_matrix"]
-    assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
+    assert all(torch.allclose(value, actual[key], atol=1e-4) for key, value in expected.items())
+    counts = results(two)["val"]["count"], results(two)["test"]["count"], results(two)["environment"]["devices"]
+    assert counts == (33, 35, 2), "each image is counted once"
+    assert results(two)["confusion_matrix"] == results(one)["confusion_matrix"]
+    assert results(two)["test"]["loss"] == pytest.approx(results(one)["test"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])
@@ -120,29 +107,23 @@ def test_two_processes_write_the_files_of_one(runs: dict[str, Path], name: str) 
     assert (runs[name] / "train.log").read_text().count("test acc") == 1
 
 
-def as_torchrun(rank: int, work: Callable[..., None], world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
+def evaluate(rank: int, world_size: int, port: int, overrides: tuple[str, ...], file: Path) -> None:
+    """Test an untrained network in a process of torchrun; the last one writes its evaluation."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    work(*arguments)
-
-
-def in_processes(world_size: int, work: Callable[..., None], *arguments: Any, method: str) -> None:
-    """Call ``work(*arguments)`` in processes with the environment variables of torchrun."""
-    given = (work, world_size, free_port(), arguments)
-    torch.multiprocessing.start_processes(as_torchrun, given, nprocs=world_size, start_method=method)
-
-
-def evaluate(overrides: tuple[str, ...], world_size: int, file: Path) -> None:
-    """Test an untrained network; the last process writes its evaluation."""
     cfg = compose_train(*overrides)
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     module = build_module(cfg, datamodule)
-    strategy = "ddp" if world_size > 1 else "auto"
-    options = {"logger": False, "enable_progress_bar": False, "use_distributed_sampler": False}
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world_size, strategy=strategy, default_root_dir=file.parent, **options
+        accelerator="cpu",
+        devices=world_size,
+        strategy="ddp" if world_size > 1 else "auto",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=file.parent,
     )
     trainer.test(module, datamodule=datamodule, verbose=False)
     found = module.evaluation
@@ -155,7 +136,8 @@ def evaluate(overrides: tuple[str, ...], world_size: int, file: Path) -> None:
 def test_evaluation_does_not_depend_on_the_number_of_processes(images: int, tmp_path: Path) -> None:
     overrides = (*PLAIN, "data.batch_size=12", f"data.image_limit={images}")
     for world_size in (1, 2, 3):
-        in_processes(world_size, evaluate, overrides, world_size, tmp_path / str(world_size), method="fork")
+        given = (world_size, free_port(), overrides, tmp_path / str(world_size))
+        torch.multiprocessing.start_processes(evaluate, given, nprocs=world_size, start_method="fork")
     *expected, logits, metrics = torch.load(tmp_path / "1", weights_only=True)
     assert expected[0].unique().numel() == len(expected[0]) == images
     for world_size in (2, 3):
@@ -177,20 +159,16 @@ class HalfBatchNorm(LitClassifier):
         return torch.stack((first, second), 1).flatten(0, 1).float()
 
 
-def train_here(*overrides: str) -> None:
-    train(compose_train(*overrides))
-
-
 def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of the two processes: the order of sums depends on it
     run = (*PLAIN, "callbacks=minimal", "logger=none", "optimizer=sgd", "optimizer.lr=0.001")
-    in_processes(2, train_here, *run, *TWO, f"paths.output_dir={tmp_path / 'two'}", method="spawn")
-    train_here(*run, f"paths.output_dir={tmp_path / 'one'}")
+    finish(*TRAIN, *run, *TWO, "paths.output_dir=two", cwd=tmp_path)
+    train(compose_train(*run, f"paths.output_dir={tmp_path / 'one'}"))
     monkeypatch.setattr("cifar10_tl.engine.builder.LitClassifier", HalfBatchNorm)
-    train_here(*run, f"paths.output_dir={tmp_path / 'halves'}")
+    train(compose_train(*run, f"paths.output_dir={tmp_path / 'halves'}"))
     torch.set_num_threads(threads)
     one, two, halves = (rows(tmp_path / name) for name in ("one", "two", "halves"))
     for key in ("train/loss", "val/loss"):
@@ -226,7 +204,7 @@ def test_indivisible_batch_is_reported_once(tmp_path: Path) -> None:
     assert "62 or 64" in output
 
 
-def test_slurm_script_starts_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_script_starts_one_run(tmp_path: Path) -> None:
     """A stand-in for srun starts two processes with the variables of SLURM."""
     scripts = {
         "python": f'exec {sys.executable} "$@"',
@@ -240,18 +218,12 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
         (tmp_path / name).chmod(0o755)
     slurm = {"JOB_ID": "4242", "JOB_NAME": "cifar10_tl", "JOB_NUM_NODES": "1", "NNODES": "1", "NODELIST": "127.0.0.1"}
     slurm |= {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NODEID": "0", "CPUS_PER_TASK": "8", "SUBMIT_DIR": str(tmp_path)}
-    environment = {k: v for k, v in os.environ.items() if k not in (STAMP_VARIABLE, "PL_GLOBAL_SEED", "MASTER_PORT")}
-    environment |= {f"SLURM_{key}": value for key, value in slurm.items()}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = {f"SLURM_{key}": value for key, value in slurm.items()}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     overrides = [override for override in PLAIN if not override.startswith("trainer.devices")]
-    done = subprocess.run(
-        ["bash", str(REPOSITORY / "scripts" / "slurm.sh"), *overrides, "callbacks=minimal"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = str(REPOSITORY / "scripts" / "slurm.sh")
+    bash = f"import os; os.execvp('bash', {['bash', script, *overrides, 'callbacks=minimal']})"
+    finish("-c", bash, cwd=tmp_path, **environment)
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     assert run.name == "slurm-4242"
     assert (results(run)["environment"]["devices"], results(run)["test"]["count"]) == (2, 35)
@@ -265,7 +237,7 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
 @pytest.mark.parametrize("victim", ["child", "parent"])
 def test_killed_process_ends_the_run_with_one_line(tmp_path: Path, victim: str) -> None:
     overrides = (*FROZEN, *TWO, "callbacks=minimal", "paths.output_dir=run", "trainer.max_epochs=100")
-    job = command(*TRAIN, *overrides, cwd=tmp_path)
+    job = start_python(*TRAIN, *overrides, cwd=tmp_path)
     wait_for_an_epoch(job, tmp_path / "run")
     child = child_of(job)
     os.kill(child if victim == "child" else job.pid, signal.SIGKILL)
@@ -286,7 +258,7 @@ def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
     overrides = (*FROZEN, *TWO, "callbacks=minimal", "data.train_size=1100", "trainer.max_epochs=3")
 
     def stop(send: Callable[[int, int], None], signum: signal.Signals, *arguments: str) -> None:
-        job = command(*TRAIN, *arguments, cwd=tmp_path)
+        job = start_python(*TRAIN, *arguments, cwd=tmp_path)
         wait_for_an_epoch(job, tmp_path / "run")
         send(job.pid, signum)
         output, _ = job.communicate(timeout=60)

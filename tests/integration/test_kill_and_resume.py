@@ -6,17 +6,16 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL, TINY, Accident, compose_train, resume, rows
+from helpers import REPOSITORY, SMALL, TINY, Accident, compose_train, resume, rows, start_python
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -92,10 +91,10 @@ def assert_same(run: Path, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("signum", "place", "number", "message", "requeued"),
     [
-        (signal.SIGTERM, "step", 1, "at epoch 0, step 2", True),
-        pytest.param(signal.SIGINT, "validation", 0, "after epoch 0", False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "step", 5, "after the last epoch", False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "test", 0, "", False, marks=pytest.mark.slow),
+        (signal.SIGTERM, "step", 1, "stopped by SIGTERM at epoch 0, step 2", True),
+        pytest.param(signal.SIGINT, "validation", 0, "stopped by SIGINT after epoch 0", False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "step", 5, "stopped by SIGTERM after the last", False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "test end", 0, "", False, marks=pytest.mark.slow),
     ],
 )
 def test_run_stopped_by_a_signal_resumes_exactly(
@@ -115,7 +114,7 @@ def test_run_stopped_by_a_signal_resumes_exactly(
         start(tmp_path)
     assert stopped.value.code == 128 + signum
     assert f"resume with: python -m cifar10_tl.train resume={tmp_path}" in caplog.text
-    assert not message or f"stopped by {signum.name} {message}" in caplog.text
+    assert message in caplog.text
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "previous handlers should be restored"
     if requeued:  # SLURM repeats the first command
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -123,6 +122,7 @@ def test_run_stopped_by_a_signal_resumes_exactly(
     else:
         resume(tmp_path)
     assert_same(tmp_path, expected)
+    assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("test/acc")) == 1
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_run_killed_between_its_two_checkpoints_resumes_from_the_newer(run: Path
 
 
 @pytest.mark.slow
-def test_finished_run_can_be_made_longer(run: Path, whole: Path) -> None:
+def test_finished_run_can_be_made_longer(run: Path) -> None:
     temporary = run / "checkpoints" / ".last.ckpt.abc.tmp"
     temporary.touch()
     killed("step", 7, resume, run, "trainer.max_epochs=3")
@@ -160,7 +160,7 @@ def test_finished_run_can_be_made_longer(run: Path, whole: Path) -> None:
     assert OmegaConf.load(run / RUN_CONFIG).trainer.max_epochs == 3
     results = resume(run)
     assert results["epochs"] == len(rows(run)) == 3
-    assert results["val"]["acc"] >= max(float(row["val/acc"]) for row in rows(whole))
+    assert results["val"]["acc"] == max(float(row["val/acc"]) for row in rows(run))
 
 
 # -------------------------------------------------------------------------------------------------- damaged run folders
@@ -169,6 +169,7 @@ def test_finished_run_can_be_made_longer(run: Path, whole: Path) -> None:
 def test_broken_checkpoints_are_not_resumed(
     run: Path, expected: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     last, best = (run / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
     flip_bit(last)
     resume(run)
@@ -203,16 +204,11 @@ def test_two_processes_cannot_write_to_one_folder(run: Path) -> None:
             resume(run)
 
 
-def test_code_of_others_is_not_run_unless_trusted(whole: Path, tmp_path: Path) -> None:
-    config = OmegaConf.load(whole / RUN_CONFIG)
-    del config.callbacks.accident
-    config.callbacks.curves = {"_target_": "os.system", "command": f"touch {tmp_path / 'harm'}"}
-    OmegaConf.save(config, tmp_path / RUN_CONFIG)
-    given = [f"resume={tmp_path}"]
-    with pytest.raises(UserError, match=r"callbacks\.curves\._target_=os\.system.* trust=true"):
+def test_code_of_others_is_not_run_unless_trusted(run: Path) -> None:
+    given = [f"resume={run}"]
+    with pytest.raises(UserError, match=r"callbacks\.accident\._target_=helpers\.Accident.* trust=true"):
         resumed_config(compose_train(*given), given)
-    assert resumed_config(compose_train(*given), [*given, "trust=true"]).callbacks.curves["_target_"] == "os.system"
-    assert not (tmp_path / "harm").exists()
+    assert "accident" in resumed_config(compose_train(*given), [*given, "trust=true"]).callbacks
 
 
 # ------------------------------------------------------------------------------------------------------------ full disk
@@ -237,7 +233,7 @@ def test_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000,) * 2); "
         "from cifar10_tl.train import main; main()"
     )
-    process = command("-c", code, *SMALL, *TINY, "trainer.max_epochs=1", "paths.output_dir=run", cwd=tmp_path)
+    process = start_python("-c", code, *SMALL, *TINY, "trainer.max_epochs=1", "paths.output_dir=run", cwd=tmp_path)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
@@ -246,29 +242,3 @@ def test_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert not (tmp_path / "run" / "results.json").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, text=True, **pipes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_process_stopped_by_a_signal_prints_how_to_resume(tmp_path: Path, signum: signal.Signals) -> None:
-    overrides = (*SMALL, *TINY, "trainer.max_epochs=200", "paths.output_dir=run")
-    process = command("-m", "cifar10_tl.train", *overrides, cwd=tmp_path)
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    process.send_signal(signum)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, output
-    assert "resume with: python -m cifar10_tl.train resume=run" in output
-    assert "Traceback" not in output
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert saved_step(tmp_path / "run") > 0
