@@ -90,6 +90,11 @@ def rows(run: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run / "metrics.csv").open()))
 
 
+def saved_step(run: Path) -> int:
+    """Return the step of last.ckpt."""
+    return int(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True, mmap=True)["global_step"])
+
+
 def write_png(folder: Path, images: torch.Tensor) -> None:
     """Write images, uint8 [N, 3, S, S], as 00.png, 01.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)

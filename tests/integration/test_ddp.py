@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -20,7 +18,8 @@ from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, rows, sta
 from torch import Tensor
 
 from cifar10_tl.data.batch import Batch
-from cifar10_tl.engine.builder import build_datamodule, build_module
+from cifar10_tl.engine.builder import build_datamodule, build_module, build_trainer
+from cifar10_tl.engine.results import read_results
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
 
@@ -57,10 +56,6 @@ def child_of(process: subprocess.Popen[str]) -> int:
     return int(child)
 
 
-def results(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
-
-
 def assert_same_metrics(run: Path, other: Path, rel: float) -> None:
     for row, expected in zip(rows(run), rows(other), strict=True):
         for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
@@ -90,10 +85,11 @@ def test_two_processes_train_like_one(runs: dict[str, Path], name: str) -> None:
         torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)
     )
     assert all(torch.allclose(value, actual[key], atol=1e-4) for key, value in expected.items())
-    counts = results(two)["val"]["count"], results(two)["test"]["count"], results(two)["environment"]["devices"]
+    expected, actual = read_results(one), read_results(two)
+    counts = (actual["val"]["count"], actual["test"]["count"], actual["environment"]["devices"])
     assert counts == (33, 35, 2), "each image is counted once"
-    assert results(two)["confusion_matrix"] == results(one)["confusion_matrix"]
-    assert results(two)["test"]["loss"] == pytest.approx(results(one)["test"]["loss"], rel=1e-4)
+    assert actual["confusion_matrix"] == expected["confusion_matrix"]
+    assert actual["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])
@@ -112,19 +108,10 @@ def evaluate(rank: int, world_size: int, port: int, overrides: tuple[str, ...], 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    cfg = compose_train(*overrides)
+    cfg = compose_train(*overrides, "trainer=ddp_cpu", f"trainer.devices={world_size}")
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
-    module = build_module(cfg, datamodule)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy="ddp" if world_size > 1 else "auto",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=file.parent,
-    )
+    module, trainer = build_module(cfg, datamodule), build_trainer(cfg)
     trainer.test(module, datamodule=datamodule, verbose=False)
     found = module.evaluation
     assert found is not None
@@ -134,7 +121,7 @@ def evaluate(rank: int, world_size: int, port: int, overrides: tuple[str, ...], 
 
 @pytest.mark.parametrize("images", [2, 35])
 def test_evaluation_does_not_depend_on_the_number_of_processes(images: int, tmp_path: Path) -> None:
-    overrides = (*PLAIN, "data.batch_size=12", f"data.image_limit={images}")
+    overrides = (*PLAIN, "callbacks=minimal", "logger=none", "data.batch_size=12", f"data.image_limit={images}")
     for world_size in (1, 2, 3):
         given = (world_size, free_port(), overrides, tmp_path / str(world_size))
         torch.multiprocessing.start_processes(evaluate, given, nprocs=world_size, start_method="fork")
@@ -183,7 +170,7 @@ def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
     assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 3, "train, val and test"
     finish(*TRAIN, *cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
     assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
-    assert results(tmp_path / "two")["test"]["count"] == 35
+    assert read_results(tmp_path / "two")["test"]["count"] == 35
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
@@ -195,7 +182,7 @@ def test_sweep_has_one_folder_per_job(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps"}
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
-    assert [results(sweep / job)["config"]["seed"] for job in ("0", "1")] == [1, 2]
+    assert [read_results(sweep / job)["config"]["seed"] for job in ("0", "1")] == [1, 2]
 
 
 def test_indivisible_batch_is_reported_once(tmp_path: Path) -> None:
@@ -226,7 +213,7 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
     finish("-c", bash, cwd=tmp_path, **environment)
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     assert run.name == "slurm-4242"
-    assert (results(run)["environment"]["devices"], results(run)["test"]["count"]) == (2, 35)
+    assert (read_results(run)["environment"]["devices"], read_results(run)["test"]["count"]) == (2, 35)
     assert (run / "train.log").read_text().count("test acc") == 1
     assert {"--kill-on-bad-exit=1", "--cpus-per-task=8"} == set((tmp_path / "srun-options").read_text().split())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import SMALL, TINY, StepLosses, compose_train, resume, rows
+from helpers import SMALL, TINY, StepLosses, compose_train, resume, rows, saved_step
 from omegaconf import DictConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,6 +22,7 @@ from torch import nn
 from cifar10_tl.config.errors import UserError, explain
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.engine.results import read_results
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.network import TransferResNet
 from cifar10_tl.train import train
@@ -42,20 +42,12 @@ def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
 
 
-def read_results(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
-
-
 def read_events(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
 
 
 def modified(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def last_step(run: Path) -> int:
-    return int(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True, mmap=True)["global_step"])
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
@@ -182,7 +174,7 @@ def test_ended_run_is_not_trained_further(
     run = Path(cfg.paths.output_dir)
     before = train(cfg)
     assert before is not None
-    step, state = last_step(run), weights(run)
+    step, state = saved_step(run), weights(run)
     assert step in steps
     assert len(steps) > 1 or (before["val"]["count"] is None) == (step < 3), "an incomplete epoch is not validated"
     (run / "results.json").unlink()
@@ -190,7 +182,7 @@ def test_ended_run_is_not_trained_further(
     after = resume(run)
     assert caplog.text.count("nothing left to train") == 1
     assert after["seconds"]["fit"] > after["seconds"]["first_step"] == before["seconds"]["first_step"]
-    assert last_step(run) == step
+    assert saved_step(run) == step
     assert all(torch.equal(value, state[name]) for name, value in weights(run).items())
     assert after["test"] == read_results(run)["test"] == before["test"]
 
