@@ -59,7 +59,7 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
 def _choose_view(batch: Batch, features: Tensor, draw: KeyedRNG, settings: Augment) -> Batch:
     if not settings.horizontal_flip:
         return batch._replace(features=features[:, 0])
-    mirrored = _mirrored(draw)
+    mirrored = draw.uniform("flip") < 0.5
     images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
     rows = torch.arange(len(features), device=features.device)
     return batch._replace(images=images, features=features[rows, mirrored.long()])
@@ -72,16 +72,12 @@ def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
     rows = torch.arange(height, device=images.device).expand(len(images), -1)
     columns = torch.arange(width, device=images.device).expand(len(images), -1)
     if settings.horizontal_flip:
-        columns = torch.where(_mirrored(draw)[:, None], width - 1 - columns, columns)
+        columns = torch.where(draw.uniform("flip")[:, None] < 0.5, width - 1 - columns, columns)
     if padding:
         rows = _reflect(rows + draw.integer("top", 2 * padding + 1)[:, None] - padding, height)
         columns = _reflect(columns + draw.integer("left", 2 * padding + 1)[:, None] - padding, width)
     source = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     return images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
-
-
-def _mirrored(draw: KeyedRNG) -> Tensor:
-    return draw.uniform("flip") < 0.5
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:

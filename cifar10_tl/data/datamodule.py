@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.data.augment import Augment, augment
 from cifar10_tl.data.batch import Batch, BatchLoader, BatchSampler, Split
-from cifar10_tl.data.feature_cache import FeatureCache
+from cifar10_tl.data.feature_cache import FeatureCache, tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.data.sources import SOURCES
 
@@ -96,7 +95,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, dict[str, str]]:
         """Return a checksum of the labels and indices of each split, to detect changed data on resume."""
-        return {"splits": {name: _fingerprint(split) for name, split in self.splits.items()}}
+        splits = self.splits.items()
+        return {"splits": {name: tensors_checksum({"labels": s.labels, "indices": s.indices}) for name, s in splits}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the splits with those of the checkpoint when a training run is resumed."""
@@ -175,8 +175,3 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=generator)
     chosen = [shuffled[labels[shuffled] == label][:n] for label, n in enumerate(take.tolist())]
     return torch.cat(chosen).sort().values
-
-
-def _fingerprint(split: Split) -> str:
-    digest = hashlib.sha256(split.labels.numpy().tobytes() + split.indices.numpy().tobytes())
-    return f"{len(split)}-{digest.hexdigest()[:16]}"

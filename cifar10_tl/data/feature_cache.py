@@ -11,6 +11,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,21 @@ CHUNK = 128  # images per call of the backbone
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
+@dataclass
 class FeatureCache:
     """Cache that computes the features of images once and reads them from disk afterwards.
 
-    ``extract`` maps uint8 images [n, 3, H, W] to features [n, ...] on the CPU, and ``describe`` returns everything that
-    it depends on, as plain values. The processes of ``trainer`` share the work on each machine.
+    Attributes:
+        folder: Folder of the cache files.
+        extract: Function from uint8 images [n, 3, H, W] to features [n, ...] on the CPU.
+        describe: Function that returns everything ``extract`` depends on, as plain values.
+        trainer: Trainer whose processes share the work on each machine.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        extract: Callable[[Tensor], Tensor],
-        describe: Callable[[], Mapping[str, Any]],
-        trainer: pl.Trainer,
-    ) -> None:
-        self.folder, self.extract, self.describe, self.trainer = folder, extract, describe, trainer
+    folder: Path
+    extract: Callable[[Tensor], Tensor]
+    describe: Callable[[], Mapping[str, Any]]
+    trainer: pl.Trainer
 
     def features(self, name: str, images: Tensor, *, mirrored: bool) -> Tensor:
         """Return memory-mapped features [N, V, ...] of the images and, if ``mirrored``, of their mirror images."""
@@ -55,14 +56,15 @@ class FeatureCache:
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.safetensors"
         free = shutil.disk_usage(self.folder).free
-        if num_bytes > free and not _is_valid(path):
+        if num_bytes > free and _read(path) is None:
             raise UserError(
                 f"data.cache_features=true: the features of {name} need {num_bytes / 1e9:.2f} GB, but {self.folder} "
-                f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit or "
-                "model.image_size"
+                f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit"
             )
         self._fill(path, name, images, mirrored, _header(entry))
-        return _read(path)
+        features = _read(path)
+        assert features is not None
+        return features
 
     def _views(self, images: Tensor, mirrored: bool) -> Tensor:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
@@ -74,7 +76,7 @@ class FeatureCache:
         run = strategy.broadcast(uuid.uuid4().hex)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{run}.tmp")
         try:
-            if first and not _is_valid(path):
+            if first and _read(path) is None:
                 temporary.write_bytes(header)
             strategy.barrier()
             if temporary.exists():
@@ -118,17 +120,13 @@ def _header(entry: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _is_valid(path: Path) -> bool:
+def _read(path: Path) -> Tensor | None:
+    """Return the memory-mapped features of a file, or None if it is missing or damaged."""
     try:
-        _read(path)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("features")
     except (FileNotFoundError, SafetensorError):
-        return False
-    return True
-
-
-def _read(path: Path) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("features")
+        return None
 
 
 def _bytes(tensor: Tensor) -> memoryview:

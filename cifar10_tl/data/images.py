@@ -14,16 +14,11 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class BadImageError(ValueError):
-    """Error for a file that is unreadable, truncated, too large or not an image; the message is one line."""
+    """Error for a file that is unreadable, truncated, not an image, or larger than ``PIL.Image.MAX_IMAGE_PIXELS``."""
 
 
 def decode_image(path: Path | str, size: int) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 [3, size, size]; see :func:`to_pixels`.
-
-    Raises:
-        BadImageError: The file is unreadable, truncated, not an image, or has more than
-            ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
-    """
+    """Decode an image file to uint8 [3, size, size] by :func:`to_pixels`, or raise :class:`BadImageError`."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice the limit.

@@ -19,10 +19,9 @@ BLOCK_SIZE = 100  # images drawn together: a multiple of ten whose tensors fit i
 
 
 def draw_shapes(num_images: int, seed: int, image_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Draw labeled images in random order; image i depends only on ``seed``, i and ``image_size``.
+    """Draw RGB images, uint8 [N, 3, S, S], and labels, int64 [N], in random order with balanced classes.
 
-    Returns:
-        RGB images, uint8 [N, 3, S, S], and labels, int64 [N], whose class counts differ by at most one.
+    Image i depends only on ``seed``, i and ``image_size``.
     """
     images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
     labels = torch.empty(num_images, dtype=torch.int64)

@@ -113,29 +113,29 @@ class Folder:
                 raise UserError(f"data.root={self.root}: the classes of train and {split} differ: {', '.join(odd)}")
 
     def prepare(self) -> None:
-        """Decode each split without a valid cache file, and report the files that cannot be used."""
+        """Decode each split without a valid cache file, and report the files that were left out."""
         for split in self.folders:
-            *_, bad = self._read(split)
+            _, bad = self._read(split)
             if bad:
                 log.warning("left out %s", _summary(split, bad))
 
     def load(self) -> dict[str, ImageSet]:
         """Return the splits, each sorted by class and then by file name."""
-        return {split: ImageSet(*self._read(split)[:2]) for split in self.folders}
+        return {split: self._read(split)[0] for split in self.folders}
 
-    def _read(self, split: str) -> tuple[Tensor, Tensor, list[str]]:
-        """Return images and labels of a split, and a message for each path that cannot be used."""
+    def _read(self, split: str) -> tuple[ImageSet, list[str]]:
+        """Return a split, and a message for each path that cannot be used."""
         files, bad = self._list(split)
         cache = self._cache_file(split, files, bad)
         try:
             with np.load(cache) as arrays:
-                images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-                return images, labels, arrays["bad"].tolist()
+                decoded = ImageSet(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+                return decoded, arrays["bad"].tolist()
         except Exception:  # missing, or damaged, which raises many types of errors
-            images, labels, bad = self._decode(split, files, bad)
+            images, labels = self._decode(split, files, bad)
         with atomic_write(cache) as file:
             np.savez(file, images=images.numpy(), labels=labels.numpy(), bad=np.array(bad, dtype=np.str_))
-        return images, labels, bad
+        return ImageSet(images, labels), bad
 
     def _list(self, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
         """Return the files of a split with their labels, and a message for each path that cannot be used."""
@@ -155,10 +155,9 @@ class Folder:
         key = json.dumps([5, os.path.realpath(self.root), self.native_size, self.skip_bad, listing, bad])  # 5: version
         return self.cache_dir / f"{self.root.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
-    def _decode(
-        self, split: str, files: Sequence[tuple[Path, int]], unusable: Sequence[str]
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        images, labels, bad = [], [], [*unusable]
+    def _decode(self, split: str, files: Sequence[tuple[Path, int]], bad: list[str]) -> ImageSet:
+        """Decode the images of a split, and add a message to ``bad`` for each file that is not an image."""
+        images, labels = [], []
         for path, label in tqdm(files, desc=f"decoding {split}", unit=" images", disable=None, leave=False):
             try:
                 images.append(decode_image(path, self.native_size))
@@ -169,7 +168,7 @@ class Folder:
             raise UserError(f"cannot use {_summary(split, bad)}; data.skip_bad=true leaves them out")
         if empty := [name for label, name in enumerate(self.class_names) if label not in labels]:
             raise UserError(f"{self.root / split}: no images of {', '.join(empty)}")
-        return torch.from_numpy(np.stack(images)), torch.tensor(labels), bad
+        return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
 
 def _summary(split: str, bad: Sequence[str]) -> str:
@@ -180,10 +179,7 @@ def _summary(split: str, bad: Sequence[str]) -> str:
 def _class_folders(folder: Path) -> dict[str, Path]:
     """Return the class folders by name, in Unicode normal form C: macOS and Linux write "é" in different ways."""
     if not folder.is_dir():
-        raise UserError(
-            f"data.root={folder.parent}: there is no folder {folder.name}; data=folder needs train/<class>/ and "
-            "test/<class>/"
-        )
+        raise UserError(f"data.root={folder.parent}: there is no folder {folder.name} with a folder for each class")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_dir():
