@@ -103,11 +103,10 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         current = self.state_dict()["splits"]
-        changed = [name for name, found in state_dict.get("splits", {}).items() if current.get(name) != found]
-        if changed:
+        if changed := [name for name, found in state_dict.get("splits", {}).items() if current.get(name) != found]:
             raise UserError(
-                f"the data has changed since the checkpoint was written ({', '.join(changed)}): restore the files and "
-                "the data settings, or start a new run with init_from=CHECKPOINT"
+                f"the data has changed since the checkpoint was written ({', '.join(changed)}): restore it, or start a "
+                "new run with init_from=CHECKPOINT"
             )
 
     def train_dataloader(self) -> BatchLoader:

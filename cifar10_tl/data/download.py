@@ -35,6 +35,8 @@ def download(urls: Sequence[str], path: Path, *, md5: str, timeout: float = 20.0
             host = urlsplit(url).netloc
             log.info("downloading %s from %s", path.name, host)
             try:
+                if urlsplit(url).scheme not in ("http", "https"):  # torchvision reads no other addresses
+                    raise ValueError(f"{url} is not an http or https address")
                 download_url(url, folder, path.name, md5)
             except (OSError, HTTPException, RuntimeError, ValueError) as error:
                 log.warning("downloading %s from %s failed: %s", path.name, host, error)

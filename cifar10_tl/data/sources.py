@@ -126,7 +126,10 @@ class Folder:
     def _read(self, split: str) -> tuple[ImageSet, list[str]]:
         """Return a split, and a message for each path that cannot be used."""
         files, bad = self._list(split)
-        cache = self._cache_file(split, files, bad)
+        stats = [(path, path.stat() if path.exists() else path.lstat()) for path, _ in files]
+        listing = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+        key = json.dumps([5, os.path.realpath(self.root), self.native_size, self.skip_bad, listing, bad])  # 5: version
+        cache = self.cache_dir / f"{self.root.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         try:
             with np.load(cache) as arrays:
                 decoded = ImageSet(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
@@ -148,12 +151,6 @@ class Folder:
             files += [(path, label) for path in paths]
             bad += [f"{_printable(error.filename)} ({error.strerror})" for error in errors]
         return files, bad
-
-    def _cache_file(self, split: str, files: Sequence[tuple[Path, int]], bad: Sequence[str]) -> Path:
-        stats = [(path, path.stat() if path.exists() else path.lstat()) for path, _ in files]
-        listing = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-        key = json.dumps([5, os.path.realpath(self.root), self.native_size, self.skip_bad, listing, bad])  # 5: version
-        return self.cache_dir / f"{self.root.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
     def _decode(self, split: str, files: Sequence[tuple[Path, int]], bad: list[str]) -> ImageSet:
         """Decode the images of a split, and add a message to ``bad`` for each file that is not an image."""

@@ -54,6 +54,15 @@ def test_flip_mirrors_about_half_of_the_images(batch: Batch) -> None:
     assert 20 <= mirrored.sum() <= 44
 
 
+def test_cached_features_are_mirrored_with_their_images(batch: Batch) -> None:
+    views = torch.tensor([[0.0], [1.0]]).expand(64, -1, -1)  # plain and mirrored
+    for epoch in (0, 1):
+        images = run(batch, Augment(horizontal_flip=True), epoch=epoch).images
+        out = run(batch._replace(features=views), Augment(horizontal_flip=True), epoch=epoch)
+        assert torch.equal(out.images, images)
+        assert torch.equal(out.features[:, 0] == 1, (images != batch.images).flatten(1).any(1))
+
+
 def test_crop_is_any_window_of_the_image_with_reflected_border(batch: Batch) -> None:
     padded = F.pad(batch.images.float(), (2, 2, 2, 2), mode="reflect").byte()
     windows = torch.stack([padded[..., y : y + 32, x : x + 32] for y in range(5) for x in range(5)])

@@ -6,11 +6,9 @@ import os
 import pickle
 import shutil
 import tarfile
-import threading
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -24,14 +22,16 @@ from cifar10_tl.data import sources
 from cifar10_tl.data.images import decode_image
 from cifar10_tl.data.sources import Cifar10, Folder, Shapes
 
+Archive: TypeAlias = tuple[Path, np.ndarray, np.ndarray]
+
 
 def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
 @pytest.fixture
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, np.ndarray]]:
-    """A small archive in the layout of CIFAR-10 with checksums that torchvision accepts, and its content."""
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
+    """A small archive in the layout of CIFAR-10 with checksums that torchvision accepts, its images and labels."""
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (7, 4, 3072), dtype=np.uint8)
     labels = generator.integers(0, 10, (7, 4))
@@ -49,48 +49,38 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict
     monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
-    return path, {"images": images.reshape(7, 4, 3, 32, 32), "labels": labels}
+    return path, images.reshape(7, 4, 3, 32, 32), labels
 
 
-@pytest.fixture
-def serve(archive: tuple[Path, object]):
-    """The address of the archive on a server of this machine."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(archive[0].parent))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/{archive[0].name}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_cifar10_is_downloaded_and_read(archive, serve: str, tmp_path: Path) -> None:
-    path, wanted = archive
-    source = Cifar10(str(tmp_path / "data"), [serve], md5(path.read_bytes()), 5.0)
+def test_cifar10_is_downloaded_and_read(archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, images, labels = archive
+    monkeypatch.setattr(sources, "download", lambda urls, destination, **_: shutil.copy(path, destination))
+    source = Cifar10(str(tmp_path / "data"))
     source.prepare()
     splits = source.load()
-    assert torch.equal(splits["train"].images, torch.from_numpy(wanted["images"][:5].reshape(-1, 3, 32, 32)))
-    assert torch.equal(splits["test"].images, torch.from_numpy(wanted["images"][5]))
-    assert splits["train"].labels.tolist() == wanted["labels"][:5].flatten().tolist()
+    assert torch.equal(splits["train"].images, torch.from_numpy(images[:5].reshape(-1, 3, 32, 32)))
+    assert torch.equal(splits["test"].images, torch.from_numpy(images[5]))
+    assert splits["train"].labels.tolist() == labels[:5].flatten().tolist()
     assert splits["test"].images.dtype == torch.uint8
-    path.unlink()  # a second call must not need the network, nor the archive
+    path.unlink()  # a second call needs neither the network nor the archive
     (tmp_path / "data" / path.name).unlink()
     source.prepare()
 
 
-def test_partial_copy_is_completed_from_the_archive(archive, tmp_path: Path) -> None:
-    path, _ = archive
-    root = path.parent
-    (root / "cifar-10-batches-py").mkdir()
-    (root / "cifar-10-batches-py" / "test_batch").write_bytes(b"partial")
-    source = Cifar10(str(root), [], md5(path.read_bytes()))
+def test_partial_copy_is_completed_from_the_archive(archive: Archive) -> None:
+    path, *_ = archive
+    (path.parent / "cifar-10-batches-py").mkdir()
+    (path.parent / "cifar-10-batches-py" / "test_batch").write_bytes(b"partial")
+    source = Cifar10(str(path.parent), [], md5(path.read_bytes()))
     source.prepare()
     assert len(source.load()["train"].labels) == 20
 
 
-def test_archive_without_cifar10_is_rejected(archive, serve: str, tmp_path: Path, monkeypatch) -> None:
+def test_archive_without_cifar10_is_rejected(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, *_ = archive
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
     with pytest.raises(UserError, match="does not contain CIFAR-10"):
-        Cifar10(str(tmp_path / "data"), [serve], md5(archive[0].read_bytes()), 5.0).prepare()
+        Cifar10(str(path.parent), [], md5(path.read_bytes())).prepare()
 
 
 @pytest.fixture
