@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
+from cifar10_tl.config.resume import quoted
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.io import atomic_write_text, csv_text
 
@@ -23,48 +24,39 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate ``cfg.checkpoint`` or compare ``cfg.compare``, and write the results to ``cfg.paths.output_dir``.
-
-    Returns:
-        The content of results.json, or a table of runs under the key "runs".
-
-    Raises:
-        UserError: A file cannot be used, or a setting does not fit it.
-    """
+    """Evaluate ``cfg.checkpoint``, or compare the runs of ``cfg.compare``, and return the results."""
     if (Path(cfg.paths.output_dir) / RUN_CONFIG).is_file():
         raise UserError(f"paths.output_dir={cfg.paths.output_dir}: contains a training run; choose another folder")
     if cfg.human_labels and cfg.split != "test":
         raise UserError(f"human_labels={cfg.human_labels}: contains labels of the test images; use split=test")
     if cfg.compare:
-        return compare(cfg)
+        return {"runs": compare(cfg)}
     from cifar10_tl.engine.evaluator import evaluate_checkpoint  # imports torch
 
     return evaluate_checkpoint(cfg)
 
 
-def compare(cfg: DictConfig) -> dict[str, Any]:
-    """Compare the runs of ``cfg.compare`` on the terminal, in comparison.csv and in comparison.md."""
+def compare(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Compare runs on the terminal, in comparison.csv and in comparison.md, and return one row per run."""
     from cifar10_tl.engine.comparison import COLUMNS, compare_runs, format_rows, read_run
     from cifar10_tl.engine.results import markdown_table, text_table
 
     rows = compare_runs([read_run(Path(folder)) for folder in cfg.compare])
-    header, cells = list(COLUMNS), format_rows(rows)
-    run_dir = Path(cfg.paths.output_dir)
+    header, cells, run_dir = list(COLUMNS), format_rows(rows), Path(cfg.paths.output_dir)
     atomic_write_text(run_dir / "comparison.csv", csv_text(header, (list(row.values()) for row in rows)))
     atomic_write_text(run_dir / "comparison.md", markdown_table(header, cells))
     table = text_table(header[:-1], [row[:-1] for row in cells])
     settings = "\n".join(f"  {run}: {changed}" for run, *_, changed in cells if changed)  # too long for the table
     log.info("\n\n%s\n\n%s\n\n  %s, comparison.md", table, settings, run_dir / "comparison.csv")
-    return {"runs": rows}
+    return rows
 
 
 def quote_list(argument: str) -> str:
-    """Return ``compare=A,B`` as Hydra's list ``compare=['A','B']``; to Hydra, the bare comma means a sweep."""
+    """Return ``compare=A,B`` as Hydra's list ``compare=["A","B"]``; to Hydra, the bare comma means a sweep."""
     key, _, value = argument.partition("=")
-    if key != "compare" or not value or value[0] in "['\"":
+    if key != "compare" or value.startswith(("[", "'", '"')):
         return argument
-    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in value.split(",") if folder]
-    return f"compare=[{','.join(quoted)}]"
+    return f"compare=[{','.join(quoted(folder) for folder in value.split(',') if folder)}]"
 
 
 def main() -> None:

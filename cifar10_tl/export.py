@@ -41,20 +41,13 @@ BATCH_SIZES = (1, 7, *7 * [8])
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write the model file of ``cfg`` if it matches the checkpoint, and return its path.
-
-    Raises:
-        UserError: A setting is invalid, a package is missing, the network cannot be exported, or the logits differ. An
-            existing file is then unchanged.
-    """
+    """Write the model file of ``cfg`` if its logits match those of the checkpoint, and return its path."""
     suffix = SUFFIXES[cfg.format]
     output = Path(cfg.output or Path(cfg.paths.output_dir) / f"model{suffix}")
     if output.suffix != suffix or output.is_dir():
         raise UserError(f"output={output}: format={cfg.format} needs a file name that ends in {suffix}")
-    missing = [package for package in ("onnx", "onnxruntime", "onnxscript") if find_spec(package) is None]
-    if missing and cfg.format == "onnx":
-        advice = "run pip install 'cifar10_tl[export]', or use format=torch_export"
-        raise UserError(f"format=onnx: {', '.join(missing)} not installed; {advice}")
+    if cfg.format == "onnx" and not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        raise UserError("format=onnx: run pip install 'cifar10_tl[export]' first, or use format=torch_export")
 
     import torch
 
@@ -71,22 +64,17 @@ def export(cfg: DictConfig) -> Path:
     versions = {"cifar10_tl": __version__, "torch": torch.__version__}
     metadata = {"class_names": classes, "native_size": size, **origin, **versions}
     parity = write_verified(output, module.network, metadata, comparison_images(cfg.compare_on, size))
-    shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     log.info(
         f"\n\n  model   {output} ({output.stat().st_size / 1e6:.1f} MB)"
         f"\n  input   images uint8 [N, 3, {size}, {size}], RGB, any N"
-        f"\n  output  logits float32 [N, {len(classes)}]: {shown}"
+        f"\n  output  logits float32 [N, {len(classes)}], one per class of the metadata"
         f"\n  parity  {parity}"
     )
     return output
 
 
 def comparison_images(folder: str | None, size: int) -> Tensor:
-    """Return images from a folder, or built-in ones: uint8 [sum(BATCH_SIZES), 3, size, size].
-
-    Raises:
-        UserError: The folder or a file in it cannot be read.
-    """
+    """Return images from a folder, or built-in ones: uint8 [sum(BATCH_SIZES), 3, size, size]."""
     import numpy as np
     import torch
 
@@ -106,26 +94,19 @@ def comparison_images(folder: str | None, size: int) -> Tensor:
 
 
 def write_verified(output: Path, network: torch.nn.Module, metadata: Mapping[str, Any], images: Tensor) -> str:
-    """Write ``output`` if its logits of ``images`` match those of ``network``, and return a description of the match.
-
-    Raises:
-        UserError: The network cannot be exported, or the logits differ.
-    """
+    """Write ``output`` if its logits of ``images`` match those of ``network``, and return how well they match."""
     import torch
 
     batches = torch.split(images, list(BATCH_SIZES))
     with torch.no_grad(), atomic_write(output) as file:
         expected = torch.cat([network(batch) for batch in batches])  # before the exporter can change the network
         try:
-            write_model(network, torch.zeros_like(images[:2]), metadata, file, output.suffix)
-            file.seek(0)
-            model = read_model(file, output.suffix)
-            matches, parity = compare(expected, torch.cat([model(batch) for batch in batches]))
-        except OSError:  # such as a full disk
-            raise
+            model = write_model(network, torch.zeros_like(images[:2]), metadata, file, output.suffix)
+            logits = torch.cat([model(batch) for batch in batches])
         except Exception as error:  # the libraries have no common class
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise UserError(f"cannot export this network to {output.suffix}: {reason}") from error
+        matches, parity = compare(expected, logits)
         if not matches:
             raise UserError(f"{output} was not written because its logits differ from the checkpoint's: {parity}")
     return parity
@@ -136,38 +117,33 @@ def compare(expected: Tensor, logits: Tensor) -> tuple[bool, str]:
     difference = float((logits - expected).abs().max())
     tolerance = ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * float(expected.abs().max())
     same = f"same class for {int((logits.argmax(1) == expected.argmax(1)).sum())} of {len(expected)} images"
-    return (
-        difference <= tolerance,
-        f"largest difference of a logit {difference:.1e} (tolerance {tolerance:.1e}), {same}",
-    )
+    parity = f"largest difference of a logit {difference:.1e} (tolerance {tolerance:.1e}), {same}"
+    return difference <= tolerance, parity
 
 
 def write_model(
     network: torch.nn.Module, example: Tensor, metadata: Mapping[str, Any], file: IO[bytes], suffix: str
-) -> None:
-    """Write a .pt2 or .onnx file. Metadata is stored as metadata.json, or as ONNX properties (text, or else JSON)."""
+) -> Callable[[Tensor], Tensor]:
+    """Write a .pt2 or .onnx file, and return the model that is read from it.
+
+    Metadata is stored as metadata.json, or as ONNX properties (text, or else JSON).
+    """
     import torch
 
     dynamic_shapes: Any = ({0: torch.export.Dim("N")},)
     if suffix == ".pt2":
         program = torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
-        return
-    options: Any = {"dynamo": True, "verbose": False, "input_names": ["images"], "output_names": ["logits"]}
-    onnx: Any = torch.onnx.export(network, (example,), dynamic_shapes=dynamic_shapes, **options)
-    onnx.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
-    file.write(onnx.model_proto.SerializeToString())
-
-
-def read_model(file: IO[bytes], suffix: str) -> Callable[[Tensor], Tensor]:
-    """Return the model of a .pt2 or .onnx file, on the CPU."""
-    import torch
-
-    if suffix == ".pt2":
+        file.seek(0)
         return torch.export.load(file).module()
 
     import onnxruntime
 
+    options: Any = {"dynamo": True, "verbose": False, "input_names": ["images"], "output_names": ["logits"]}
+    onnx: Any = torch.onnx.export(network, (example,), dynamic_shapes=dynamic_shapes, **options)
+    onnx.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+    file.write(onnx.model_proto.SerializeToString())
+    file.seek(0)
     session = onnxruntime.InferenceSession(file.read(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 

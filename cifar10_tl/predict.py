@@ -6,9 +6,9 @@ python -m cifar10_tl.predict checkpoint=model.onnx images='photos/*.jpg' top_k=3
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
-import io
 import logging
 import sys
 from collections import Counter
@@ -31,18 +31,10 @@ log = logging.getLogger(__name__)
 
 TABLE, GRID = "predictions.csv", "predictions.png"
 GRID_IMAGES = 64
-EXIT_SOME_UNREADABLE = 3
 
 
 def predict(cfg: DictConfig) -> list[Prediction]:
-    """Label ``cfg.images``, and write the table and the grid to ``cfg.paths.output_dir``.
-
-    Returns:
-        The files and folders that cannot be read, each with its ``error``.
-
-    Raises:
-        UserError: A setting is invalid, or there is no readable image.
-    """
+    """Label ``cfg.images``, write the table and the grid, and return the files and folders that cannot be read."""
     from cifar10_tl.engine.hardware import keep_freed_memory
     from cifar10_tl.inference import Prediction, load_classifier
 
@@ -52,31 +44,29 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     classify = load_classifier(cfg.checkpoint, cfg.device)
     if cfg.top_k > len(classify.class_names):
         raise UserError(f"top_k={cfg.top_k}: {cfg.checkpoint} has only {len(classify.class_names)} classes")
-    stream = classify.stream(files, cfg.batch_size)
-    progress = tqdm(stream, total=len(files), unit=" images", disable=None, leave=False)
+    folders = ((Prediction(error.filename, error=error.strerror), None) for error in errors)
+    stream = tqdm(classify.stream(files, cfg.batch_size), total=len(files), unit=" images", disable=None, leave=False)
+    more = [f"{kind}_{rank}" for rank in range(2, cfg.top_k + 1) for kind in ("label", "probability")]
+    header = ["path", "label", "probability", *classify.class_names, *more, "error"]
     unreadable: list[Prediction] = []
     shown: list[tuple[Prediction, Pixels]] = []
     labels: Counter[str | None] = Counter()
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    more = [f"{kind}_{rank}" for rank in range(2, cfg.top_k + 1) for kind in ("label", "probability")]
-    table.writerow(["path", "label", "probability", *classify.class_names, *more, "error"])
-    folders = ((Prediction(error.filename, error=error.strerror), None) for error in errors)
-    for prediction, pixels in chain(folders, progress):
-        if pixels is None:
-            unreadable.append(prediction)
-            cells = [""] * (2 + len(classify.class_names) + len(more))
-        else:
-            labels[prediction.label] += 1
-            shown += [(prediction, pixels)] if len(shown) < GRID_IMAGES else []
-            top = [cell for label, p in prediction.top(cfg.top_k) for cell in (label, f"{p:.6g}")]
-            cells = [*top[:2], *(f"{p:.6g}" for p in prediction.probabilities.values()), *top[2:]]
-        table.writerow([prediction.path, *cells, prediction.error])
-    if not shown:
-        first = _printable(unreadable[0])
-        raise UserError(f"images={cfg.images}: contains no readable image ({len(unreadable):,} tried): {first}")
     with atomic_write(run_dir / TABLE) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))  # file names keep bytes that are not UTF-8
+        # Linux file names may hold bytes that are not UTF-8
+        table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
+        table.writerow(header)
+        for prediction, pixels in chain(folders, stream):
+            if pixels is None:
+                unreadable.append(prediction)
+                cells = [""] * (len(header) - 2)
+            else:
+                labels[prediction.label] += 1
+                shown += [(prediction, pixels)] if len(shown) < GRID_IMAGES else []
+                top = [cell for label, p in prediction.top(cfg.top_k) for cell in (label, f"{p:.6g}")]
+                cells = [*top[:2], *(f"{p:.6g}" for p in prediction.probabilities.values()), *top[2:]]
+            table.writerow([prediction.path, *cells, prediction.error])
+        if not shown:
+            raise UserError(f"images={cfg.images}: no readable image; the first error: {_printable(unreadable[0])}")
     write_grid(run_dir / GRID, shown, labels.total())
     log.info("%s", summary(labels, unreadable, run_dir))
     return unreadable
@@ -87,9 +77,6 @@ def find_files(images: str | Sequence[str], run_dir: Path) -> tuple[list[str], l
 
     Folders and patterns stand for all visible files in them, sorted, except those of this command in ``run_dir``. A
     list keeps its order.
-
-    Raises:
-        UserError: A name matches nothing.
     """
     from cifar10_tl.data.images import list_files
 
@@ -102,7 +89,7 @@ def find_files(images: str | Sequence[str], run_dir: Path) -> tuple[list[str], l
         files = {path for paths, _ in listings for path in paths if path.resolve() not in own}
         failed = [error for _, folders in listings for error in folders]
         if not files and not failed:
-            raise UserError(f"images={name}: {'no files in this folder' if listings else 'no such file or folder'}")
+            raise UserError(f"images={name}: no such file, or no files in this folder")
         found += map(str, sorted(files))
         errors += failed
     return found, errors
@@ -124,8 +111,8 @@ def write_grid(path: Path, shown: Sequence[tuple[Prediction, Pixels]], total: in
         file.write(to_png(sample_grid(images, titles, heading=heading)))
 
 
-def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Path, limit: int = 20) -> str:
-    """Return the closing lines: labels, files written, and up to ``limit`` files that cannot be read."""
+def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Path) -> str:
+    """Return the closing lines: the most frequent labels, files written, and the first files that cannot be read."""
     total, found = labels.total(), ", ".join(f"{count:,} {label}" for label, count in labels.most_common(10))
     lines = [
         f"\n  {total:,} image{'s' * (total != 1)}: {found}{', ...' if len(labels) > 10 else ''}",
@@ -133,10 +120,8 @@ def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Pat
         f"  picture  {run_dir / GRID}",
     ]
     if unreadable:
-        lines.append(f"  {len(unreadable):,} of {total + len(unreadable):,} files cannot be read:")
-        lines += [f"    {_printable(p)}" for p in unreadable[:limit]]
-    if len(unreadable) > limit:
-        lines.append(f"    and {len(unreadable) - limit:,} more; see the column error of the table")
+        lines.append(f"  {len(unreadable):,} of {total + len(unreadable):,} files cannot be read (column error):")
+        lines += [f"    {_printable(p)}" for p in unreadable[:20]] + ["    ..."] * (len(unreadable) > 20)
     return "\n".join(lines)
 
 
@@ -146,11 +131,11 @@ def _printable(prediction: Prediction) -> str:
 
 def _predict_and_exit(cfg: DictConfig) -> None:
     if predict(cfg):
-        sys.exit(EXIT_SOME_UNREADABLE)
+        sys.exit(3)
 
 
 def main() -> None:
-    """Run ``python -m cifar10_tl.predict``."""
+    """Run ``python -m cifar10_tl.predict``. The exit status is 3 if a file or folder cannot be read."""
     run_command("predict", _predict_and_exit)
 
 

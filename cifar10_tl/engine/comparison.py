@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,20 +41,13 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run of the train or the evaluate command.
-
-    Raises:
-        UserError: The folder holds no tested run, or its files are broken.
-    """
+    """Read a run of the train or the evaluate command."""
     try:
         results = json.loads((folder / "results.json").read_text())
         with (folder / "predictions.csv").open(newline="") as file:
             rows = [(int(row[0]), row[1], row[2]) for row in list(csv.reader(file))[1:]]
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        raise UserError(f"compare={folder}: has no {name}; give folders of tested runs or evaluations") from error
-    except (ValueError, IndexError) as error:
-        raise UserError(f"compare={folder}: results.json or predictions.csv is broken: {error}") from error
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"compare={folder}: not the folder of a tested run or an evaluation: {error}") from error
     if not rows or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
     correct = {index for index, true, predicted in rows if true == predicted}
@@ -62,11 +55,7 @@ def read_run(folder: Path) -> Run:
 
 
 def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return for each run its value in each of the ``COLUMNS`` (None: no value), compared with the first run.
-
-    Raises:
-        UserError: The runs were tested on different images.
-    """
+    """Return the ``COLUMNS`` of each run, compared with the first run; None where there is no value."""
     first = runs[0]
     for run in runs[1:]:
         if run.labels != first.labels or len({r.results.get("test_images") for r in (first, run)} - {None}) > 1:
@@ -76,17 +65,15 @@ def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _row(run: Run, first: Run) -> dict[str, Any]:
     results, correct, count = run.results, len(run.correct), len(run.labels)
-    val_acc, fit_seconds = results.get("val", {}).get("acc"), results.get("seconds", {}).get("fit")
-    loss, epochs = results["test"].get("loss"), results.get("epochs")
-    row = [str(run.folder), correct / count, *wilson_interval(correct, count), loss, val_acc, epochs, fit_seconds]
-    if run is first:
-        return dict(zip(COLUMNS, [*row, *[None] * 5], strict=True))
-    only_first, only_this = len(first.correct - run.correct), len(run.correct - first.correct)
-    own, other = _settings(results), _settings(first.results)
-    settings = " ".join(f"{key}={value}" for key, value in own.items() if key not in other or other[key] != value)
-    p_value = mcnemar_p_value(only_first, only_this)
-    row += [(only_this - only_first) / count, only_first, only_this, p_value, settings or None]
-    return dict(zip(COLUMNS, row, strict=True))
+    row = [str(run.folder), correct / count, *wilson_interval(correct, count), results["test"].get("loss")]
+    row += [results.get("val", {}).get("acc"), results.get("epochs"), results.get("seconds", {}).get("fit")]
+    if run is not first:
+        only_first, only_this = len(first.correct - run.correct), len(run.correct - first.correct)
+        other = _settings(first.results)
+        settings = [f"{key}={value}" for key, value in _settings(results).items() if value != other.get(key)]
+        row += [(only_this - only_first) / count, only_first, only_this, mcnemar_p_value(only_first, only_this)]
+        row += [" ".join(settings) or None]
+    return dict(zip_longest(COLUMNS, row))
 
 
 def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,11 +84,10 @@ def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test of two classifiers on the same images.
+    """Return the two-sided p-value of McNemar's exact test, from the images that only one classifier labels correctly.
 
     Source: T. Dietterich, "Approximate statistical tests for comparing supervised classification learning algorithms"
     (1998), section 3.1.
-    ``only_first`` and ``only_second`` count the images that only one of them classifies correctly.
     """
     n = only_first + only_second
     tail = term = 1  # sums of binomial coefficients, exact as integers
@@ -117,19 +103,15 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def describe_sweep(folder: Path) -> str:
-    """Return a table of the test accuracies in a sweep, with their mean, standard deviation and interval.
-
-    Raises:
-        UserError: The folder holds no tested run.
-    """
-    files = sorted(folder.glob("*/results.json"), key=lambda file: (len(file.parent.name), file.parent.name))
-    tested = {str(file.parent): r for file in files if "test" in (r := json.loads(file.read_text()))}
+    """Return a table of the test accuracies in a sweep, with their mean, standard deviation and interval."""
+    results = {str(file.parent): json.loads(file.read_text()) for file in folder.glob("*/results.json")}
+    tested = sorted((r["config"]["seed"], run, r["test"]["acc"]) for run, r in results.items() if "test" in r)
     if not tested:
         raise UserError(f"{folder}: has no run with a test result")
-    rows = [[run, str(r["config"]["seed"]), f"{r['test']['acc']:.2%}"] for run, r in tested.items()]
-    found = spread([r["test"]["acc"] for r in tested.values()])
+    rows = [[run, str(seed), f"{acc:.2%}"] for seed, run, acc in tested]
+    found = spread([acc for _, _, acc in tested])
     summary = f"{found.n} run{'s' * (found.n > 1)}: mean test acc {found.mean:.2%}"
-    if not math.isnan(found.low):
+    if found.n > 1:
         summary += f", standard deviation {100 * found.deviation:.2f} points"
         summary += f", 95% interval {100 * found.low:.2f} to {found.high:.2%} (Student's t)"
     return f"{text_table(['run', 'seed', 'test acc'], rows)}\n\n  {summary}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_cohen_kappa
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -20,18 +20,9 @@ if TYPE_CHECKING:
 
 
 def read_human_labels(path: str | None, split: Split, num_classes: int) -> Tensor | None:
-    """Read the fraction of people who chose each class, such as CIFAR-10H's cifar10h-probs.npy (arXiv:1908.07086).
+    """Read the fraction of people who chose each class, float64 [N, K], for the images of ``split``.
 
-    Args:
-        path: ``.npy`` file with a row per image of the test set; None to read nothing.
-        split: Test images, all or some of them.
-        num_classes: K.
-
-    Returns:
-        float64 [N, K], the rows of ``split``.
-
-    Raises:
-        UserError: The file cannot be read, or its rows do not match the images.
+    ``path`` is a ``.npy`` file with a row per test image, such as CIFAR-10H's cifar10h-probs.npy (arXiv:1908.07086).
     """
     if path is None:
         return None
@@ -46,12 +37,11 @@ def read_human_labels(path: str | None, split: Split, num_classes: int) -> Tenso
     if not ((table >= 0).all() and torch.allclose(table.sum(1), torch.ones(()).double(), atol=1e-3)):
         raise UserError(f"human_labels={path}: each row must hold probabilities that sum to 1")
     people = table[split.indices]
-    own, majority = (F.one_hot(labels, num_classes).double() for labels in (split.labels, people.argmax(1)))
-    agreement, chance = float((own * majority).sum(1).mean()), float(own.mean(0) @ majority.mean(0))
-    if agreement - chance < 0.5 * (1 - chance):  # Cohen's kappa below 0.5; it is about 0 in an unrelated order
+    kappa = multiclass_cohen_kappa(people.argmax(1), split.labels, num_classes)
+    if kappa < 0.5:  # it is about 0 in an unrelated order
         raise UserError(
-            f"human_labels={path}: the majority agrees with only {agreement:.0%} of the labels; rows must be in the "
-            "order of the test images, and columns in the order of the classes"
+            f"human_labels={path}: the majority disagrees with the labels (Cohen's kappa {kappa:.2f}); rows must be "
+            "in the order of the test images, and columns in the order of the classes"
         )
     return people
 
@@ -59,9 +49,8 @@ def read_human_labels(path: str | None, split: Split, num_classes: int) -> Tenso
 def compare_with_people(evaluation: Evaluation, people: Tensor) -> dict[str, float]:
     """Compare probabilities with the human labels of the same images, float64 [N, K].
 
-    Returns:
-        ``cross_entropy`` of the network in nats, the ``lowest_possible`` one (the entropy of the human labels), and
-        ``agreement``, the fraction of images for which the network predicts the majority label.
+    ``lowest_possible`` is the entropy of the human labels, ``agreement`` the fraction of images for which the network
+    predicts the majority label.
     """
     log_probabilities = evaluation.logits.double().log_softmax(1)
     return {
@@ -74,36 +63,27 @@ def compare_with_people(evaluation: Evaluation, people: Tensor) -> dict[str, flo
 def read_doubtful_labels(path: str | None, split: Split, class_names: Sequence[str]) -> Tensor | None:
     """Read the indices of doubtful images, int64 [n]: lines of ``INDEX`` or ``INDEX LABEL``, or a JSON list of indices.
 
-    Raises:
-        UserError: The file cannot be read, or its indices or labels do not match the images of ``split``.
+    Labels in the file must be those of the images, and at least one image must be in ``split``.
     """
     if path is None:
         return None
     try:
-        listed = _parse(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"doubtful_labels={path}: {error.strerror}") from error
-    except ValueError as error:  # includes text that is not UTF-8
-        raise UserError(f"doubtful_labels={path}: expected image indices, one per line, or a JSON list") from error
+        text = Path(path).read_text()
+        lines = map(str, json.loads(text)) if text.lstrip().startswith("[") else text.splitlines()
+        listed = {int(index): " ".join(label) for index, *label in filter(None, map(str.split, lines))}
+    except (OSError, ValueError) as error:  # ValueError includes text that is not UTF-8
+        raise UserError(f"doubtful_labels={path}: expected one image index per line or a JSON list: {error}") from error
     labels = zip(split.indices.tolist(), split.labels.tolist(), strict=True)
     names = {index: class_names[label] for index, label in labels}
-    for index, label in listed:
-        if label and names.get(index, label) != label:
-            raise UserError(f"doubtful_labels={path}: image {index} of the data is {names[index]}, not {label}")
-    if names.keys().isdisjoint(index for index, _ in listed):
-        raise UserError(f"doubtful_labels={path}: none of the images, which have indices {min(names)} to {max(names)}")
-    return torch.tensor([index for index, _ in listed])
-
-
-def _parse(text: str) -> list[tuple[int, str]]:
-    """Return pairs of an index and a label, which is empty if the file has none."""
-    if text.lstrip().startswith("["):
-        found = [(index, "") for index in json.loads(text)]
-    else:
-        found = [(int(row[0]), " ".join(row[1:])) for row in map(str.split, text.splitlines()) if row]
-    if not found or not all(type(index) is int and 0 <= index < 2**63 for index, _ in found):
-        raise ValueError
-    return found
+    found = [index for index in listed if index in names]
+    for index in found:
+        if listed[index] not in ("", names[index]):
+            raise UserError(f"doubtful_labels={path}: image {index} of the data is {names[index]}, not {listed[index]}")
+    if not found:
+        raise UserError(
+            f"doubtful_labels={path}: lists none of the images, whose indices are {min(names)} to {max(names)}"
+        )
+    return torch.tensor(found)
 
 
 def accuracy_without(evaluation: Evaluation, doubtful: Tensor) -> dict[str, Any]:

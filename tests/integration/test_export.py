@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,7 @@ from helpers import REPOSITORY, compose_command, lock, write_png
 
 from cifar10_tl import __version__
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.validation import RULES
-from cifar10_tl.data.shapes import CLASS_NAMES as SHAPE_NAMES
 from cifar10_tl.data.shapes import draw_shapes
-from cifar10_tl.engine.checkpoints import restore
 from cifar10_tl.export import BATCH_SIZES, SUFFIXES, compare, comparison_images, export, write_model
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.resize import Resize
@@ -28,20 +27,15 @@ COUNT = sum(BATCH_SIZES)
 #: Each network has another head and another kind of resize.
 NETWORKS = {
     "linear": {"head": {"name": "linear"}, "image_size": 24, "interpolation": "bicubic", "stem": "cifar"},
-    "dense": {"head": {"name": "dense", "hidden": [16]}, "image_size": 32, "freeze": "backbone"},
-    "lstm": {"head": {"name": "lstm", "lstm_size": 12, "hidden": [8], "dropout": 0.5}, "image_size": 64},
-    "one-way lstm": {
-        "head": {"name": "lstm", "lstm_size": 12, "bidirectional": False, "hidden": []},
+    "dense": {
+        "head": {"name": "dense", "hidden": [16]},
         "image_size": 40,
         "native_size": 48,
         "interpolation": "bilinear",
+        "freeze": "backbone",
     },
+    "lstm": {"head": {"name": "lstm", "lstm_size": 12, "hidden": [8], "dropout": 0.5}, "image_size": 64},
 }
-
-
-@pytest.fixture(scope="session")
-def best(finished_run: Path) -> Path:
-    return finished_run / "checkpoints" / "best.ckpt"
 
 
 def write_checkpoint(path: Path, name: str) -> LitClassifier:
@@ -57,17 +51,30 @@ def write_checkpoint(path: Path, name: str) -> LitClassifier:
     return module.eval()
 
 
-def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
+def read_onnx(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
+    """Return the function and the metadata of an ONNX file."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape[0]) == ("images", "tensor(uint8)", "N")
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["N", len(NAMES)])
+    metadata = session.get_modelmeta().custom_metadata_map
+    texts = ("checkpoint", "cifar10_tl", "torch")
+    return (
+        lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]),
+        {key: value if key in texts else json.loads(value) for key, value in metadata.items()},
+    )
 
 
-def run_torch_export(path: Path, images: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.export.load(path).module()(images)
+def read_torch_export(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
+    """Return the function and the metadata of a torch.export file."""
+    extra = {"metadata.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    assert program.graph_signature.user_inputs == ("images",)
+    assert not program.example_inputs[0][0].any()  # no image of the user is stored in the file
+    return torch.no_grad()(program.module()), json.loads(extra["metadata.json"])
 
 
-RUNNERS = {"onnx": run_onnx, "torch_export": run_torch_export}
+READERS = {"onnx": read_onnx, "torch_export": read_torch_export}
 
 
 def files_in(folder: Path) -> list[str]:
@@ -81,52 +88,36 @@ def error_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("format_name", SUFFIXES)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_file_returns_the_logits_of_the_checkpoint(name: str, format_name: str, tmp_path: Path) -> None:
-    module = write_checkpoint(tmp_path / "a.ckpt", name)
-    options = (f"checkpoint={tmp_path}/a.ckpt", f"format={format_name}", f"paths.output_dir={tmp_path}/new")
-    output = export(compose_command("export", *options))
+@pytest.mark.parametrize(
+    ("name", "format_name"),
+    [
+        ("linear", "onnx"),
+        ("dense", "torch_export"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", "onnx"), ("linear", "torch_export"))),
+        *(pytest.param("lstm", format_name, marks=pytest.mark.slow) for format_name in SUFFIXES),
+    ],
+)
+def test_file_returns_the_logits_of_the_checkpoint_and_contains_metadata(
+    name: str, format_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, checkpoint = write_checkpoint(tmp_path / "a.ckpt", name), f"{tmp_path}/a.ckpt"
+    options = (f"checkpoint={checkpoint}", f"format={format_name}", f"paths.output_dir={tmp_path}/new")
+    with caplog.at_level("INFO"):
+        output = export(compose_command("export", *options))
+    assert f"same class for {COUNT} of {COUNT} images" in caplog.text
     assert files_in(tmp_path / "new") == [output.name]
-    images = draw_shapes(7, seed=2, image_size=module.hparams["native_size"])[0]
+    model, metadata = READERS[format_name](output)
+    size = module.hparams["native_size"]
+    origin = {"class_names": NAMES, "native_size": size, "checkpoint": checkpoint, "epoch": 3}
+    assert metadata == {**origin, "cifar10_tl": __version__, "torch": torch.__version__}
+    images = draw_shapes(7, seed=2, image_size=size)[0]
     with torch.no_grad():
         expected = module(images)
     assert expected.std(0).min() > 0.01  # equal logits would prove nothing
     for count in (1, 7):
-        logits = RUNNERS[format_name](output, images[:count])
+        logits = model(images[:count])
         assert (logits.dtype, logits.shape) == (torch.float32, (count, len(NAMES)))
         assert torch.allclose(logits, expected[:count], atol=1e-5, rtol=0)
-
-
-def test_files_contain_their_metadata(best: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for format_name in SUFFIXES:
-        with caplog.at_level("INFO"):
-            export(
-                compose_command("export", f"checkpoint={best}", f"format={format_name}", f"paths.output_dir={tmp_path}")
-            )
-        assert f"same class for {COUNT} of {COUNT} images" in caplog.text
-        caplog.clear()
-    expected = {
-        "class_names": list(SHAPE_NAMES),
-        "native_size": 32,
-        "checkpoint": str(best),
-        "epoch": restore(best).restored_epoch,
-        "cifar10_tl": __version__,
-        "torch": torch.__version__,
-    }
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (images,), (logits,) = session.get_inputs(), session.get_outputs()
-    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 3, 32, 32])
-    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["N", 10])
-    metadata = session.get_modelmeta().custom_metadata_map
-    for key, value in expected.items():
-        assert metadata[key] == (value if isinstance(value, str) else json.dumps(value))
-
-    extra = {"metadata.json": ""}
-    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
-    assert json.loads(extra["metadata.json"]) == expected
-    assert program.graph_signature.user_inputs == ("images",)
-    assert not program.example_inputs[0][0].any()  # no image of the user is stored in the file
 
 
 def test_logits_match_within_a_tolerance() -> None:
@@ -150,56 +141,51 @@ def test_comparison_images_come_from_a_folder(tmp_path: Path, monkeypatch: pytes
         comparison_images(str(tmp_path / "images"), 32)
 
 
-def test_files_that_differ_or_fail_are_not_written(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_with_another_resize(network, *rest) -> None:
+def test_files_that_differ_or_fail_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_with_another_resize(network, *rest):
         network.resize = Resize(32, network.resize.size, "bilinear")
-        write_model(network, *rest)
+        return write_model(network, *rest)
 
     def fail(*_) -> None:
         raise NotImplementedError("no such operator: mirror\nin a graph of\nmany lines")
 
-    write_checkpoint(tmp_path / "lstm.ckpt", "lstm")
+    write_checkpoint(tmp_path / "a.ckpt", "linear")
     (tmp_path / "model.pt2").write_bytes(b"older")
     for write, message in (
         (write_with_another_resize, f"{tmp_path}/model.pt2 was not written because its logits differ"),
         (fail, "cannot export this network to .pt2: NotImplementedError: no such operator: mirror"),
     ):
         monkeypatch.setattr("cifar10_tl.export.write_model", write)
-        options = (f"checkpoint={tmp_path}/lstm.ckpt", "format=torch_export", f"paths.output_dir={tmp_path}")
+        options = (f"checkpoint={tmp_path}/a.ckpt", "format=torch_export", f"paths.output_dir={tmp_path}")
         assert error_of(*options).startswith(message)
-    assert files_in(tmp_path) == ["lstm.ckpt", "model.pt2"]
+    assert files_in(tmp_path) == ["a.ckpt", "model.pt2"]
     assert (tmp_path / "model.pt2").read_bytes() == b"older"
 
 
-def test_invalid_settings_are_refused_before_any_work(
-    best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert error_of().startswith("checkpoint=null")
-    assert error_of("checkpoint=nowhere.ckpt").startswith("checkpoint=nowhere.ckpt")
-    assert error_of(f"checkpoint={best}", "format=tflite").startswith("format=tflite")
-    assert "ends in .onnx" in error_of(f"checkpoint={best}", f"output={best}")
+def test_invalid_settings_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "a.ckpt", "linear")
+    (tmp_path / "broken.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:10000])
     (tmp_path / "a.pt2").mkdir()
-    assert "ends in .pt2" in error_of(f"checkpoint={best}", "format=torch_export", f"output={tmp_path}/a.pt2")
-    assert "no files" in error_of(f"checkpoint={best}", f"compare_on={tmp_path}/a.pt2")
-    (tmp_path / "broken.ckpt").write_bytes(best.read_bytes()[:10000])
+    given = f"checkpoint={tmp_path}/a.ckpt"
+    assert error_of().startswith("set checkpoint=FILE")
+    assert error_of("checkpoint=nowhere.ckpt").startswith("checkpoint=nowhere.ckpt")
+    assert error_of(given, "format=tflite").startswith("format=tflite")
+    assert "ends in .onnx" in error_of(given, f"output={tmp_path}/a.ckpt")
+    assert "ends in .pt2" in error_of(given, "format=torch_export", f"output={tmp_path}/a.pt2")
+    assert "no files" in error_of(given, f"compare_on={tmp_path}/a.pt2")
+    assert f"compare_on={tmp_path}: not an image" in error_of(given, f"compare_on={tmp_path}")
     assert "broken.ckpt" in error_of(f"checkpoint={tmp_path}/broken.ckpt", f"paths.output_dir={tmp_path}")
-    assert f"compare_on={tmp_path}" in error_of(f"checkpoint={best}", f"compare_on={tmp_path}")
-    assert files_in(tmp_path) == ["a.pt2", "broken.ckpt"]
-    assert all(RULES["format"].is_valid(name) for name in SUFFIXES)
+    assert files_in(tmp_path) == ["a.ckpt", "a.pt2", "broken.ckpt"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert error_of(f"checkpoint={best}").startswith("format=onnx: onnxscript not installed; run pip install")
+    assert error_of(given).startswith("format=onnx: run pip install 'cifar10_tl[export]'")
 
 
 @pytest.mark.slow
 def test_command_prints_a_summary_only(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "lstm.ckpt", "lstm")
-    done = subprocess.run(
-        [sys.executable, "-m", "cifar10_tl.export", "checkpoint=lstm.ckpt", "paths.output_dir=run"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "cifar10_tl.export", "checkpoint=lstm.ckpt", "paths.output_dir=run"]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert lines == ["model", "input", "output", "parity"]

@@ -101,15 +101,14 @@ def test_without_a_readable_image_an_older_table_is_kept(
     run.mkdir()
     (run / "predictions.csv").write_text("older")
     options = (f"checkpoint={checkpoint}", f"paths.output_dir={run}")
-    assert error_of(*options, f"images={folder}") == f"images={folder}: no files in this folder"
+    for empty in ("", "/*.png", "/c.png"):
+        message = f"images={folder}{empty}: no such file, or no files in this folder"
+        assert error_of(*options, f"images={folder}{empty}") == message
     lock(monkeypatch, folder / "locked")
     assert error_of(*options, f"images={folder}").endswith(f"{folder}/locked: Permission denied")
     (folder / "a.txt").write_text("no image")
-    assert f"images={folder}/a.txt: contains no readable image (1 tried)" in error_of(
-        *options, f"images={folder}/a.txt"
-    )
-    for missing in ("*.png", "c.png"):
-        assert error_of(*options, f"images={folder}/{missing}").endswith(f"/{missing}: no such file or folder")
+    message = f"images={folder}/a.txt: no readable image; the first error: {folder}/a.txt: not an image"
+    assert message in error_of(*options, f"images={folder}/a.txt")
     assert [p.name for p in run.iterdir()] == ["predictions.csv"]
     assert (run / "predictions.csv").read_text() == "older"
 
@@ -117,7 +116,7 @@ def test_without_a_readable_image_an_older_table_is_kept(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["images=x"], "checkpoint=null"),
+        (["images=x"], "set checkpoint=FILE"),
         (["checkpoint=nowhere.ckpt", "images=x"], "checkpoint=nowhere.ckpt"),
         (["checkpoint={file}"], "images=null"),
         (["checkpoint={file}", "images=[]"], "images=[]"),
@@ -146,7 +145,7 @@ def test_files_are_sorted_and_a_list_keeps_its_order(tmp_path: Path) -> None:
     assert found(f"{tmp_path}/*") == everything
     assert found(f"{tmp_path}/[x]") == ["[x]/e.png"]  # an existing folder is not a pattern
     assert found([f"{tmp_path}/b.png", f"{tmp_path}/10", f"{tmp_path}/a.jpg"]) == ["b.png", "10/c.png", "a.jpg"]
-    with pytest.raises(UserError, match=r"images=.*nowhere: no such file or folder"):
+    with pytest.raises(UserError, match="nowhere: no such file"):
         find_files([f"{tmp_path}/a.jpg", f"{tmp_path}/nowhere"], tmp_path)
 
 
@@ -164,13 +163,9 @@ def test_file_names_that_are_not_utf8_keep_their_bytes(checkpoint: Path, folder:
 def test_command(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         env = {k: v for k, v in os.environ.items() if k not in (run_dir.STAMP_VARIABLE, "HYDRA_FULL_ERROR")}
-        return subprocess.run(
-            [sys.executable, "-m", "cifar10_tl.predict", *arguments],
-            cwd=tmp_path,
-            env={**env, "PYTHONPATH": str(REPOSITORY), **environment},
-            capture_output=True,
-            text=True,
-        )
+        env |= {"PYTHONPATH": str(REPOSITORY), **environment}
+        command = [sys.executable, "-m", "cifar10_tl.predict", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     (folder / "notes.txt").write_text("no image")
     done = command(f"checkpoint={checkpoint}", f"images={folder}")

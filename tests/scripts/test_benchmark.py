@@ -26,11 +26,3 @@ def test_a_row_is_printed_and_written(tmp_path: Path) -> None:
 def test_the_bare_loop_of_the_memory_row_prints_its_peak_memory() -> None:
     output = subprocess.check_output((sys.executable, SCRIPTS / "bare_loop.py", "32-true"), text=True)
     assert 100 < float(output) < 100_000
-
-
-@pytest.mark.parametrize(("arguments", "message"), [(["0"], "N >= 1"), (["2", "seed=3"], "leave seed out")])
-def test_seeds_reports_invalid_arguments(arguments: list[str], message: str) -> None:
-    done = subprocess.run(["bash", SCRIPTS / "seeds.sh", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error:")
-    assert message in done.stderr

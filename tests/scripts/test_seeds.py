@@ -29,28 +29,19 @@ for job, acc in enumerate((0.9, 0.92, 0.94)):
     fake_python.chmod(0o755)
 
     def seeds(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", str(REPOSITORY / "scripts" / "seeds.sh"), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHON": str(fake_python), "PYTHONPATH": str(REPOSITORY)},
-            capture_output=True,
-            text=True,
-        )
+        env = {**os.environ, "PYTHON": str(fake_python), "PYTHONPATH": str(REPOSITORY)}
+        command = ["bash", str(REPOSITORY / "scripts" / "seeds.sh"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     done = seeds("3", "optimizer.lr=1e-3")
     assert done.returncode == 0, done.stderr
-    assert (
-        "'-m', 'cifar10_tl.train', '--multirun', 'optimizer.lr=1e-3', 'seed=0,1,2', 'paths.output_dir=" in done.stdout
-    )
+    command = "'-m', 'cifar10_tl.train', '--multirun', 'optimizer.lr=1e-3', 'seed=0,1,2', 'paths.output_dir="
+    assert command in done.stdout
     assert "3 runs: mean test acc 92.00%, standard deviation 2.00 points, 95% interval 87.03 to 96.97%" in done.stdout
     assert (tmp_path / "outputs" / "sweeps").is_dir()
     assert seeds("3", "paths.output_dir=mine").returncode == 0
     assert (tmp_path / "mine" / "2").is_dir()
-    for arguments, message in (
-        ((), "N >= 1"),
-        (("0",), "N >= 1"),
-        (("2", "seed=4"), "leave seed out"),
-    ):
+    for arguments, message in (((), "N >= 1"), (("0",), "N >= 1"), (("2", "seed=4"), "leave seed out")):
         done = seeds(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
