@@ -44,10 +44,8 @@ class TransferResNet(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(head, LSTMHead) and image_size <= backbone.stride:
-            raise UserError(
-                f"model.image_size={image_size}: the feature map has one cell, no sequence for model/head=lstm; "
-                f"choose {backbone.stride + 1} or more"
-            )
+            smallest = backbone.stride + 1  # 2 x 2 cells; a single one is no sequence
+            raise UserError(f"model.image_size={image_size}: too small for model/head=lstm; choose {smallest} or more")
         self.backbone, self.head = backbone, head
         self.resize = Resize(native_size, image_size, interpolation)
         # (x / 255 - mean) / std as one multiplication and one addition

@@ -28,9 +28,7 @@ def check_weights(backbone: str, weights: str | None) -> None:
     """Check that ``weights`` is a name in torchvision, a file, or None for random weights."""
     names = [entry.name for entry in get_model_weights(backbone)]  # without DEFAULT, which changes between releases
     if weights is not None and weights not in names and not Path(weights).is_file():
-        raise UserError(
-            f"model.weights={weights}: neither a file nor one of {', '.join(names)}; null starts from random weights"
-        )
+        raise UserError(f"model.weights={weights}: neither a file nor one of {', '.join(names)} nor null (random)")
 
 
 def read_weights(backbone: str, weights: str) -> Mapping[str, Tensor]:
