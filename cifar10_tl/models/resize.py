@@ -19,12 +19,11 @@ class Resize(nn.Module):
         mode: "bicubic" or "bilinear".
     """
 
-    matrix: Tensor
-
     def __init__(self, native_size: int, size: int, mode: str) -> None:
         super().__init__()
         self.size, self.mode = size, mode
         self.register_buffer("matrix", self._matrix_for(native_size), persistent=False)
+        self.matrix: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize float images [N, C, H, W] to [N, C, size, size]."""
