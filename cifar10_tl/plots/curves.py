@@ -40,11 +40,10 @@ def curves(rows: Rows, *, heading: str) -> Figure:
     return fig
 
 
-def _points(rows: Rows, key: str) -> tuple[Floats, Floats]:
-    """Return epochs and values of a curve; epochs without a value are left out, so that the line runs across them."""
+def _points(rows: Rows, key: str) -> Floats:
+    """Return epochs and values of a curve, [2, N], without the epochs that have no value."""
     found = [(row["epoch"], v) for row in rows if (v := row.get(key)) is not None and math.isfinite(v)]
-    epochs, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
-    return epochs, values
+    return np.array(found, dtype=np.float64).reshape(-1, 2).T
 
 
 def _draw_series(panel: Axes, rows: Rows, metric: str, best: float | None) -> None:

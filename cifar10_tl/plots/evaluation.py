@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from cifar10_tl.data.batch import Split
     from cifar10_tl.metrics.evaluation import Evaluation
 
-Floats = NDArray[np.floating[Any]]
-
 _ROW, _BAR, _LIMIT = 0.27, 5.0, 40  # inches of a row and of a full bar, number of rows of class_bars
 
 
@@ -32,8 +30,6 @@ def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Sp
     """
     correct = (evaluation.predictions == evaluation.labels).numpy()
     confidence = evaluation.probabilities.max(1).values.numpy()
-    rows = evaluation.per_class()
-    precision, recall, f1 = (np.array([row[key] for row in rows]) for key in ("precision", "recall", "f1"))
     panels = {
         f"{title}: ECE {scored.calibration()['ece']:.2%}": scored.reliability_bins()
         for title, scored in (("uncalibrated", evaluation), ("temperature-scaled (val)", calibrated))
@@ -43,7 +39,7 @@ def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Sp
         "correct": correct_figure(evaluation, split, where),
         "incorrect": incorrect_figure(evaluation, split, where),
         "reliability": reliability_diagram(panels, heading=f"Reliability, {where}"),
-        "per_class": class_bars(precision, recall, f1, evaluation.class_names, heading=f"Per class, {where}"),
+        "per_class": class_bars(evaluation.per_class(), heading=f"Per class, {where}"),
         "confidence": confidence_histogram(confidence, correct, heading=f"Confidence, {where}"),
     }
 
@@ -132,19 +128,19 @@ def confidence_histogram(
 
 
 @style.default_style
-def class_bars(precision: Floats, recall: Floats, f1: Floats, class_names: Sequence[str], *, heading: str) -> Figure:
-    """Draw one bar per class for its F1, with marks for precision and recall, all ``[K]``.
+def class_bars(rows: Sequence[Mapping[str, Any]], *, heading: str) -> Figure:
+    """Draw one bar per class for its ``f1``, with marks for ``precision`` and ``recall``.
 
     Of more than 40 classes, those with the lowest F1 are drawn.
     """
-    class_names = style.legible(class_names)
+    class_names = style.legible([row["class"] for row in rows])
+    precision, recall, f1 = (np.array([row[key] for row in rows]) for key in ("precision", "recall", "f1"))
     order = np.arange(len(f1)) if len(f1) <= _LIMIT else np.argsort(f1, kind="stable")[:_LIMIT]
     note = "bar and number: F1    ◂ precision    ▸ recall"
     if len(f1) > _LIMIT:
         note += f"    (the {_LIMIT} classes of {len(f1)} with the lowest F1)"
     name_width = min(max(style.text_width(style.clean(class_names[i]), style.BODY) for i in order), 1.8) + 0.02
-    left = style.PAD + name_width + 0.1
-    height = _ROW * len(order)
+    left, height = style.PAD + name_width + 0.1, _ROW * len(order)
     fig, page = style.new_page(left + _BAR + 0.85, height + 0.35, heading, note)
     for fraction in (0, 0.25, 0.5, 0.75, 1):
         page.vlines(left + fraction * _BAR, 0, height, color=style.LINE, linewidth=0.6, zorder=0)

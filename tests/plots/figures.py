@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ def pictures(n: int, height: int = 32, width: int = 32) -> np.ndarray:
 def evaluation(probabilities: np.ndarray, labels: np.ndarray, names: list[str]) -> Evaluation:
     logits = torch.tensor(probabilities).clamp(min=1e-30).log().float()
     return Evaluation.of(logits, torch.tensor(labels), torch.arange(len(labels)), names)
+
+
+def scored(names: Iterable[str], scores: Iterable[Sequence[float]]) -> list[dict[str, Any]]:
+    """Rows of precision, recall and F1."""
+    return [{"class": c, "precision": p, "recall": r, "f1": f} for c, (p, r, f) in zip(names, scores, strict=True)]
 
 
 def long_names(k: int) -> list[str]:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from plots.figures import evaluation, shown, strings
+from plots.figures import evaluation, scored, shown, strings
 
 from cifar10_tl.data.batch import Split
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -62,15 +62,14 @@ def test_histograms_count_correct_and_incorrect_predictions() -> None:
 
 
 def test_bars_are_as_long_as_f1() -> None:
-    scores = (np.array([0.5, 1.0]), np.array([0.5, 0.8]), np.array([0.5, 0.889]))
-    fig = class_bars(*scores, ["cat", "dog"], heading="Bars")
+    fig = class_bars(scored(["cat", "dog"], [(0.5, 0.5, 0.5), (1.0, 0.8, 0.889)]), heading="Bars")
     short, long = fig.axes[0].patches
     assert long.get_width() / short.get_width() == pytest.approx(0.889 / 0.5)
     assert {"cat", "dog", "50.0%", "88.9%"} <= set(strings(fig))
 
 
 def test_the_lowest_of_many_classes_are_drawn() -> None:
-    f1 = np.linspace(1, 0.5, 100)
-    texts = strings(class_bars(f1, f1, f1, [f"class {i}" for i in range(100)], heading="Bars"))
+    rows = scored([f"class {i}" for i in range(100)], [(f1, f1, f1) for f1 in np.linspace(1, 0.5, 100)])
+    texts = strings(class_bars(rows, heading="Bars"))
     assert [text for text in texts if text.startswith("class ")] == [f"class {i}" for i in range(99, 59, -1)]
     assert any("40 classes of 100 with the lowest F1" in text for text in texts)

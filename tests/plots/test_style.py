@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from plots.figures import CIFAR10, HEADING, ODD, evaluation, history, long_names, pictures, shown, strings
+from plots.figures import CIFAR10, HEADING, ODD, evaluation, history, long_names, pictures, scored, shown, strings
 
 from cifar10_tl import plots
 from cifar10_tl.data.batch import Split
@@ -53,7 +53,8 @@ def confidence(correct: int, incorrect: int) -> Figure:
 
 
 def bars(names: list[str]) -> Figure:
-    return class_bars(*np.random.default_rng(0).random((3, len(names))), names, heading=HEADING)
+    scores = zip(*np.random.default_rng(0).random((3, len(names))), strict=True)
+    return class_bars(scored(names, scores), heading=HEADING)
 
 
 EXTREME = [{"epoch": 998, "train/loss": 1e-7, "val/acc": 0.99991}, {"epoch": 999, "train/loss": 2.5e9, "val/acc": 1.0}]
