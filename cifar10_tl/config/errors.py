@@ -80,7 +80,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return "a config group takes a name, such as logger=none or callbacks=minimal; --help lists them"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return one_line(f"{text} {error.__cause__ or ''}")
-    if isinstance(error, (MemoryError, RuntimeError)):
+    if isinstance(error, (MemoryError, RuntimeError, ValueError)):
         for pattern, meaning in _MEANINGS.items():
             if re.search(pattern, f"{type(error).__name__}: {text}"):
                 return meaning
