@@ -56,7 +56,8 @@ def known_arguments(
     """
     known = [name for name in inspect.signature(function).parameters if name not in taken]
     if unknown := [f"{group}.{name}" for name in settings if name not in known]:
-        raise UserError(_renamed(unknown[0]) or f"{unknown[0]}: no such setting; choose from {', '.join(known)}")
+        advice = f"choose from {', '.join(known)}" if known else f"{group} has none"
+        raise UserError(_renamed(unknown[0]) or f"{unknown[0]}: no such setting; {advice}")
     return settings
 
 

@@ -236,12 +236,14 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
         lines = ["", f"  best epoch {results['best_epoch']}, val acc {val_acc:.2%}"]
     if test := results.get("test"):
         lines.append(f"  test acc {test['acc']:.2%}, loss {test['loss']:.4f}, {test['count']} images")
+    if (run_dir / "figures").is_dir():
+        lines.append(f"  figures      {run_dir / 'figures'}")
     lines += [
-        f"  figures      {run_dir / 'figures'}",
         f"  numbers      {run_dir / 'results.json'}, {run_dir / 'metrics.csv'}",
         f"  checkpoint   {best or 'none'}",
-        f"  TensorBoard  tensorboard --host localhost --logdir {run_dir} --samples_per_plugin=images=1000",
     ]
+    if any(run_dir.glob("events.out*")):
+        lines.append(f"  TensorBoard  tensorboard --host localhost --logdir {run_dir} --samples_per_plugin=images=1000")
     return "\n".join(lines)
 
 

@@ -62,6 +62,7 @@ def test_cosine_rises_in_a_line_and_falls_along_half_a_cosine() -> None:
     [
         ({"name": "step"}, "scheduler.name=step: choose from constant, cosine"),
         ({"name": "cosine", "gamma": 0.1}, "scheduler.gamma: no such setting; choose from warmup, final"),
+        ({"name": "constant", "warmup": 0.1}, "scheduler.warmup: no such setting; scheduler has none"),
     ],
 )
 def test_an_invalid_schedule_is_explained(settings: dict, message: str) -> None:
