@@ -7,7 +7,6 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-
 #: Imported on first access (PEP 562), so that ``--help`` does not import torch.
 _LAZY = {
     "CIFAR10DataModule": "cifar10_tl.data.datamodule",
@@ -21,7 +20,3 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_LAZY]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
-
-if sys.platform != "win32":
-    import fcntl
 
 _UMASK = os.umask(0)  # can be read only by setting it; read once because threads write files at the same time
 os.umask(_UMASK)
@@ -53,11 +50,8 @@ def remove_temporary(folder: Path) -> None:
 def claim(folder: Path) -> Iterator[bool]:
     """Lock ``folder`` and yield whether no other process of this machine holds the lock.
 
-    Yield True where the platform or the file system has no locks. The lock ends with the process.
+    Yield True if the file system has no locks. The lock ends with the process.
     """
-    if sys.platform == "win32":
-        yield True
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     claimed = True
     try:

@@ -9,9 +9,12 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from cifar10_tl.config import CONFIG_DIR
 
 #: The new name of each old key or option; None if it was removed.
 RENAMED: dict[str, str | None] = {
@@ -26,7 +29,7 @@ RENAMED: dict[str, str | None] = {
     "corrupt": None,
 }
 _LOST_PROCESS = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gloo"
-#: What RuntimeErrors and MemoryErrors mean, by a pattern of "TypeName: message".
+#: What errors of torch mean, by a pattern of "TypeName: message".
 _MEANINGS = {
     "^OutOfMemoryError": (
         "out of device memory; reduce data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
@@ -49,11 +52,7 @@ class UserError(Exception):
 def known_arguments(
     function: Callable[..., Any], settings: Mapping[str, Any], group: str, taken: Collection[str] = ()
 ) -> Mapping[str, Any]:
-    """Return ``settings``, which belong to the config group ``group``, if each is an argument of ``function``.
-
-    Raises:
-        UserError: A setting is not an argument, or it is one of ``taken``, which come from elsewhere.
-    """
+    """Return the ``settings`` of a config ``group``, each an argument of ``function`` that is not ``taken``."""
     known = [name for name in inspect.signature(function).parameters if name not in taken]
     if unknown := [f"{group}.{name}" for name in settings if name not in known]:
         advice = f"choose from {', '.join(known)}" if known else f"{group} has none"
@@ -64,12 +63,14 @@ def known_arguments(
 def explain(error: BaseException, config_name: str) -> str | None:
     """Return the line that explains ``error`` to a user, or None if it is a bug."""
     text = str(error)
-    for cause in _causes(error):
+    cause: BaseException | None = error
+    while cause is not None:
         if isinstance(cause, UserError):
             return one_line(str(cause))
         if isinstance(cause, OSError) and not isinstance(cause, HydraException):  # some are both
             prefix = "paths.output_dir: " if _raised_by(error, "hydra", "logging") else ""
             return one_line(f"{prefix}{cause}")
+        cause = cause.__cause__
     if unknown := re.search(_UNKNOWN_KEY, text):
         return _explain_unknown_key(unknown[1] or unknown[2], config_name)
     if (missing := re.search(r"Could not find '([^']+)'", text)) and (renamed := _renamed(missing[1])):
@@ -85,7 +86,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
         for pattern, meaning in _MEANINGS.items():
             if re.search(pattern, f"{type(error).__name__}: {text}"):
                 return meaning
-    if isinstance(error, (ValueError, TypeError, RuntimeError)) and _raised_by(error, "hydra", "logging", "lightning"):
+    refused = isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OverflowError))
+    if refused and _raised_by(error, "hydra", "logging", "lightning"):
         return one_line(f"{text} (HYDRA_FULL_ERROR=1 shows where)")
     return one_line(text) if type(error).__name__ == "MisconfigurationException" else None
 
@@ -93,12 +95,6 @@ def explain(error: BaseException, config_name: str) -> str | None:
 def is_connection_loss(error: BaseException) -> bool:
     """Return whether ``error`` says that another process of the job cannot be reached."""
     return isinstance(error, RuntimeError) and bool(re.search(_LOST_PROCESS, str(error)))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _raised_by(error: BaseException, *libraries: str) -> bool:
@@ -138,10 +134,6 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
 
 def config_keys(config_name: str) -> list[str]:
     """Return every key of a command's default config, such as ``trainer`` and ``trainer.max_epochs``."""
-    from hydra import compose, initialize_config_dir
-
-    from cifar10_tl.config import CONFIG_DIR
-
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return [key for key, _ in walk(OmegaConf.to_container(compose(config_name)))]
 

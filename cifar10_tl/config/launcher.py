@@ -110,10 +110,14 @@ def _holds_only(folder: Path, patterns: tuple[str, ...]) -> bool:
 
 def _checked(cfg: DictConfig) -> DictConfig:
     """Return the checked config of a job: that of a single run, of a job of a sweep, or of a resumed run."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        _prepare_sweep_job(cfg)
+    hydra_config: Any = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:  # the job and its child processes take the settings of a single run
+        cfg.paths.output_dir = hydra_config.runtime.output_dir
+        with read_write(hydra_config), open_dict(hydra_config):
+            hydra_config.run.dir = cfg.paths.output_dir
+        sys.argv[1:] = [*hydra_config.overrides.task, f"paths.output_dir={quoted(cfg.paths.output_dir)}"]
     if cfg.get("resume"):
-        cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
+        cfg = resumed_config(cfg, hydra_config.overrides.task)
     check_config(cfg)
     check_nodes(cfg)
     return cfg
@@ -132,13 +136,3 @@ def check_nodes(cfg: DictConfig) -> None:
             f"trainer.num_nodes={nodes}: each node would create a different run folder; set the same "
             "paths.output_dir= on all nodes (or give torchrun the same --rdzv-id)"
         )
-
-
-def _prepare_sweep_job(cfg: DictConfig) -> None:
-    """Give a job of a sweep, and the processes that it starts, the settings of a single run."""
-    hydra_config: Any = HydraConfig.get()
-    job_dir = hydra_config.runtime.output_dir
-    cfg.paths.output_dir = job_dir
-    with read_write(hydra_config), open_dict(hydra_config):
-        hydra_config.run.dir = job_dir
-    sys.argv[1:] = [*hydra_config.overrides.task, f"paths.output_dir={quoted(job_dir)}"]

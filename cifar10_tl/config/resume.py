@@ -19,17 +19,8 @@ from cifar10_tl.config.errors import UserError, walk
 from cifar10_tl.config.run_dir import RUN_CONFIG
 
 log = logging.getLogger(__name__)
-#: Settings that may differ from those of the run.
-RESUMABLE = (
-    "trainer.",
-    "data.root",
-    "data.on_device",
-    "compile",
-    "checkpoint_every_n_steps",
-    "resume",
-    "trust",
-    "test",
-)
+#: Settings of a run that an override may change.
+ALLOWED = ("trainer.", "data.root", "data.on_device", "compile", "checkpoint_every_n_steps", "resume", "trust", "test")
 #: Classes that a run's config may name. Their packages export nothing else, but modules inside them do:
 #: ``lightning.pytorch.callbacks.model_checkpoint.os`` is a module that can do harm.
 _LIGHTNING = r"lightning\.pytorch\.(callbacks|loggers|strategies|profilers)"
@@ -37,22 +28,20 @@ TRUSTED = rf"(cifar10_tl\.(callbacks|engine\.tensorboard)|torch\.optim|{_LIGHTNI
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return the config of the run in ``cfg.resume``, updated with ``overrides``.
-
-    Raises:
-        UserError: The folder holds no run, its config is damaged or names untrusted code, or an override changes a
-            setting that is not in ``RESUMABLE``.
-    """
-    if not isinstance(cfg.resume, str):
-        raise UserError(f"resume={cfg.resume}: should be the folder of a run, such as outputs/runs/<time>")
-    run_dir = Path(cfg.resume).expanduser()
+    """Return the config of the run in ``cfg.resume``, updated with those ``overrides`` that are allowed."""
+    run_dir = Path(str(cfg.resume)).expanduser()
     saved = _read_run_config(run_dir)
     if "trust=true" not in (override.lower() for override in overrides):
-        _check_targets(saved, run_dir / RUN_CONFIG)
+        for key, target in walk(saved):
+            if f".{key}".endswith("._target_") and not is_trusted(target):
+                raise UserError(
+                    f"{run_dir / RUN_CONFIG} names code from outside this project and Lightning: {key}={target}; read "
+                    "it, and add trust=true if you trust it"
+                )
     own = OmegaConf.create(_moved(saved, str(saved["paths"]["output_dir"]), str(run_dir)))
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
-        if not key.startswith(RESUMABLE):
+        if not key.startswith(ALLOWED):
             raise UserError(
                 f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.on_device, "
                 "compile and checkpoint_every_n_steps; use init_from= to start a new run from its weights"
@@ -72,11 +61,9 @@ def _read_run_config(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"resume={run_dir}: contains no run ({RUN_CONFIG} is missing); set the folder of a run")
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path))
-        reason = "" if isinstance(saved["paths"]["output_dir"], str) else "paths.output_dir is not a string"
+        Path(saved["paths"]["output_dir"])
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, TypeError, KeyError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0] or "empty"
-    if reason:
-        raise UserError(f"{path} is damaged ({reason}); restore a copy, or start a new run")
+        raise UserError(f"{path} is damaged ({error}); restore a copy, or start a new run") from error
     # runs write resolved values; an interpolation could create what no check has seen
     if key := next((key for key, value in walk(saved) if isinstance(value, str) and "${" in value), None):
         raise UserError(f"{path}: {key} holds ${{...}}, which is not allowed here; replace it by its value")
@@ -103,15 +90,6 @@ def _moved(node: Any, old: str, new: str) -> Any:
         return [_moved(child, old, new) for child in node]
     inside = isinstance(node, str) and (node == old or node.startswith(f"{old}/"))
     return new + node[len(old) :] if inside else node
-
-
-def _check_targets(config: Any, origin: Path) -> None:
-    for key, target in walk(config):
-        if f".{key}".endswith("._target_") and not is_trusted(target):
-            raise UserError(
-                f"{origin} names code from outside this project and Lightning: {key}={target}; read it, and add "
-                "trust=true if you trust it"
-            )
 
 
 def is_trusted(target: Any) -> bool:

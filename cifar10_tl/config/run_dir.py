@@ -21,8 +21,6 @@ _NUMBERS = (
 )
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
-#: Variables that users may set to start the processes of a job themselves.
-_BY_HAND = ("LOCAL_RANK", "NODE_RANK")
 _composed = itertools.count(1)
 _sweep_dirs: set[str] = set()
 
@@ -40,7 +38,8 @@ def check_launch_variables() -> None:
     elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         _check_job("srun", "SLURM_NTASKS", _SLURM, "SLURM_NTASKS")
     else:
-        for name in ("RANK", "SLURM_PROCID") if env.get("MASTER_ADDR") else ("RANK", "SLURM_PROCID", *_BY_HAND):
+        names = ("RANK", "SLURM_PROCID")
+        for name in names if env.get("MASTER_ADDR") else (*names, "LOCAL_RANK", "NODE_RANK"):
             if env.get(name, "0") != "0":
                 raise UserError(
                     f"{name}={env[name]} (environment variable): not the first process of a job, but neither torchrun "
@@ -93,14 +92,8 @@ def default_run_dir() -> str:
     return f"outputs/runs/{run_stamp()}"
 
 
-def _run_dir(resume: object) -> str:
-    return os.path.expanduser(str(resume)) if resume else default_run_dir()
-
-
-def _composed_run_dir(resume: object) -> str:
-    """Return a folder that differs for each composed config, in the same order in all processes of a job."""
-    count = 1 if resume else next(_composed)
-    return _run_dir(resume) + (f"_{count}" if count > 1 else "")
+def _run_dir(resume: object, count: int = 1) -> str:
+    return os.path.expanduser(str(resume)) if resume else default_run_dir() + (f"_{count}" if count > 1 else "")
 
 
 def _sweep_dir(output_dir: object) -> str:
@@ -121,5 +114,5 @@ def register_resolvers(command: bool = False) -> None:
     OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True)
     OmegaConf.register_new_resolver("expand_user", lambda p: p and os.path.expanduser(str(p)), replace=True)
-    run_dir = _run_dir if command else _composed_run_dir
+    run_dir = _run_dir if command else lambda resume: _run_dir(resume, next(_composed))
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=not command)

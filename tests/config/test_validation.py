@@ -32,12 +32,11 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("data.on_device", ["gpu", 1, 0], "True, False"),
     ("model.backbone", [3, "", None], "a string"),
     ("model.image_size", [0, 7, 5000], "8 to 4096"),
-    ("model.head.hidden", [512, [0], [10**12], None], "a list"),
+    ("model.head.hidden", [512, [0], None], "a list"),
     ("model.label_smoothing", [1, -0.1], "below 1"),
     ("optimizer.lr", ["fast", -0.1, 0, NAN, INF], "a number above 0"),
     ("trainer.max_epochs", [0, -1, 10**12], "1 to 1000000"),
-    ("trainer.precision", [8, "half", None], "bf16-mixed"),
-    ("trainer.max_time", ["soon", 5], "days:hours:minutes:seconds"),
+    ("trainer.max_time", [5], "a string"),
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),
     ("trainer.deterministic", [3, 1], "warn"),
     ("trainer.profiler", [5, True], "a profiler"),
@@ -55,8 +54,6 @@ COMPOSED = [
     ("optimizer.learning_rate=1", ["optimizer.learning_rate", "lr", "weight_decay"]),
     ("modle=resnet", ["modle", "did you mean", "model"]),
     ("data=imagenet", ["data/imagenet", "cifar10", "folder", "shapes"]),
-    ("model/head=conv", ["model/head/conv", "dense", "linear", "lstm"]),
-    ("experiment=quick", ["experiment/quick", "quickstart"]),
     ("data.batch_size=abc", ["data.batch_size=abc", "whole number of at least 1"]),
     ("data.augment.random_crop_padding=32", ["data.augment.random_crop_padding=32", "below the image size of 32"]),
     ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),
@@ -71,10 +68,9 @@ COMPOSED = [
     ("data.cache_features=true", ["data.cache_features=true", "add model.freeze=backbone"]),
     ("experiment=probe data.augment.mix=cutmix", ["data.augment.mix=cutmix", "data.augment.mix=none"]),
     ("paths.output_dir=pyproject.toml", ["paths.output_dir: ", "File exists: 'pyproject.toml'"]),
-    ("resume=5", ["resume=5", "the folder of a run"]),
+    ("resume=5", ["resume=5", "set the folder of a run"]),
     ("resume=nowhere", ["resume=nowhere", "set the folder of a run"]),
     ("--lr 0.1", ["--lr", "key=value"]),
-    ("seed=[1,2", ["seed=[1,2"]),
     ("logger=null", ["logger=none"]),
     ("paths.output_dir=/proc/nothing", ["paths.output_dir: ", "/proc/nothing"]),
     ("data=shapes data.root=x", ["data.root", "the chosen groups have no such setting"]),
@@ -104,6 +100,8 @@ MADE = [
     ("trainer.strategy=telepathy", ["strategy", "telepathy"]),
     ("trainer.devices=[7] trainer.accelerator=cpu", ["devices"]),
     ("trainer.profiler=stopwatch", ["profiler"]),
+    ("trainer.precision=half", ["Precision 'half' is invalid", "bf16-mixed"]),
+    ("trainer.max_time=soon", ["DD:HH:MM:SS"]),
     ("data.source=cifar9", ["data.source=cifar9", "cifar10, folder, shapes"]),
     ("data=folder data.root=nowhere", ["nowhere", "train"]),
     ("data=folder data.root=one_class", ["one_class", "2"]),
@@ -123,12 +121,12 @@ MADE = [
 ]
 OTHERS = [
     ("evaluate", "", ["checkpoint=FILE", "compare"]),
-    ("evaluate", "checkpoint=nowhere.ckpt", ["checkpoint=nowhere.ckpt", "no such file"]),
+    ("evaluate", "checkpoint=nowhere.ckpt", ["nowhere.ckpt: no such file"]),
     ("evaluate", "checkpoint=notes.txt", ["notes.txt"]),
     ("evaluate", "checkpoint=notes.txt corrupt=all", ["corrupt was removed: leave it out"]),
-    ("predict", "checkpoint=nowhere.ckpt images=empty", ["checkpoint=nowhere.ckpt"]),
+    ("predict", "checkpoint=nowhere.ckpt images=other_test", ["nowhere.ckpt: no such file"]),
     ("predict", "checkpoint=notes.txt images=empty", ["empty"]),
-    ("export", "checkpoint=nowhere.ckpt", ["checkpoint=nowhere.ckpt", "no such file"]),
+    ("export", "checkpoint=nowhere.ckpt", ["nowhere.ckpt: no such file"]),
     ("export", "checkpoint=notes.txt", ["notes.txt"]),
 ]
 CASES = [
@@ -145,10 +143,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pyproject.toml").touch()
     (folder / "notes.txt").write_text("no checkpoint")
     (folder / "empty").mkdir()
-    (folder / "half").mkdir()
-    (folder / "swept").mkdir()
+    for name in ("half", "swept", "taken"):
+        (folder / name).mkdir()
     (folder / "swept" / "multirun.yaml").touch()
-    (folder / "taken").mkdir()
     (folder / "taken" / run_dir.RUN_CONFIG).write_text("seed: 0")
     picture = Image.new("RGB", (32, 32))
     for root, train, test in (
