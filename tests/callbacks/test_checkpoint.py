@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,49 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, compose_train
+from helpers import TINY, resume, rows
 from omegaconf import DictConfig
 
 from cifar10_tl.callbacks import RunCheckpoint
-from cifar10_tl.config.resume import resumed_config
 from cifar10_tl.train import train
 
 Small = Callable[..., DictConfig]
+FROZEN = (*TINY, "callbacks=minimal", "model.freeze=backbone", "optimizer=sgd", "scheduler=constant")
 
 
 def epoch_of(path: Path) -> int:
     return torch.load(path, weights_only=True)["epoch"]
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_best_checkpoint_is_the_one_that_is_tested_and_reported(
-    small_cfg: Small, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = [f"callbacks.best_checkpoint.{o}" for o in ("monitor=val/loss", "save_top_k=3", "filename=lowest")]
-    # a learning rate under which the loss rises: neither the first epoch nor the last must be the best by chance
-    cfg = small_cfg(*TINY, "trainer.max_epochs=3", "optimizer.lr=0.003", "scheduler=constant", *options)
-    caplog.set_level("INFO")
-    results: Any = train(cfg)
-    run = Path(cfg.paths.output_dir)
-    losses = [float(row["val/loss"]) for row in rows(run)]
-    best = losses.index(min(losses))
-    assert losses.index(max(losses)) != best
-    files = {"lowest.ckpt", "lowest-0.ckpt", "lowest-1.ckpt", "lowest-2.ckpt", "last.ckpt"}
-    assert {path.name for path in (run / "checkpoints").iterdir()} == files
-    assert results["best_epoch"] == best
-    assert results["val"]["loss"] == min(losses)
-    (line,) = [line for line in caplog.text.splitlines() if "  checkpoint " in line]
-    assert epoch_of(Path(line.split()[-1])) == best
-    assert epoch_of(run / "checkpoints" / "lowest.ckpt") == best
-
-
-def resume(run: Path, *overrides: str) -> Any:
-    given = [f"resume={run}", *overrides]
-    return train(resumed_config(compose_train(*given), given))
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
@@ -61,8 +29,28 @@ def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def test_the_best_of_the_validated_epochs_is_tested_and_reported(
+    small_cfg: Small, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = [f"callbacks.best_checkpoint.{o}" for o in ("monitor=val/loss", "save_top_k=-1", "filename=lowest")]
+    cfg = small_cfg(*FROZEN, "trainer.max_epochs=5", "trainer.check_val_every_n_epoch=2", *options)
+    caplog.set_level("INFO")
+    results: Any = train(cfg)
+    run = Path(cfg.paths.output_dir)
+    assert [row["val/loss"] != "" for row in rows(run)] == [False, True, False, True, False]
+    losses = {int(row["epoch"]): float(row["val/loss"]) for row in rows(run) if row["val/loss"]}
+    best = min(losses, key=losses.__getitem__)
+    files = {"lowest.ckpt", "lowest-1.ckpt", "lowest-3.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == files
+    assert (results["best_epoch"], results["val"]["loss"]) == (best, losses[best])
+    (line,) = [line for line in caplog.text.splitlines() if "  checkpoint " in line]
+    assert epoch_of(Path(line.split()[-1])) == epoch_of(run / "checkpoints" / "lowest.ckpt") == best
+    assert epoch_of(run / "checkpoints" / "last.ckpt") == 4
+    assert [step for step, _ in scalars(run, "val/loss")] == [1, 3]
+
+
 def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_cfg: Small) -> None:
-    options = (*TINY, "scheduler=constant", "model.head.dropout=0.5", "callbacks=minimal", "trainer.max_epochs=2")
+    options = (*FROZEN, "model.head.dropout=0.5", "trainer.max_epochs=2")
     uninterrupted, stopped = small_cfg(*options, run="a"), small_cfg(*options, "trainer.max_steps=4", run="b")
     train(uninterrupted)
     train(stopped)
@@ -76,20 +64,8 @@ def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_
     assert (results["val"], results["best_epoch"]) == (same["val"], same["best_epoch"])
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (a, b)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert scalars(a, "train/loss") == scalars(b, "train/loss")
-    assert scalars(a, "val/acc") == scalars(b, "val/acc")
-
-
-def test_only_validated_epochs_compete_for_the_best(small_cfg: Small) -> None:
-    options = ("trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3", "callbacks.best_checkpoint.save_top_k=-1")
-    cfg = small_cfg(*TINY, "callbacks=minimal", *options)
-    results: Any = train(cfg)
-    run = Path(cfg.paths.output_dir)
-    assert [row["val/acc"] != "" for row in rows(run)] == [False, True, False]
-    assert results["best_epoch"] == 1
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "best-1.ckpt", "last.ckpt"}
-    assert epoch_of(run / "checkpoints" / "last.ckpt") == 2
-    assert [step for step, _ in scalars(run, "val/loss")] == [1]
+    for tag in ("train/loss", "val/acc"):
+        assert scalars(a, tag) == scalars(b, tag)
 
 
 def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path: Path) -> None:
@@ -102,6 +78,5 @@ def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         "best_model_path": "/other/place/best.ckpt",
     }
     callback.load_state_dict(state)
-    assert list(callback.best_k_models) == [""]
-    assert callback.kth_best_model_path == ""
+    assert (list(callback.best_k_models), callback.kth_best_model_path) == ([""], "")
     assert callback.best_model_path == str(tmp_path / "best.ckpt")

@@ -22,15 +22,11 @@ MODULE: Any = SimpleNamespace(evaluation=EVALUATION, restored_epoch=7, class_nam
 
 def fake_trainer(folder: Path, **state: Any) -> Any:
     """As much of a Trainer as these callbacks read."""
-    split = Split(IMAGES, LABELS, INDICES)
     flags = {"is_global_zero": True, "is_last_batch": True, "sanity_checking": False, "fast_dev_run": False}
-    defaults = {"default_root_dir": str(folder), "loggers": [], "checkpoint_callback": None, "callback_metrics": {}}
-    defaults |= {
-        "current_epoch": 0,
-        "global_step": 0,
-        "datamodule": SimpleNamespace(splits={"val": split, "test": split}),
-    }
-    return SimpleNamespace(**(flags | defaults | state))
+    values = {"default_root_dir": str(folder), "loggers": [], "checkpoint_callback": None, "global_step": 0}
+    split = Split(IMAGES, LABELS, INDICES)
+    data = SimpleNamespace(splits={"val": split, "test": split})
+    return SimpleNamespace(**(flags | values | {"current_epoch": 0, "datamodule": data} | state))
 
 
 @pytest.mark.parametrize(

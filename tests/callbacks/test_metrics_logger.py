@@ -23,6 +23,7 @@ def test_each_epoch_has_one_row_also_after_a_resume(tmp_path: Path, caplog: pyte
     )
     trainer: Any = SimpleNamespace(
         default_root_dir=str(tmp_path),
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}])],
         fast_dev_run=False,
         is_global_zero=True,
         loggers=[],
@@ -30,7 +31,6 @@ def test_each_epoch_has_one_row_also_after_a_resume(tmp_path: Path, caplog: pyte
         current_epoch=0,
         global_step=5,
         max_epochs=2,
-        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}])],
     )
     caplog.set_level(logging.INFO)
     first = MetricsLogger()
