@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,39 +22,29 @@ SHELL = "\n".join(block for text in PAGES.values() for block in re.findall(r"```
 SPANS = [
     span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 ]
+SETTINGS = runpy.run_path(str(REPOSITORY / "docs" / "settings.py"))
 GROUPS = ("data", "model/head", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
-
-
-@pytest.fixture(scope="module")
-def settings_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("settings", REPOSITORY / "docs" / "settings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 160
 
 
-def test_the_settings_page_is_up_to_date(settings_script: ModuleType) -> None:
-    page = (REPOSITORY / "docs" / "settings.md").read_text()
-    assert page == settings_script.settings(), "run: make settings"
+def test_the_settings_page_is_up_to_date() -> None:
+    assert (REPOSITORY / "docs" / "settings.md").read_text() == SETTINGS["settings"](), "run: make settings"
 
 
-def test_settings_are_read_with_the_comments_beside_and_above_them(settings_script: ModuleType) -> None:
+def test_settings_are_read_with_the_comments_beside_and_above_them() -> None:
     lines = ["a: # parent", "  b: 1 # a | b", "# above", "c: [x]", "defaults:", "  - d: e"]
-    assert settings_script.table(lines, "p.")[2:] == [
+    assert SETTINGS["table"](lines, "p.")[2:] == [
         "| `p.a` |  | parent |",
         r"| `p.a.b` | `1` | a \| b |",
         "| `p.c` | `[x]` | above |",
     ]
 
 
-def test_every_documented_setting_exists(settings_script: ModuleType) -> None:
-    known = {*re.findall(r"^\| `([\w.]+)` \|", settings_script.settings(), flags=re.M), *GROUPS, "model", "paths"}
+def test_every_documented_setting_exists() -> None:
+    known = {*re.findall(r"^\| `([\w.]+)` \|", SETTINGS["settings"](), flags=re.M), *GROUPS, "model", "paths"}
     known |= {"key", "weights_only"}  # placeholder, argument of torch.load
     known |= {key.rsplit(".", n)[0] for key in known for n in range(key.count("."))}
     words = {word.strip("'\"") for text in (SHELL, *SPANS) for word in text.split()}
@@ -78,7 +68,7 @@ def test_every_default_in_the_readme_is_the_default() -> None:
 
 
 def test_every_train_command_composes() -> None:
-    commands = re.findall(r"python -m cifar10_tl\.train([^#`\n]*)", SHELL.replace("\\\n", " "))
+    commands = set(re.findall(r"python -m cifar10_tl\.train([^#`\n]*)", SHELL.replace("\\\n", " ")))
     assert len(commands) >= 6
     for command in commands:
         compose_train(*(word for word in command.split() if "=" in word and "<" not in word and "," not in word))

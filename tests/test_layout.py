@@ -32,19 +32,18 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py") if module_name(file)}
 
 
-def runtime_nodes(node: ast.AST, functions: bool) -> Iterator[ast.AST]:
-    """Yield the nodes below ``node`` except the bodies of ``if TYPE_CHECKING:``, inside functions only on request."""
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below ``node``, also those in functions, except the bodies of ``if TYPE_CHECKING:``."""
     for child in ast.iter_child_nodes(node):
         yield child
-        type_checking = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
-        if not type_checking and (functions or not isinstance(child, ast.FunctionDef)):
-            yield from runtime_nodes(child, functions)
+        if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+            yield from runtime_nodes(child)
 
 
-def imported_names(source: str, functions: bool = True) -> set[str]:
+def imported_names(source: str) -> set[str]:
     """Return the dotted names that a source file imports at run time."""
     names = set()
-    for node in runtime_nodes(ast.parse(source), functions):
+    for node in runtime_nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -52,10 +51,10 @@ def imported_names(source: str, functions: bool = True) -> set[str]:
     return names
 
 
-def local_imports(module: str, functions: bool = True) -> set[str]:
+def local_imports(module: str) -> set[str]:
     """Return the modules of this package that ``module`` imports."""
     found = set()
-    for name in imported_names(MODULES[module].read_text(), functions):
+    for name in imported_names(MODULES[module].read_text()):
         parts = name.removeprefix("cifar10_tl.").split(".")
         prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         found |= {next((p for p in prefixes if p in MODULES), module)} if name.startswith("cifar10_tl.") else set()
@@ -63,17 +62,10 @@ def local_imports(module: str, functions: bool = True) -> set[str]:
 
 
 GRAPH = {module: local_imports(module) for module in MODULES}
-LOADED_AT_ONCE = {module: local_imports(module, functions=False) for module in MODULES}
 
 
 def top(module: str) -> str:
     return module.split(".")[0]
-
-
-def test_type_checking_blocks_are_exempt_and_function_level_imports_are_not() -> None:
-    source = "if TYPE_CHECKING:\n    import a\ndef f():\n    from b import c\n"
-    assert imported_names(source) == {"b.c"}
-    assert imported_names(source, functions=False) == set()
 
 
 def test_the_top_level_holds_commands_packages_and_public_modules_only() -> None:
@@ -97,12 +89,12 @@ def test_imports_have_no_cycle() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def reachable(module: str, graph: dict[str, set[str]] = GRAPH) -> set[str]:
+def reachable(module: str) -> set[str]:
     """Return ``module`` and all modules that it imports, directly or not."""
     seen, queue = set(), [module]
     while queue:
         seen.add(current := queue.pop())
-        queue += graph[current] - seen
+        queue += GRAPH[current] - seen
     return seen
 
 
@@ -115,13 +107,3 @@ def test_each_layer_loads_only_the_libraries_it_needs(name: str) -> None:
 
 def test_the_network_knows_no_data() -> None:
     assert "data" not in {top(module) for module in reachable("models.network")}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_loads_neither_torch_nor_lightning(command: str) -> None:
-    slow = [
-        module
-        for module in reachable(command, LOADED_AT_ONCE)
-        if {"torch", "lightning"} & {top(name) for name in imported_names(MODULES[module].read_text(), functions=False)}
-    ]
-    assert slow == []
