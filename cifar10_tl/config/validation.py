@@ -85,6 +85,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (list_of(text), "data.mirrors"),
     (list_of(text, 2), "compare?"),
     (either(text, list_of(text, 1)), "images"),
+    (Rule("a group of objects by name", lambda value: isinstance(value, dict)), "callbacks? logger?"),
     (whole(0, 2**32 - 1), "seed data.split_seed data.drawing_seed"),
     (whole(0), "data.augment.random_crop_padding trainer.num_sanity_val_steps"),
     (whole(1), "data.batch_size batch_size top_k data.image_limit? checkpoint_every_n_steps? model.head.lstm_size"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
-from contextlib import redirect_stderr
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,18 @@ from cifar10_tl.config.validation import RULES, check_config
 NAN, INF = float("nan"), float("inf")
 REFUSED: list[tuple[str, list[Any], str]] = [
     ("data.batch_size", ["abc", "", 0, 12.5, True, None, [1], {}], "a whole number of at least 1"),
-    ("data.image_limit", [0, -1, 2.0, False], "null or a whole number of at least 1"),
     ("data.val_size", [-1, 0, 1.0, True], "a whole number of at least 1 or a number above 0 and below 1"),
-    ("data.split_seed", ["x", -1, 2**32], "a whole number from 0 to 4294967295"),
     ("data.root", [[1], "", None, "pyproject.toml/x", "a\0b"], "a folder that exists or can be created"),
     ("data.mirrors", ["http://x", None, [1]], "a list"),
     ("data.augment.random_erasing", [1.5, -0.1, NAN, True], "a number of at least 0 and at most 1"),
-    ("data.augment.mix", ["blend", None], "none, mixup, cutmix"),
     ("data.on_device", ["gpu", 1, 0], "True, False"),
     ("model.backbone", [3, "", None], "a string"),
-    ("model.image_size", [0, 7, 5000], "8 to 4096"),
     ("model.head.hidden", [512, [0], None], "a list"),
     ("model.label_smoothing", [1, -0.1], "below 1"),
     ("optimizer.lr", ["fast", -0.1, 0, NAN, INF], "a number above 0"),
-    ("trainer.max_epochs", [0, -1, 10**12], "1 to 1000000"),
-    ("trainer.max_time", [5], "a string"),
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),
-    ("trainer.deterministic", [3, 1], "warn"),
     ("trainer.profiler", [5, True], "a profiler"),
     ("callbacks.best_checkpoint.monitor", ["train/loss", "val/foo"], "val/acc, val/loss"),
-    ("compile", ["maybe", None], "auto, True, False"),
-    ("ema_decay", [1.5, 0, 1], "above 0 and below 1"),
     ("compare", [["a"], "a"], "null or a list of at least 2"),
     ("images", [[], "", 3, [1]], "a string or a list"),
 ]
@@ -54,32 +44,26 @@ COMPOSED = [
     ("optimizer.learning_rate=1", ["optimizer.learning_rate", "lr", "weight_decay"]),
     ("modle=resnet", ["modle", "did you mean", "model"]),
     ("data=imagenet", ["data/imagenet", "cifar10", "folder", "shapes"]),
-    ("data.batch_size=abc", ["data.batch_size=abc", "whole number of at least 1"]),
     ("data.augment.random_crop_padding=32", ["data.augment.random_crop_padding=32", "below the image size of 32"]),
     ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),
     ("data.augment=null", ["data.augment.mix is missing"]),
     ("trainer.check_val_every_n_epoch=50", ["trainer.check_val_every_n_epoch=50", "40 epochs"]),
     ("+trainer.overfit_batches=4", ["trainer.overfit_batches", "debug=overfit"]),
     ("paths=[1,2]", ["a config group takes a name"]),
-    ("trainer=4", ["a config group takes a name", "--help"]),
     ("init_from=nowhere.ckpt", ["init_from=nowhere.ckpt", "no such file"]),
     ("data.root=${nowhere}", ["nowhere", "not found"]),
     ("data.root=a=b", ["mismatched input", "data.root=a=b"]),
     ("data.cache_features=true", ["data.cache_features=true", "add model.freeze=backbone"]),
     ("experiment=probe data.augment.mix=cutmix", ["data.augment.mix=cutmix", "data.augment.mix=none"]),
     ("paths.output_dir=pyproject.toml", ["paths.output_dir: ", "File exists: 'pyproject.toml'"]),
-    ("resume=5", ["resume=5", "set the folder of a run"]),
     ("resume=nowhere", ["resume=nowhere", "set the folder of a run"]),
     ("--lr 0.1", ["--lr", "key=value"]),
     ("logger=null", ["logger=none"]),
-    ("paths.output_dir=/proc/nothing", ["paths.output_dir: ", "/proc/nothing"]),
     ("data=shapes data.root=x", ["data.root", "the chosen groups have no such setting"]),
     ("~trainer.precision", ["trainer.precision is missing", "trainer.precision=..."]),
-    ("hydra.job.chdir=true", ["hydra.job.chdir=true"]),
     ("+data.augment.erase=0.5", ["data.augment.erase was renamed: use data.augment.random_erasing"]),
     ("callbacks.progress.refresh_seconds=1", ["use callbacks.progress_bar.refresh_seconds"]),
     ("experiment=seed", ["experiment=seed was renamed: use experiment=original"]),
-    ("trainer=fsdp", ["trainer=fsdp was renamed: use trainer.strategy=fsdp"]),
     ("+trainer.val_check_interval=0.5", ["trainer.val_check_interval is not supported", "check_val_every_n_epoch"]),
     ("hydra.run.dir=taken", ["hydra.run.dir=taken: set paths.output_dir instead"]),
     ("-m seed=1,2 paths.output_dir=swept", ["paths.output_dir=swept: this folder holds a sweep"]),
@@ -96,10 +80,7 @@ MADE = [
     ("scheduler.name=step", ["scheduler.name=step", "constant, cosine"]),
     ("model.head.name=conv", ["model.head.name=conv", "linear, dense, lstm"]),
     ("+model.head.depth=3", ["model.head.depth", "hidden, dropout"]),
-    ("trainer.accelerator=gpu", ["accelerator"]),
     ("trainer.strategy=telepathy", ["strategy", "telepathy"]),
-    ("trainer.devices=[7] trainer.accelerator=cpu", ["devices"]),
-    ("trainer.profiler=stopwatch", ["profiler"]),
     ("trainer.precision=half", ["Precision 'half' is invalid", "bf16-mixed"]),
     ("trainer.max_time=soon", ["DD:HH:MM:SS"]),
     ("data.source=cifar9", ["data.source=cifar9", "cifar10, folder, shapes"]),
@@ -108,7 +89,6 @@ MADE = [
     ("data=folder data.root=no_image", ["no_image", "data.skip_bad=true"]),
     ("data=folder data.root=other_test", ["class"]),
     ("init_from=notes.txt", ["notes.txt"]),
-    ("resume=half", ["half", "config.yaml"]),
     ("paths.output_dir=taken", ["paths.output_dir=taken", "resume=taken"]),
     ("callbacks.curves._target_=cifar10_tl.callbacks.Curve", ["Curve"]),
     ("+data.num_workers=4", ["data.num_workers", "no such setting", "train_size"]),
@@ -140,43 +120,17 @@ CASES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a working folder with invalid files and folders."""
     folder = tmp_path_factory.mktemp("wrong")
-    (folder / "pyproject.toml").touch()
-    (folder / "notes.txt").write_text("no checkpoint")
-    (folder / "empty").mkdir()
-    for name in ("half", "swept", "taken"):
-        (folder / name).mkdir()
-    (folder / "swept" / "multirun.yaml").touch()
+    images = ["one_class/train/cat", "one_class/test/cat"]
+    images += [f"no_image/{split}/{name}" for split in ("train", "test") for name in ("cat", "dog")]
+    images += [f"other_test/{name}" for name in ("train/cat", "train/dog", "test/cat", "test/fox")]
+    for name in ("swept", "taken", "empty", *images):
+        (folder / name).mkdir(parents=True)
+    for name in images:
+        Image.new("RGB", (32, 32)).save(folder / name / "1.png")
+    for file in ("pyproject.toml", "notes.txt", "swept/multirun.yaml", "no_image/train/cat/2.png"):
+        (folder / file).write_text("neither a checkpoint nor an image")
     (folder / "taken" / run_dir.RUN_CONFIG).write_text("seed: 0")
-    picture = Image.new("RGB", (32, 32))
-    for root, train, test in (
-        ("one_class", ["cat"], ["cat"]),
-        ("no_image", ["cat", "dog"], ["cat", "dog"]),
-        ("other_test", ["cat", "dog"], ["cat", "fox"]),
-    ):
-        for split, classes in (("train", train), ("test", test)):
-            for name in classes:
-                (folder / root / split / name).mkdir(parents=True)
-                picture.save(folder / root / split / name / "1.png")
-    (folder / "no_image" / "train" / "cat" / "2.png").write_text("not an image")
     return folder
-
-
-def run(command: str, overrides: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
-    """Run a command in this process and return its exit status and what it printed on stderr."""
-    module = __import__(f"cifar10_tl.{command}", fromlist=["main"])
-    arguments = overrides.split(" ") if overrides else []
-    monkeypatch.setattr(sys, "argv", [f"cifar10_tl.{command}", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.delenv(run_dir.STAMP_VARIABLE, raising=False)
-    monkeypatch.chdir(folder)
-    handlers = logging.root.handlers[:]
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed), pytest.raises(SystemExit) as stopped:
-            module.main()
-    finally:
-        logging.root.handlers = handlers
-    return stopped.value.code, printed.getvalue()
 
 
 def files(folder: Path) -> set[str]:
@@ -185,12 +139,23 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(("command", "overrides", "parts"), CASES, ids=lambda value: str(value)[-40:])
 def test_an_invalid_setting_ends_with_one_line(
-    command: str, overrides: str, parts: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    overrides: str,
+    parts: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = files(folder)
-    status, printed = run(command, overrides, folder, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [f"cifar10_tl.{command}", *overrides.split()])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.delenv(run_dir.STAMP_VARIABLE, raising=False)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        import_module(f"cifar10_tl.{command}").main()
+    printed = capsys.readouterr().err
     lines = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert status == 2, printed
     assert len(lines) == 1, printed
     assert "Traceback" not in printed
     assert "search path" not in lines[0]
