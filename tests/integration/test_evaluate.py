@@ -287,7 +287,7 @@ def test_runs_to_compare_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch
     ("overrides", "message"),
     [
         ("", "checkpoint=FILE"),
-        ("checkpoint=nowhere.ckpt", "checkpoint=nowhere.ckpt: "),
+        ("checkpoint=nowhere.ckpt", "nowhere.ckpt: no such file"),
         ("checkpoint=pyproject.toml compare=[a,b]", "checkpoint=FILE"),
         ("compare=[a]", "compare=['a']"),
         ("checkpoint=pyproject.toml split=all", "split=all"),

@@ -168,7 +168,7 @@ def test_invalid_settings_are_refused_before_any_work(tmp_path: Path, monkeypatc
     (tmp_path / "a.pt2").mkdir()
     given = f"checkpoint={tmp_path}/a.ckpt"
     assert error_of().startswith("set checkpoint=FILE")
-    assert error_of("checkpoint=nowhere.ckpt").startswith("checkpoint=nowhere.ckpt")
+    assert error_of("checkpoint=nowhere.ckpt").startswith("nowhere.ckpt: no such file")
     assert error_of(given, "format=tflite").startswith("format=tflite")
     assert "ends in .onnx" in error_of(given, f"output={tmp_path}/a.ckpt")
     assert "ends in .pt2" in error_of(given, "format=torch_export", f"output={tmp_path}/a.pt2")

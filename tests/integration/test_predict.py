@@ -117,7 +117,7 @@ def test_without_a_readable_image_an_older_table_is_kept(
     ("overrides", "message"),
     [
         (["images=x"], "set checkpoint=FILE"),
-        (["checkpoint=nowhere.ckpt", "images=x"], "checkpoint=nowhere.ckpt"),
+        (["checkpoint=nowhere.ckpt", "images={file}"], "nowhere.ckpt: no such file"),
         (["checkpoint={file}"], "images=null"),
         (["checkpoint={file}", "images=[]"], "images=[]"),
         (["checkpoint={file}", "images=x", "batch_size=0"], "batch_size=0"),
