@@ -24,7 +24,7 @@ $(DEV_TOOLS): $(RUN_TOOLS)
 	$(INSTALL) '.[dev]'
 	@touch $@
 
-demo: $(RUN_TOOLS) ## train on the built-in images: two or three minutes on two CPU cores, downloads packages only
+demo: $(RUN_TOOLS) ## train on the built-in images: minutes on two CPU cores, downloads packages only
 	$(BIN)/python -m cifar10_tl.train experiment=quickstart
 
 test: $(DEV_TOOLS) ## run all tests
