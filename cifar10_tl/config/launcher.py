@@ -45,7 +45,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
             raise error
         if should_print(error):
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-            print(f"error: {f'process {rank} on {platform.node()}: ' * (rank > '0')}{line}", file=sys.stderr)
+            origin = "" if rank == "0" else f"process {rank} on {platform.node()}: "
+            print(f"error: {origin}{line}", file=sys.stderr)
         sys.exit(2)
 
     def job(cfg: DictConfig) -> Any:  # reports errors itself because Hydra would print lines of its own

@@ -166,9 +166,10 @@ def _check_together(config: Mapping[str, Any]) -> None:
     every, epochs = config.get("trainer.check_val_every_n_epoch", 1), config.get("trainer.max_epochs", 1)
     if every > epochs:
         raise UserError(f"trainer.check_val_every_n_epoch={every}: {epochs} epochs would have no validation")
-    for key, instead in (("overfit_batches", "debug=overfit"), ("val_check_interval", "check_val_every_n_epoch")):
+    alternatives = {"overfit_batches": "debug=overfit", "val_check_interval": "trainer.check_val_every_n_epoch"}
+    for key, alternative in alternatives.items():
         if f"trainer.{key}" in config:
-            raise UserError(f"trainer.{key} is not supported (one validation per epoch); use {instead}")
+            raise UserError(f"trainer.{key} is not supported; use {alternative}")
 
 
 def _check_cached_features(config: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ class SignalHandler:
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
             return self
         signals = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # Windows has no SIGHUP
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             signals.append(signal.SIGHUP)
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)

@@ -215,7 +215,7 @@ def test_results(cfg: DictConfig, module: LitClassifier, images: Tensor) -> dict
 
 
 def images_checksum(images: Tensor) -> str:
-    """Return a checksum of images, by which results on different images with the same labels are told apart."""
+    """Return a checksum that distinguishes images with the same labels."""
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -46,12 +46,6 @@ def test_second_interrupt_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> N
         assert exits == [130]
 
 
-def test_works_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(signal, "SIGHUP")  # as on Windows
-    with SignalHandler(), pytest.raises(Stopped):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_private_parts_of_lightning_exist() -> None:
     """We replace two private functions: the broadcast of PL #21487 and the process observer of PL #18218."""
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
