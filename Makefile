@@ -30,7 +30,7 @@ demo: $(RUN_TOOLS) ## train on the built-in images: minutes on two CPU cores, do
 test: $(DEV_TOOLS) ## run all tests
 	$(PYTEST)
 
-test-fast: $(DEV_TOOLS) ## run the tests that start no processes
+test-fast: $(DEV_TOOLS) ## run the tests that are not marked slow
 	$(PYTEST) -m 'not slow'
 
 lint: $(DEV_TOOLS) ## run ruff and mypy

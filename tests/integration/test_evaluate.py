@@ -29,6 +29,8 @@ from cifar10_tl.evaluate import evaluate, main, quote_list
 from cifar10_tl.metrics.calibration import fit_temperature
 from cifar10_tl.metrics.tta import additional_views
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {"confusion_matrix", "correct", "incorrect", "reliability", "per_class", "confidence"}
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -329,7 +331,6 @@ def test_unusable_files_are_refused_before_anything_is_written(
     assert (finished_run / "results.json").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_command(best: Path, finished_run: Path, tmp_path: Path) -> None:
     def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}

@@ -21,6 +21,8 @@ from cifar10_tl.export import BATCH_SIZES, SUFFIXES, compare, comparison_images,
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.resize import Resize
 
+pytestmark = pytest.mark.slow
+
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'cifar10_tl[export]'")
 NAMES = ["ant", "bee", "wasp", "hornet"]
 COUNT = sum(BATCH_SIZES)
@@ -88,15 +90,8 @@ def error_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "format_name"),
-    [
-        ("linear", "onnx"),
-        ("dense", "torch_export"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", "onnx"), ("linear", "torch_export"))),
-        *(pytest.param("lstm", format_name, marks=pytest.mark.slow) for format_name in SUFFIXES),
-    ],
-)
+@pytest.mark.parametrize("name", ["linear", "dense", "lstm"])
+@pytest.mark.parametrize("format_name", SUFFIXES)
 def test_file_returns_the_logits_of_the_checkpoint_and_contains_metadata(
     name: str, format_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,7 +175,6 @@ def test_invalid_settings_are_refused_before_any_work(tmp_path: Path, monkeypatc
     assert error_of(given).startswith("format=onnx: run pip install 'cifar10_tl[export]'")
 
 
-@pytest.mark.slow
 def test_command_prints_a_summary_only(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "lstm.ckpt", "lstm")
     command = [sys.executable, "-m", "cifar10_tl.export", "checkpoint=lstm.ckpt", "paths.output_dir=run"]

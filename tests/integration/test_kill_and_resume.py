@@ -28,6 +28,8 @@ from cifar10_tl.engine.processes import Stopped
 from cifar10_tl.io import claim
 from cifar10_tl.train import train
 
+pytestmark = pytest.mark.slow
+
 #: Two epochs of five batches and three steps, with everything that has a state.
 RUN = (
     *(*SMALL, *TINY, "data.train_size=112", "data.batch_size=16", "trainer.accumulate_grad_batches=2"),
@@ -87,9 +89,9 @@ def assert_same(run: Path, expected: dict[str, Any]) -> None:
     ("signum", "place", "number", "message"),
     [
         (signal.SIGTERM, "step", 1, "stopped by SIGTERM at epoch 0, step 2"),
-        pytest.param(signal.SIGINT, "validation", 0, "stopped by SIGINT after epoch 0", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "step", 5, "stopped by SIGTERM after the last epoch", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "test end", 0, "", marks=pytest.mark.slow),
+        (signal.SIGINT, "validation", 0, "stopped by SIGINT after epoch 0"),
+        (signal.SIGTERM, "step", 5, "stopped by SIGTERM after the last epoch"),
+        (signal.SIGINT, "test end", 0, ""),
     ],
 )
 def test_run_stopped_by_a_signal_resumes_exactly(
@@ -108,7 +110,6 @@ def test_run_stopped_by_a_signal_resumes_exactly(
     assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("test/acc")) == 1
 
 
-@pytest.mark.slow
 def test_run_that_is_killed_repeatedly_resumes_exactly(
     expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +137,6 @@ def test_run_killed_between_its_two_checkpoints_resumes_from_the_newer(run: Path
     assert_same(run, expected)
 
 
-@pytest.mark.slow
 def test_finished_run_can_be_made_longer(run: Path) -> None:
     temporary = run / "checkpoints" / ".last.ckpt.abc.tmp"
     temporary.touch()
@@ -211,7 +211,6 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
     assert saved_step(tmp_path) == 3
 
 
-@pytest.mark.slow
 def test_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     """The operating system refuses files of more than 20 MB."""
     code = (
