@@ -110,7 +110,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of("auto", True, False), "compile"),
     (one_of("none", "mixup", "cutmix"), "data.augment.mix"),
     (one_of("bicubic", "bilinear"), "model.interpolation"),
-    (one_of("none", "backbone"), "model.freeze"),
+    (one_of("none", "stem", "layer1", "layer2", "layer3", "backbone"), "model.freeze"),
     (one_of("imagenet", "cifar"), "model.stem"),
     (one_of("val/acc", "val/loss"), "callbacks.best_checkpoint.monitor"),
     (one_of("auto", "cpu", "cuda", "mps"), "device"),

@@ -11,6 +11,8 @@ from cifar10_tl.config.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CLASSIFIER_LAYERS = ("avgpool", "fc")  # after the feature map
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+FREEZE = ("none", *STAGES[:-1], "backbone")  # the last frozen stage; layer4 is the end of the backbone
 
 
 class Backbone(nn.Sequential):
@@ -23,10 +25,13 @@ class Backbone(nn.Sequential):
         name: One of ``BACKBONES``.
         stem: "imagenet" (7x7 convolution and max pooling, total stride 32) or "cifar" (3x3 convolution, total stride 8)
             as in section 4.2 of https://arxiv.org/abs/1512.03385.
-        frozen: Keep parameters and BatchNorm statistics fixed.
+        freeze: One of ``FREEZE``. Parameters and BatchNorm statistics are fixed up to and including this stage.
+
+    Attributes:
+        num_fixed: Number of stages, from the stem on, whose BatchNorm stays in eval mode.
     """
 
-    def __init__(self, name: str = "resnet50", stem: str = "imagenet", frozen: bool = False) -> None:
+    def __init__(self, name: str = "resnet50", stem: str = "imagenet", freeze: str = "none") -> None:
         if name not in BACKBONES:
             raise UserError(f"model.backbone={name}: choose from {', '.join(BACKBONES)}")
         resnet = torchvision.models.get_model(name, weights=None)
@@ -38,9 +43,19 @@ class Backbone(nn.Sequential):
         super().__init__(layers)
         self.stride = 8 if stem == "cifar" else 32
         self.num_features = int(resnet.fc.in_features)
-        self.frozen = frozen
-        self.requires_grad_(not frozen).train()
+        self.num_fixed = FREEZE.index(freeze)
+        for stage in list(self.stages().values())[: self.num_fixed]:
+            stage.requires_grad_(False)
+        self.train()
+
+    def stages(self) -> dict[str, nn.Module]:
+        """Return the parts of the network by the names in ``STAGES``."""
+        *stem, layer1, layer2, layer3, layer4 = self.children()
+        return dict(zip(STAGES, (nn.Sequential(*stem), layer1, layer2, layer3, layer4), strict=True))
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set the mode, but keep a frozen backbone in eval mode so that its BatchNorm statistics do not drift."""
-        return super().train(mode and not self.frozen)
+        """Set the mode, but keep fixed stages in eval mode so that their BatchNorm statistics do not drift."""
+        super().train(mode and self.num_fixed < len(STAGES))
+        for stage in list(self.stages().values())[: self.num_fixed]:
+            stage.eval()
+        return self

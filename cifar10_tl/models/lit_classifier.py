@@ -40,7 +40,7 @@ class LitClassifier(pl.LightningModule):
         image_size: Side in pixels to which the network resizes images.
         native_size: Side of the input images in pixels.
         interpolation: "bicubic" or "bilinear".
-        freeze: "none", or "backbone" to train only the head.
+        freeze: Last stage that is not trained, "none" or "backbone" for all, see :class:`Backbone`.
         stem: "imagenet" or "cifar", see :class:`Backbone`.
         head: ``{"name": "dense", ...}``, see :mod:`cifar10_tl.models.heads`.
         label_smoothing: Fraction of the target probability spread over all classes, in [0, 1).
@@ -73,7 +73,7 @@ class LitClassifier(pl.LightningModule):
         scheduler = dict(scheduler or {"name": "constant"})
         self.save_hyperparameters(logger=False)
         self.class_names, self.label_smoothing = class_names, label_smoothing
-        trunk = Backbone(backbone, stem=stem, frozen=freeze == "backbone")
+        trunk = Backbone(backbone, stem=stem, freeze=freeze)
         classifier = build_head(head, trunk.num_features, len(class_names))
         self.network = TransferResNet(
             trunk, classifier, native_size=native_size, image_size=image_size, interpolation=interpolation

@@ -26,9 +26,27 @@ def test_an_unknown_backbone_is_explained() -> None:
         Backbone("vgg16")
 
 
-def test_a_frozen_backbone_stays_in_eval_mode_and_builds_no_graph() -> None:
-    net = torch.nn.Sequential(Backbone("resnet18", frozen=True), torch.nn.Dropout()).train()
+@pytest.mark.parametrize(("freeze", "num_frozen"), [("none", 0), ("stem", 1), ("layer2", 3), ("backbone", 5)])
+def test_frozen_stages_keep_weights_and_statistics_and_build_no_graph(freeze: str, num_frozen: int) -> None:
+    backbone = Backbone("resnet18", freeze=freeze)
+    net = torch.nn.Sequential(backbone, torch.nn.Dropout()).eval().train()
     assert net[1].training
-    assert not any(module.training for module in net[0].modules())
-    assert not net(IMAGES).requires_grad
-    assert Backbone("resnet18")(IMAGES).requires_grad
+    stages = list(backbone.stages().values())
+    for i, stage in enumerate(stages):
+        assert {p.requires_grad for p in stage.parameters()} == {i >= num_frozen}
+        assert {module.training for module in stage.children()} == {i >= num_frozen}
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    features = net(IMAGES)
+    assert features.requires_grad == (num_frozen < 5)
+    changed = {name.split(".")[0] for name, value in backbone.state_dict().items() if not value.equal(before[name])}
+    assert changed == set(["bn1", "layer1", "layer2", "layer3", "layer4"][num_frozen:])
+
+
+def test_the_stages_are_the_whole_backbone_in_order() -> None:
+    for stem in ("imagenet", "cifar"):
+        backbone = Backbone("resnet18", stem=stem).eval()
+        features = IMAGES
+        for stage in backbone.stages().values():
+            features = stage(features)
+        assert torch.equal(features, backbone(IMAGES))
+        assert list(backbone.stages()) == ["stem", "layer1", "layer2", "layer3", "layer4"]
