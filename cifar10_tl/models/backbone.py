@@ -28,7 +28,8 @@ class Backbone(nn.Sequential):
         freeze: One of ``FREEZE``. Parameters and BatchNorm statistics are fixed up to and including this stage.
 
     Attributes:
-        num_fixed: Number of stages, from the stem on, whose BatchNorm stays in eval mode.
+        num_frozen: Number of frozen stages.
+        head_only: Keep BatchNorm of the other stages in eval mode, too, from the next call of :meth:`train` on.
     """
 
     def __init__(self, name: str = "resnet50", stem: str = "imagenet", freeze: str = "none") -> None:
@@ -43,8 +44,8 @@ class Backbone(nn.Sequential):
         super().__init__(layers)
         self.stride = 8 if stem == "cifar" else 32
         self.num_features = int(resnet.fc.in_features)
-        self.num_fixed = FREEZE.index(freeze)
-        for stage in list(self.stages().values())[: self.num_fixed]:
+        self.num_frozen, self.head_only = FREEZE.index(freeze), False
+        for stage in list(self.stages().values())[: self.num_frozen]:
             stage.requires_grad_(False)
         self.train()
 
@@ -54,8 +55,9 @@ class Backbone(nn.Sequential):
         return dict(zip(STAGES, (nn.Sequential(*stem), layer1, layer2, layer3, layer4), strict=True))
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set the mode, but keep fixed stages in eval mode so that their BatchNorm statistics do not drift."""
-        super().train(mode and self.num_fixed < len(STAGES))
-        for stage in list(self.stages().values())[: self.num_fixed]:
+        """Set the mode, but keep frozen stages in eval mode so that their BatchNorm statistics do not drift."""
+        num_fixed = len(STAGES) if self.head_only else self.num_frozen
+        super().train(mode and num_fixed < len(STAGES))
+        for stage in list(self.stages().values())[:num_fixed]:
             stage.eval()
         return self

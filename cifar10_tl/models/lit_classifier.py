@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.backbone import Backbone
 from cifar10_tl.models.heads import build_head
 from cifar10_tl.models.network import TransferResNet
-from cifar10_tl.models.optim import build_optimizer, schedule_factor
+from cifar10_tl.models.optim import build_optimizer, group_factors, schedule_factor
 from cifar10_tl.models.weights import load_backbone, load_network, read_weights
 
 
@@ -45,7 +46,8 @@ class LitClassifier(pl.LightningModule):
         head: ``{"name": "dense", ...}``, see :mod:`cifar10_tl.models.heads`.
         label_smoothing: Fraction of the target probability spread over all classes, in [0, 1).
         optimizer: ``{"name": ..., "lr": ..., ...}``, see :func:`build_optimizer`.
-        scheduler: ``{"name": "constant"}`` or ``{"name": "cosine", ...}``, see :mod:`cifar10_tl.models.optim`.
+        scheduler: ``{"name": "cosine", ...}``, see :mod:`cifar10_tl.models.optim`. In the first ``head_only_epochs``
+            the rate of the backbone is zero and its BatchNorm in eval mode.
         seed: Seed of dropout.
     """
 
@@ -148,11 +150,21 @@ class LitClassifier(pl.LightningModule):
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
         if not self.trainer.is_global_zero:
             self._totals.zero_()  # a checkpoint has the totals of all processes
+        self._prepare_epoch()
 
     def on_train_epoch_start(self) -> None:
         """Reset the totals; not called when a run resumes within an epoch."""
         self._totals.zero_()
         self.evaluation = None  # of an earlier epoch
+        self._prepare_epoch()
+
+    def _prepare_epoch(self) -> None:
+        """Set what depends on the epoch."""
+        backbone, head_only_epochs = self.network.backbone, self.hparams["scheduler"].get("head_only_epochs", 0)
+        head_only = self.current_epoch < head_only_epochs
+        if backbone.head_only != head_only:
+            backbone.head_only = head_only
+            backbone.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by epoch and batch, so that a resumed run drops the same units as an uninterrupted one."""
@@ -230,10 +242,14 @@ class LitClassifier(pl.LightningModule):
         # Lightning cannot clip gradients of a fused optimizer in mixed precision
         can_fuse = not (clips and isinstance(self.trainer.precision_plugin, MixedPrecision))
         optimizer = build_optimizer(self.hparams["optimizer"], self.network.backbone, self.network.head, can_fuse)
-        if self.hparams["scheduler"]["name"] == "constant":
+        settings = self.hparams["scheduler"]
+        head_only_epochs = settings.get("head_only_epochs", 0)
+        if settings["name"] == "constant" and not head_only_epochs:
             return optimizer
-        schedule = schedule_factor(self.hparams["scheduler"], int(self.trainer.estimated_stepping_batches))
-        return [optimizer], [{"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}]
+        schedule = schedule_factor(settings, int(self.trainer.estimated_stepping_batches))
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        factors = group_factors(optimizer, schedule, head_only_epochs * steps_per_epoch)
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, factors), "interval": "step"}]
 
 
 def _means(totals: Tensor) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cifar10_tl.config.errors import UserError, known_arguments
+from cifar10_tl.models.backbone import Backbone
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
@@ -22,18 +23,23 @@ def find_optimizer(name: str) -> type[Optimizer]:
     return found
 
 
-def build_optimizer(settings: Mapping[str, Any], backbone: nn.Module, head: nn.Module, can_fuse: bool) -> Optimizer:
+def build_optimizer(settings: Mapping[str, Any], backbone: Backbone, head: nn.Module, can_fuse: bool) -> Optimizer:
     """Build the optimizer ``settings["name"]`` with the other settings as its arguments, fused if possible.
 
-    ``lr`` is the learning rate of the head, and ``lr * backbone_lr_scale`` that of the backbone.
+    ``lr`` is the learning rate of the head, and ``lr * backbone_lr_scale`` that of the backbone. ``layer_decay`` also
+    multiplies the rate once for layer4, twice for layer3 and so on, five times for the stem
+    (https://arxiv.org/abs/1801.06146).
     """
     options = dict(settings)
     name, backbone_lr_scale = options.pop("name"), options.pop("backbone_lr_scale", 1.0)
+    layer_decay = options.pop("layer_decay", None) or 1
     optimizer_class = find_optimizer(name)
-    groups = [
-        *parameter_groups("backbone", backbone, options["lr"] * backbone_lr_scale),
-        *parameter_groups("head", head, options["lr"]),
-    ]
+    parts: Mapping[str, nn.Module] = {"backbone": backbone} if layer_decay == 1 else backbone.stages()
+    groups = []
+    for i, (part, module) in enumerate(parts.items()):
+        lr = options["lr"] * backbone_lr_scale * layer_decay ** (len(parts) - i)
+        groups += parameter_groups(part, module, lr)
+    groups += parameter_groups("head", head, options["lr"])
     if "fused" in inspect.signature(optimizer_class).parameters and not options.get("foreach"):
         options["fused"] = can_fuse and options.get("fused", True)
     try:
@@ -58,11 +64,26 @@ def constant(num_steps: int) -> Callable[[int], float]:
     return lambda step: 1.0
 
 
-def cosine(num_steps: int, warmup: float = 0.0, final: float = 0.0) -> Callable[[int], float]:
-    """Return a factor that rises linearly to 1 over the fraction ``warmup`` of the steps, then decays to ``final``.
+def linear(num_steps: int, warmup: float = 0.0, final: float = 0.0) -> Callable[[int], float]:
+    """Return a factor that rises linearly to 1 over the fraction ``warmup`` of the steps, then falls to ``final``.
 
-    The decay is half a cosine (https://arxiv.org/abs/1608.03983).
+    Source: https://github.com/KellerJordan/cifar10-airbench.
     """
+    return _rise_and_fall(num_steps, warmup, final, lambda done: 1 - done)
+
+
+def cosine(num_steps: int, warmup: float = 0.0, final: float = 0.0) -> Callable[[int], float]:
+    """Return a factor that rises like :func:`linear`, then decays to ``final`` along half a cosine.
+
+    Source: https://arxiv.org/abs/1608.03983.
+    """
+    return _rise_and_fall(num_steps, warmup, final, lambda done: (1 + math.cos(math.pi * done)) / 2)
+
+
+def _rise_and_fall(
+    num_steps: int, warmup: float, final: float, curve: Callable[[float], float]
+) -> Callable[[int], float]:
+    """Return the factor that follows ``curve`` from 1 at 0 to 0 at 1, scaled to end at ``final``, after the warmup."""
     warmup_steps = round(warmup * num_steps)
 
     # A function, because LambdaLR saves the attributes of a callable object, and a resumed run may have more steps.
@@ -70,19 +91,35 @@ def cosine(num_steps: int, warmup: float = 0.0, final: float = 0.0) -> Callable[
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         done = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
-        return float(final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+        return float(final + (1 - final) * curve(done))
 
     return factor
 
 
-SCHEDULES: dict[str, Callable[..., Callable[[int], float]]] = {"constant": constant, "cosine": cosine}
+SCHEDULES: dict[str, Callable[..., Callable[[int], float]]] = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
 def schedule_factor(settings: Mapping[str, Any], num_steps: int) -> Callable[[int], float]:
     """Return the factor of the learning rate, by ``settings["name"]``, as a function of the optimizer step."""
     options = dict(settings)
     name = options.pop("name", None)
+    options.pop("head_only_epochs", None)  # see group_factors
     if name not in SCHEDULES:
         raise UserError(f"scheduler.name={name}: choose from {', '.join(SCHEDULES)}")
     known_arguments(SCHEDULES[name], options, "scheduler", taken=("num_steps",))
     return SCHEDULES[name](num_steps, **options)
+
+
+def group_factors(
+    optimizer: Optimizer, factor: Callable[[int], float], head_only_steps: int
+) -> list[Callable[[int], float]]:
+    """Return the factor of each parameter group, which is zero for the backbone in the first ``head_only_steps``.
+
+    Momentum and Adam's averages follow the backbone's gradients meanwhile: they forget the first ones, made by an
+    untrained head, before its rate is positive, and its first step is as large as those of a long run.
+    """
+
+    def delayed(step: int) -> float:
+        return factor(step) if step >= head_only_steps else 0.0
+
+    return [factor if group["name"].startswith("head") else delayed for group in optimizer.param_groups]

@@ -29,6 +29,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("model.backbone", [3, "", None], "a string"),
     ("model.head.hidden", [512, [0], None], "a list"),
     ("model.label_smoothing", [1, -0.1], "below 1"),
+    ("optimizer.layer_decay", [0, 1.5, "x"], "null or a number above 0 and at most 1"),
     ("optimizer.lr", ["fast", -0.1, 0, NAN, INF], "a number above 0"),
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),
     ("trainer.profiler", [5, True], "a profiler"),

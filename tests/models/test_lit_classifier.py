@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from torch.nn import BatchNorm2d
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.engine.checkpoints import restore
 from cifar10_tl.models.lit_classifier import LitClassifier
 
@@ -66,7 +68,7 @@ def fitted(batch_size: int, net_options: dict[str, Any], ckpt_path: Path | None 
     data = CIFAR10DataModule(source="shapes", batch_size=batch_size, train_size=34, val_size=10, test_size=10)
     small = {"backbone": "resnet18", "image_size": 32, "freeze": "backbone", "head": {"name": "linear"}}
     used = trainer(**options)
-    used.fit(LitClassifier(data.class_names, **small, **net_options), data, ckpt_path=ckpt_path, weights_only=True)
+    used.fit(LitClassifier(data.class_names, **{**small, **net_options}), data, ckpt_path=ckpt_path, weights_only=True)
     return used
 
 
@@ -93,14 +95,16 @@ def test_gradients_are_clipped_in_every_precision(precision: Any, settings: dict
 
 
 class Recorder(Callback):
-    """Callback that records the images of each step, and saves a checkpoint after the first step of a run."""
+    """Callback that records the images and weights of each step, and saves a checkpoint after a step of a run."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path, self.seen = path, []
+    def __init__(self, path: Path | None = None, step: int = 1) -> None:
+        self.path, self.step, self.seen, self.backbones, self.heads = path, step, [], [], []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.seen.append(batch.indices.tolist())
-        if self.path and trainer.global_step == 1:
+        self.backbones.append(tensors_checksum(pl_module.network.backbone.state_dict()))
+        self.heads.append(tensors_checksum(pl_module.network.head.state_dict()))
+        if self.path and trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
 
 
@@ -116,6 +120,25 @@ def test_a_resumed_epoch_continues_with_its_next_batch_despite_lightning_issue_2
     fitted(8, options, ckpt_path=tmp_path / "a.ckpt", callbacks=[resumed])
     assert len(whole.seen) == 3
     assert resumed.seen == whole.seen[1:]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_the_backbone_waits_for_the_head_also_in_a_resumed_run(tmp_path: Path, step: int, scheduler: str) -> None:
+    """Three steps per epoch; resumed within the first epoch, at its end and within the second."""
+    options: dict[str, Any] = {"freeze": "none", "scheduler": {"name": scheduler, "head_only_epochs": 1}}
+    whole, resumed = Recorder(tmp_path / "a.ckpt", step), Recorder()
+    run = fitted(8, options, max_epochs=2, callbacks=[whole])
+    fitted(8, options, max_epochs=2, ckpt_path=tmp_path / "a.ckpt", callbacks=[resumed])
+    assert len(set(whole.backbones[:3])) == 1
+    assert len(set(whole.backbones)) == 4
+    assert len(set(whole.heads)) == 6
+    assert resumed.backbones == whole.backbones[step:]
+    assert resumed.heads == whole.heads[step:]
+    backbone = run.lightning_module.network.backbone
+    assert all(module.training for module in backbone.modules())
+    assert {int(layer.num_batches_tracked) for layer in backbone.modules() if isinstance(layer, BatchNorm2d)} == {3}
 
 
 def test_a_checkpoint_is_restored_from_its_file_alone(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.models.optim import build_optimizer, parameter_groups, schedule_factor
+from cifar10_tl.models.backbone import Backbone
+from cifar10_tl.models.optim import build_optimizer, group_factors, parameter_groups, schedule_factor
 
 BACKBONE, HEAD = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 2)
 
@@ -27,6 +28,53 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay() -> None:
     assert all(p.ndim > 1 for n in ("backbone", "head") for p in groups[n]["params"])
     assert type(optimizer) is torch.optim.SGD
     assert (optimizer.defaults["momentum"], optimizer.defaults["fused"]) == (0.9, True)
+
+
+def test_layer_decay_lowers_the_rate_from_stage_to_stage() -> None:
+    backbone = Backbone("resnet18", freeze="layer1")
+    settings = {"name": "SGD", "lr": 0.1, "backbone_lr_scale": 0.5, "layer_decay": 0.7}
+    groups = build_optimizer(settings, backbone, HEAD, can_fuse=True).param_groups
+    rates = {"layer2": 0.05 * 0.7**3, "layer3": 0.05 * 0.7**2, "layer4": 0.05 * 0.7, "head": 0.1}
+    expected = [(f"{name}{suffix}", pytest.approx(lr)) for name, lr in rates.items() for suffix in ("", " without decay")]
+    assert [(g["name"], g["lr"]) for g in groups] == expected  # the stem and layer1 are frozen
+    stem = build_optimizer(settings, Backbone("resnet18"), HEAD, can_fuse=True).param_groups[0]
+    assert (stem["name"], stem["lr"]) == ("stem", pytest.approx(0.05 * 0.7**5))
+    members = [id(p) for g in groups for p in g["params"]]
+    trained = [p for p in (*backbone.parameters(), *HEAD.parameters()) if p.requires_grad]
+    assert sorted(members) == sorted(id(p) for p in trained)
+
+
+@pytest.mark.parametrize("layer_decay", [1, 1.0, None])
+def test_without_layer_decay_the_groups_are_those_of_earlier_checkpoints(layer_decay: float | None) -> None:
+    settings = {"name": "SGD", "lr": 0.1, "backbone_lr_scale": 0.3}
+    backbone = Backbone("resnet18")
+    plain, off = (
+        build_optimizer(options, backbone, HEAD, can_fuse=True).state_dict()
+        for options in (settings, {**settings, "layer_decay": layer_decay})
+    )
+    assert plain == off
+    assert [group["name"] for group in off["param_groups"]][:2] == ["backbone", "backbone without decay"]
+    assert off["param_groups"][0]["lr"] == 0.1 * 0.3
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_backbone_rests_bit_for_bit_in_the_first_steps_and_then_moves(name: str) -> None:
+    torch.manual_seed(0)
+    backbone, head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)
+    settings = {"name": name, "lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    optimizer = build_optimizer(settings, backbone, head, can_fuse=True)
+    factors = group_factors(optimizer, schedule_factor({"name": "constant"}, 5), head_only_steps=3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    start = [p.clone() for p in backbone.parameters()]
+    for step in range(4):
+        before = head.weight.clone()
+        optimizer.zero_grad()
+        head(backbone(torch.ones(2, 4))).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        assert not torch.equal(head.weight, before)
+        moved = [not torch.equal(p, q) for p, q in zip(backbone.parameters(), start, strict=True)]
+        assert moved == [step == 3] * 4
 
 
 def test_a_frozen_backbone_is_not_optimized() -> None:
@@ -57,10 +105,16 @@ def test_cosine_rises_in_a_line_and_falls_along_half_a_cosine() -> None:
     assert schedule_factor({"name": "constant"}, 100)(57) == 1.0
 
 
+def test_linear_rises_and_falls_in_a_line() -> None:
+    factor = schedule_factor({"name": "linear", "warmup": 0.2, "final": 0.1, "head_only_epochs": 1}, 50)
+    assert [factor(i) for i in range(11)] == pytest.approx([(i + 1) / 11 for i in range(11)])
+    assert [factor(i) for i in (20, 30, 50, 60)] == pytest.approx([0.775, 0.55, 0.1, 0.1])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "step"}, "scheduler.name=step: choose from constant, cosine"),
+        ({"name": "step"}, "scheduler.name=step: choose from constant, cosine, linear"),
         ({"name": "cosine", "gamma": 0.1}, "scheduler.gamma: no such setting; choose from warmup, final"),
         ({"name": "constant", "warmup": 0.1}, "scheduler.warmup: no such setting; scheduler has none"),
     ],
