@@ -9,7 +9,8 @@ from torch import nn
 
 from cifar10_tl.config.errors import UserError
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+#: ResNets, ResNeXts and Wide ResNets of torchvision, shortest names first.
+BACKBONES = sorted(torchvision.models.list_models(torchvision.models, include="*resne*"), key=lambda n: (len(n), n))
 CLASSIFIER_LAYERS = ("avgpool", "fc")  # after the feature map
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 FREEZE = ("none", *STAGES[:-1], "backbone")  # the last frozen stage; layer4 is the end of the backbone

@@ -123,7 +123,7 @@ class LitClassifier(pl.LightningModule):
         """Load the weights that a fit starts from."""
         if self._needs_weights():
             name, weights = self.hparams["backbone"], self.hparams["weights"]
-            load_backbone(self.network.backbone, read_weights(name, weights), weights)
+            load_backbone(self.network.backbone, read_weights(name, weights), f"model.weights={weights}")
             self._has_weights = True
 
     def _needs_weights(self) -> bool:

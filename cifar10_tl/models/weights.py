@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 import warnings
 import zipfile
@@ -36,7 +37,7 @@ def read_weights(backbone: str, weights: str) -> Mapping[str, Tensor]:
     check_weights(backbone, weights)
     published = get_model_weights(backbone)
     if weights not in published.__members__:
-        return state_dict_of(load_safely(Path(weights)), weights)
+        return state_dict_of(load_safely(Path(weights)), f"model.weights={weights}")
     entry = published[weights]
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     expected = file.stem.rsplit("-", 1)[-1]
@@ -56,6 +57,11 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], origin: str) 
     try:
         backbone.load_state_dict({k: v for k, v in state.items() if k.split(".")[0] not in CLASSIFIER_LAYERS})
     except RuntimeError as error:
+        if "conv1.0.weight" in state:
+            raise UserError(
+                f"{origin}: its stem has several convolutions, as that of timm's resnet50d; choose weights of a ResNet "
+                "with a single one, such as timm's resnet50"
+            ) from error
         raise UserError(f"{origin} does not fit this backbone: {shorten(str(error), 400)}") from error
 
 
@@ -87,7 +93,11 @@ def state_dict_of(content: Any, origin: str) -> Mapping[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{origin} does not contain a state dict")
-    return {str(k).removeprefix("module."): v for k, v in content.items()}
+    tensors = {str(k).removeprefix("module."): v for k, v in content.items()}
+    for prefix in ("model.", "attacker.model."):  # of https://github.com/MadryLab/robustness, beside other modules
+        if own := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
+            return own
+    return tensors
 
 
 def load_safely(path: Path) -> Any:
@@ -105,5 +115,9 @@ def load_safely(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Exception as error:  # broken files raise many types of errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]  # torch appends advice
+        text = str(error).strip() or type(error).__name__
+        reason = text.splitlines()[0].split(". ")[0]  # torch appends advice
+        if code := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+            call = f"torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'weights.pth')"
+            reason = f"{code[1]}. If you trust its source, extract the state dict, as by {call}"
         raise UserError(f"{path} is broken, of another kind, or names code to run: {reason}") from error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.models.backbone import Backbone
+from cifar10_tl.models.backbone import BACKBONES, Backbone
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -19,6 +19,19 @@ def test_the_cifar_stem_keeps_four_times_the_resolution() -> None:
     backbone = Backbone("resnet18", stem="cifar")
     assert backbone(IMAGES).shape == (2, 512, 4, 4)
     assert backbone.conv1.weight.shape == (64, 3, 3, 3)
+
+
+def test_the_backbones_are_all_of_torchvision_that_are_resnets() -> None:
+    plain = {f"resnet{depth}": 512 if depth < 50 else 2048 for depth in (18, 34, 50, 101, 152)}
+    wide = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
+    widths = {}
+    with torch.device("meta"):  # without computing anything
+        for name in BACKBONES:
+            for stem, cells in (("imagenet", 2), ("cifar", 8)):
+                features = Backbone(name, stem=stem)(torch.empty(2, 3, 64, 64))
+                assert features.shape[2:] == (cells, cells)
+            widths[name] = features.shape[1]
+    assert widths == plain | dict.fromkeys(wide, 2048)
 
 
 def test_an_unknown_backbone_is_explained() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -42,11 +43,29 @@ def check_same(weights: str, resnet: torch.nn.Module) -> None:
     assert torch.allclose(resnet.fc(backbone(images).mean((2, 3))), resnet(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["whole.pth", "trunk.pth", "whole.safetensors", "nested.pth"])
+def robust_checkpoint(state: dict[str, torch.Tensor], *prefixes: str) -> dict[str, object]:
+    """Return the content of a checkpoint of https://github.com/MadryLab/robustness."""
+    tensors = {f"{prefix}{key}": value for prefix in prefixes for key, value in state.items()}
+    for normalizer in ("module.normalizer", "module.attacker.normalize"):
+        tensors |= {f"{normalizer}.new_{name}": torch.zeros(3, 1, 1) for name in ("mean", "std")}
+    return {"model": tensors, "optimizer": {"param_groups": []}, "epoch": 90, "nat_prec1": torch.tensor(60.0)}
+
+
+# those of timm are like whole.pth and whole.safetensors
+@pytest.mark.parametrize(
+    "kind", ["whole.pth", "trunk.pth", "whole.safetensors", "nested.pth", "robust.ckpt", "attacker.ckpt"]
+)
 def test_a_file_gives_the_features_of_torchvision(resnet, tmp_path: Path, kind: str) -> None:
     state, path = resnet.state_dict(), tmp_path / kind
     if kind == "whole.safetensors":
         save_file(state, path)
+    elif kind == "robust.ckpt":
+        other = {key: torch.zeros_like(value) for key, value in state.items()}
+        content = robust_checkpoint(state, "module.model.")
+        content["model"] |= robust_checkpoint(other, "module.attacker.model.")["model"]
+        torch.save(content, path)
+    elif kind == "attacker.ckpt":
+        torch.save(robust_checkpoint(state, "module.attacker.model."), path)
     elif kind == "trunk.pth":
         torch.save({k: v for k, v in state.items() if "num_batches" not in k and not k.startswith("fc.")}, path)
     else:
@@ -111,6 +130,13 @@ def test_tensors_that_do_not_fit_are_named(resnet) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_stem_of_other_resnets_is_explained(resnet) -> None:
+    state = {key: value for key, value in resnet.state_dict().items() if key != "conv1.weight"}
+    state |= {f"conv1.{i}.weight": torch.zeros(1) for i in (0, 1, 3, 4, 6)}  # timm's resnet18d
+    with pytest.raises(UserError, match=r"model\.weights=odd\.pth: its stem has several .* such as timm's resnet50"):
+        load_backbone(Backbone("resnet18"), state, "model.weights=odd.pth")
+
+
 def test_names_of_weights_are_checked() -> None:
     for name in ("IMAGENET1K_V1", None):
         check_weights("resnet50", name)
@@ -139,6 +165,16 @@ def test_files_that_are_broken_or_would_run_code_are_refused(tmp_path: Path, mon
         with pytest.raises(UserError, match=f"{name} is broken, of another kind, or names code to run: .+"):
             load_safely(Path(name))
     assert not Path("harmed").exists()
+
+
+def test_a_checkpoint_with_objects_is_explained_with_the_call_that_extracts_its_tensors(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "robust.ckpt", {"conv1.weight": torch.ones(2)}
+    torch.save({"model": tensors, "args": Namespace(lr=0.1)}, path)
+    with pytest.raises(UserError, match=r"names code to run: argparse\.Namespace\. If you trust") as caught:
+        load_safely(path)
+    call = str(caught.value).partition(", as by ")[2].replace("weights.pth", str(tmp_path / "weights.pth"))
+    exec(call)
+    assert torch.equal(load_safely(tmp_path / "weights.pth")["conv1.weight"], tensors["conv1.weight"])
 
 
 def test_init_from_loads_the_head_only_for_the_same_classes_and_shapes(tmp_path: Path, caplog) -> None:
