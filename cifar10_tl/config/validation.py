@@ -67,10 +67,21 @@ def _is_folder(value: Any) -> bool:
     return next((p for p in (path, *path.parents) if p.exists()), Path()).is_dir()
 
 
+def _is_size_schedule(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(phase, list) and len(phase) == 2 for phase in value):
+        return False
+    starts, sizes = [start for start, _ in value], [size for _, size in value]
+    if not all(map(number(0, 1, below=True).is_valid, starts)) or not all(map(side.is_valid, sizes)):
+        return False
+    return starts[:1] == [0] and starts == sorted(set(starts))
+
+
 null = Rule("null", lambda value: value is None)
 text = Rule("a string", lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
 folder = Rule("a folder that exists or can be created", _is_folder)
 inside = number(0, 1, above=True, below=True)
+side = whole(8, 4096)
+side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with ascending starts in [0, 1)", _is_size_schedule)
 limit = either(whole(1), number(0, 1, above=True))
 
 #: The keys of each rule. A key with ? may also be null.
@@ -95,7 +106,8 @@ _KEYS: list[tuple[Rule, str]] = [
     (either(one_of(-1), whole(1)), "trainer.max_steps"),
     (whole(1, 1_000_000), "trainer.max_epochs"),
     (list_of(whole(1)), "model.head.hidden"),
-    (whole(8, 4096), "data.native_size model.image_size"),
+    (side, "data.native_size"),
+    (either(side, side_schedule), "model.image_size"),
     (either(whole(1), inside), "data.val_size"),
     (limit, "trainer.limit_train_batches? trainer.limit_val_batches? trainer.limit_test_batches?"),
     (number(0, above=True), "data.stall_seconds optimizer.lr"),
@@ -157,8 +169,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
     start = config.get("init_from")
     if start and not config.get("resume") and not Path(start).is_file():  # a resumed run has its own weights
         raise UserError(f"init_from={start}: no such file")
-    if config.get("model.stem") == "cifar" and config.get("model.weights") is not None:
-        raise UserError("model.stem=cifar has no pretrained weights: use model.weights=null or model.stem=imagenet")
+    weights = config.get("model.weights")
+    if config.get("model.stem") == "cifar" and weights is not None and not Path(weights).is_file():
+        raise UserError(
+            "model.stem=cifar has no published weights: use model.weights=null, a FILE, or model.stem=imagenet"
+        )
     padding, size = config.get("data.augment.random_crop_padding", 0), config.get("data.native_size", 32)
     if type(size) is int and padding >= size:
         raise UserError(f"data.augment.random_crop_padding={padding}: should be below the image size of {size} pixels")

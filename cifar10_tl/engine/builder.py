@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -161,6 +162,7 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     tune_for(device, module.network)
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
+        torch._dynamo.config.recompile_limit += len(module.image_sizes) - 1  # compiled once per size
         module.network.compile()  # in place: the names in checkpoints do not change
     log.info("compile %s: %s", str(compiled).lower(), reason)
 
@@ -198,9 +200,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> str:
     """Return a line that describes the run."""
+    sizes = " -> ".join(str(size) for _, size in module.image_sizes)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return (
-        f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {cfg.model.image_size} px), "
+        f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {sizes} px), "
         f"{cfg.model.head.name} head, {trainable / 1e6:.1f} M trainable parameters, data {cfg.data.source}, "
         f"{trainer.world_size} x {trainer.strategy.root_device.type}, run folder {cfg.paths.output_dir}"
     )

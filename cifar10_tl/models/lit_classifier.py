@@ -38,7 +38,9 @@ class LitClassifier(pl.LightningModule):
         class_names: Names of the K classes, in the order of the logits.
         backbone: One of ``BACKBONES``.
         weights: Name in torchvision (such as IMAGENET1K_V2), file, or None for random weights.
-        image_size: Side in pixels to which the network resizes images.
+        image_size: Side in pixels to which the network resizes images, or the sides during training with the fraction
+            of the epochs at which each starts, rounded to whole epochs: ``[[0, 128], [0.5, 160]]``. Everything except
+            training uses the last one. Source: https://arxiv.org/abs/2104.00298, section 4.
         native_size: Side of the input images in pixels.
         interpolation: "bicubic" or "bilinear".
         freeze: Last stage that is not trained, "none" or "backbone" for all, see :class:`Backbone`.
@@ -56,7 +58,7 @@ class LitClassifier(pl.LightningModule):
         class_names: Sequence[str],
         backbone: str = "resnet50",
         weights: str | None = None,
-        image_size: int = 224,
+        image_size: int | Sequence[Sequence[float]] = 224,
         native_size: int = 32,
         interpolation: str = "bicubic",
         freeze: str = "none",
@@ -77,8 +79,16 @@ class LitClassifier(pl.LightningModule):
         self.class_names, self.label_smoothing = class_names, label_smoothing
         trunk = Backbone(backbone, stem=stem, freeze=freeze)
         classifier = build_head(head, trunk.num_features, len(class_names))
+        phases = [(0, image_size)] if isinstance(image_size, int) else image_size
+        self.image_sizes = [(start, int(size)) for start, size in phases]
+        *training_sizes, last_size = (size for _, size in self.image_sizes)
         self.network = TransferResNet(
-            trunk, classifier, native_size=native_size, image_size=image_size, interpolation=interpolation
+            trunk,
+            classifier,
+            native_size=native_size,
+            image_size=last_size,
+            interpolation=interpolation,
+            training_sizes=training_sizes,
         )
         self.evaluation: Evaluation | None = None  # of the latest validation or test epoch
         self.restored_epoch: int | None = None  # last epoch that trained these weights
@@ -97,6 +107,7 @@ class LitClassifier(pl.LightningModule):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input of the head for uint8 images [N, 3, H, W], on the CPU in the trainer's precision."""
+        self.network.training_size = self.network.resize.size
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return self.network.head_input(images.to(self.device)).cpu()
 
@@ -104,7 +115,8 @@ class LitClassifier(pl.LightningModule):
         """Return plain values that identify everything except the images that :meth:`features` depends on."""
         tensors = {name: value for name, value in self.network.state_dict().items() if not name.startswith("head.")}
         return {
-            **{name: self.hparams[name] for name in ("backbone", "image_size", "interpolation")},
+            **{name: self.hparams[name] for name in ("backbone", "interpolation")},
+            "image_size": self.network.resize.size,
             "precision": str(self.trainer.precision_plugin.precision),
             "weights": tensors_checksum(tensors),
         }
@@ -165,6 +177,9 @@ class LitClassifier(pl.LightningModule):
         if backbone.head_only != head_only:
             backbone.head_only = head_only
             backbone.train()
+        num_epochs = self.trainer.max_epochs or 0
+        started = [size for start, size in self.image_sizes if round(start * num_epochs) <= self.current_epoch]
+        self.network.training_size = started[-1]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by epoch and batch, so that a resumed run drops the same units as an uninterrupted one."""

@@ -24,8 +24,12 @@ class TransferResNet(nn.Module):
         native_size: Side of the input images in pixels. Other sizes work but are slower.
         image_size: Side in pixels to which images are resized for the backbone.
         interpolation: "bicubic" or "bilinear".
+        training_sizes: Other sides that images may have in train mode, see ``training_size``.
         mean: Channel means, in [0, 1], of the data that the backbone was trained on.
         std: Channel standard deviations of the same data.
+
+    Attributes:
+        training_size: Side in pixels in train mode, ``image_size`` or one of ``training_sizes``.
     """
 
     scale: Tensor
@@ -39,15 +43,19 @@ class TransferResNet(nn.Module):
         native_size: int,
         image_size: int,
         interpolation: str,
+        training_sizes: Sequence[int] = (),
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        if isinstance(head, LSTMHead) and image_size <= backbone.stride:
-            smallest = backbone.stride + 1  # 2 x 2 cells; a single one is no sequence
-            raise UserError(f"model.image_size={image_size}: too small for model/head=lstm; choose {smallest} or more")
+        smallest = min((image_size, *training_sizes))
+        if isinstance(head, LSTMHead) and smallest <= backbone.stride:
+            needed = backbone.stride + 1  # 2 x 2 cells; a single one is no sequence
+            raise UserError(f"model.image_size={smallest}: too small for model/head=lstm; choose {needed} or more")
         self.backbone, self.head = backbone, head
-        self.resize = Resize(native_size, image_size, interpolation)
+        self.resize, self.training_size = Resize(native_size, image_size, interpolation), image_size
+        others = sorted({*training_sizes} - {image_size})
+        self.other_sizes = nn.ModuleDict({str(size): Resize(native_size, size, interpolation) for size in others})
         # (x / 255 - mean) / std as one multiplication and one addition
         self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, 3, 1, 1))
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
@@ -74,9 +82,11 @@ class TransferResNet(nn.Module):
         return feature_map.mean((2, 3), keepdim=True) if isinstance(self.head, PoolingHead) else feature_map
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Normalize uint8 images [N, 3, H, W] and resize them to [N, 3, image_size, image_size].
+        """Normalize uint8 images [N, 3, H, W] and resize them to [N, 3, S, S].
 
         Resizing is linear with weights that sum to one, so normalizing the small images first is equivalent and faster.
         """
         x = images.to(self.scale.dtype) * self.scale + self.shift
-        return self.resize(x).contiguous(memory_format=torch.channels_last)
+        is_other = self.training and self.training_size != self.resize.size
+        resize = self.other_sizes[str(self.training_size)] if is_other else self.resize
+        return resize(x).contiguous(memory_format=torch.channels_last)

@@ -98,7 +98,12 @@ class Recorder(Callback):
     """Callback that records the images and weights of each step, and saves a checkpoint after a step of a run."""
 
     def __init__(self, path: Path | None = None, step: int = 1) -> None:
-        self.path, self.step, self.seen, self.backbones, self.heads = path, step, [], [], []
+        self.path, self.step, self.seen, self.backbones, self.heads, self.sizes = path, step, [], [], [], []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.network.backbone.register_forward_pre_hook(
+            lambda backbone, inputs: self.sizes.append((pl_module.training, inputs[0].shape[-1]))
+        )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.seen.append(batch.indices.tolist())
@@ -120,6 +125,22 @@ def test_a_resumed_epoch_continues_with_its_next_batch_despite_lightning_issue_2
     fitted(8, options, ckpt_path=tmp_path / "a.ckpt", callbacks=[resumed])
     assert len(whole.seen) == 3
     assert resumed.seen == whole.seen[1:]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [2, 6, 7])
+def test_training_images_grow_also_in_a_resumed_run(tmp_path: Path, step: int) -> None:
+    """Two steps per epoch; resumed within the first phase, between the others and within the last."""
+    sizes: Any = [[0, 16], [0.3, 24], [0.7, 32]]  # from epochs 0, 1.2 and 2.8 of four
+    options: dict[str, Any] = {"freeze": "none", "stem": "cifar", "image_size": sizes}
+    fit: dict[str, Any] = {"max_epochs": 4, "limit_val_batches": 1}
+    whole, resumed = Recorder(tmp_path / "a.ckpt", step), Recorder()
+    fitted(12, options, callbacks=[whole], **fit)
+    fitted(12, options, ckpt_path=tmp_path / "a.ckpt", callbacks=[resumed], **fit)
+    epochs = [[(True, size), (True, size), (False, 32)] for size in (16, 24, 24, 32)]
+    assert whole.sizes == [entry for epoch in epochs for entry in epoch]
+    assert resumed.backbones == whole.backbones[step:]
+    assert resumed.heads == whole.heads[step:]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,8 +14,10 @@ from cifar10_tl.models.network import IMAGENET_MEAN, IMAGENET_STD, TransferResNe
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def network(image_size: int, head: nn.Module | None = None, stem: str = "imagenet") -> TransferResNet:
-    sizes = {"native_size": 32, "image_size": image_size, "interpolation": "bicubic"}
+def network(
+    image_size: int, head: nn.Module | None = None, stem: str = "imagenet", training_sizes: tuple[int, ...] = ()
+) -> TransferResNet:
+    sizes = {"native_size": 32, "image_size": image_size, "interpolation": "bicubic", "training_sizes": training_sizes}
     return TransferResNet(Backbone("resnet18", stem=stem), head or LinearHead(512, 10), **sizes).eval()
 
 
@@ -61,7 +63,34 @@ def test_the_head_may_take_its_input_from_a_cache() -> None:
 
 
 def test_an_lstm_on_one_cell_is_refused_with_a_size_that_works() -> None:
-    with pytest.raises(UserError, match=r"model\.image_size=32.* choose 33 or more"):
-        network(32, head=LSTMHead(512, 10))
+    for sizes in ((32, ()), (64, (32, 48))):
+        with pytest.raises(UserError, match=r"model\.image_size=32.* choose 33 or more"):
+            network(sizes[0], head=LSTMHead(512, 10), training_sizes=sizes[1])
     network(33, head=LSTMHead(512, 10))
     network(32, head=LSTMHead(512, 10), stem="cifar")
+
+
+def test_training_images_have_a_size_of_their_own() -> None:
+    net, plain = network(32, training_sizes=(16, 24)), network(32)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    for size in (16, 24, 32):
+        net.training_size = size
+        assert torch.equal(net.train().preprocess(IMAGES), network(size).preprocess(IMAGES))
+        assert torch.equal(net.eval().preprocess(IMAGES), plain.preprocess(IMAGES))
+
+
+def test_a_network_is_compiled_once_per_training_size() -> None:
+    net, compiled = network(32, LinearHead(512, 3), "cifar", (16, 24)).train(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        compiled.append([x for x in inputs if not isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    torch.compiler.reset()
+    net.compile(backend=backend)
+    for size in (16, 24, 32):
+        net.training_size = size
+        for _ in range(2):
+            net(IMAGES)
+    assert compiled == [[], [], []]  # none with a size that varies
+    assert torch.equal(net.eval()(IMAGES), net._call_impl(IMAGES))

@@ -35,7 +35,9 @@ def test_layer_decay_lowers_the_rate_from_stage_to_stage() -> None:
     settings = {"name": "SGD", "lr": 0.1, "backbone_lr_scale": 0.5, "layer_decay": 0.7}
     groups = build_optimizer(settings, backbone, HEAD, can_fuse=True).param_groups
     rates = {"layer2": 0.05 * 0.7**3, "layer3": 0.05 * 0.7**2, "layer4": 0.05 * 0.7, "head": 0.1}
-    expected = [(f"{name}{suffix}", pytest.approx(lr)) for name, lr in rates.items() for suffix in ("", " without decay")]
+    expected = [
+        (f"{name}{suffix}", pytest.approx(lr)) for name, lr in rates.items() for suffix in ("", " without decay")
+    ]
     assert [(g["name"], g["lr"]) for g in groups] == expected  # the stem and layer1 are frozen
     stem = build_optimizer(settings, Backbone("resnet18"), HEAD, can_fuse=True).param_groups[0]
     assert (stem["name"], stem["lr"]) == ("stem", pytest.approx(0.05 * 0.7**5))
