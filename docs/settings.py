@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "predict", "export")
-GROUPS = ("data", "model", "model/head", "optimizer", "scheduler", "trainer", "callbacks", "logger", "paths")
+COMMANDS = ("train", "tune", "evaluate", "predict", "export")
+GROUPS = ("data", "model", "model/head", "optimizer", "scheduler", "trainer", "callbacks", "logger", "paths", "search")
 GLOBAL_GROUPS = ("experiment", "debug")
 KEY = re.compile(r"( *)(\w+):(?: ([^#]*?))?(?:\s*# (.*))?")
 INTRODUCTION = "# Settings\n\nGenerated from `conf/` by `make settings`. Append settings to a command as `key=value`."

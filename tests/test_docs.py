@@ -45,7 +45,7 @@ def test_settings_are_read_with_the_comments_beside_and_above_them() -> None:
 
 def test_every_documented_setting_exists() -> None:
     known = {*re.findall(r"^\| `([\w.]+)` \|", SETTINGS["settings"](), flags=re.M), *GROUPS, "model", "paths"}
-    known |= {"key", "weights_only"}  # placeholder, argument of torch.load
+    known |= {"key", "weights_only", "search"}  # placeholder, argument of torch.load, group of tune
     known |= {key.rsplit(".", n)[0] for key in known for n in range(key.count("."))}
     words = {word.strip("'\"") for text in (SHELL, *SPANS) for word in text.split()}
     keys = {match[1] for word in words if (match := re.match(r"([a-z_]+(?:[./]\w+)*)=", word))}

@@ -11,7 +11,7 @@ import pytest
 from helpers import REPOSITORY
 
 PACKAGE = REPOSITORY / "cifar10_tl"
-COMMANDS = ("train", "evaluate", "predict", "export")
+COMMANDS = ("train", "tune", "evaluate", "predict", "export")
 LEVELS = (("io",), ("config",), ("data", "metrics", "plots"), ("models",), ("callbacks",), ("engine",), ("inference",))
 LEVEL = {name: level for level, names in enumerate((*LEVELS, COMMANDS)) for name in names}
 FORBIDDEN_LIBRARIES = {

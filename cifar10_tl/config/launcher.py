@@ -67,7 +67,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     try:
         run_dir.check_launch_variables()
         run_dir.register_resolvers(command=True)
-        sys.argv[1:] = _prepared(sys.argv[1:])
+        sys.argv[1:] = _prepared(sys.argv[1:], name)
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(job)()
     except Exception as error:
         report(error)
@@ -87,7 +87,7 @@ def should_print(error: Exception) -> bool:
     return local == "0" or "(environment variable)" in str(error) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _prepared(arguments: list[str]) -> list[str]:
+def _prepared(arguments: list[str], name: str = "train") -> list[str]:
     """Return the arguments as Hydra parses them: flags first, and a value such as ``~/data`` expanded and quoted."""
     is_first = run_dir.process_rank() == 0
     prepared = []
@@ -97,6 +97,10 @@ def _prepared(arguments: list[str]) -> list[str]:
             raise UserError(f"{argument}: no such flag; write settings as key=value, such as seed=1 (see --help)")
         if is_first and key.lstrip("+") in _FIXED:  # Lightning gives them to the processes that it starts
             raise UserError(f"{argument}: set paths.output_dir instead, which is the run folder (or the sweep folder)")
+        if key == "hydra/sweeper" and value != "basic":
+            raise UserError(f"{argument}: not supported; search with python -m cifar10_tl.tune (see docs/search.md)")
+        if name == "tune" and key in ("-m", "--multirun"):
+            raise UserError(f"{argument}: a search is one run; use {{choices: [a, b]}} instead of a sweep")
         if value.startswith("~") and "," not in value:
             argument = f"{key}={quoted(os.path.expanduser(value))}"
         prepared.append(argument)

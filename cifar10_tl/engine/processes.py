@@ -125,11 +125,12 @@ def own_processes(handler: SignalHandler) -> Iterator[None]:
     from lightning.pytorch.strategies.launchers import subprocess_script
 
     previous = dict(os.environ)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.environ[PARENT_VARIABLE] = str(os.getpid())  # the parent may have ended before a child asks for its id
-    elif not _is_managed():
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if PARENT_VARIABLE in os.environ if is_first else not _is_managed():  # the first one if started by a search
         parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
-        threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+        threading.Thread(target=end_with_parent, args=(parent, 0 if is_first else 10), daemon=True).start()
+    if is_first:
+        os.environ[PARENT_VARIABLE] = str(os.getpid())  # the parent may have ended before a child asks for its id
     # Lightning's observer kills this process up to 5 s after a child has ended, before it can report why (PL #18218)
     launcher: Any = subprocess_script
     observer, launcher._launch_process_observer = launcher._launch_process_observer, handler.watch
@@ -151,7 +152,7 @@ def end_with_parent(parent: int, grace: float = 10) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(grace)
-    _fail(f"process {os.environ['LOCAL_RANK']}: its parent process ({parent}) was killed")
+    _fail(f"process {os.environ.get('LOCAL_RANK', 0)}: its parent process ({parent}) was killed")
 
 
 def _is_managed() -> bool:

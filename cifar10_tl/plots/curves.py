@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -61,13 +59,9 @@ def _draw_series(panel: Axes, rows: Rows, metric: str, best: float | None) -> No
         panel.grid(visible=False)
         style.write(panel, 0.5, 0.5, "no values", style.BODY, ha="center", color=style.MUTED, transform=panel.transAxes)
         return
-    if metric == "acc":  # no ticks above 100%, or closer than a thousandth of a percent
-        low, high = panel.get_ylim()
-        spare = max(0.0, 0.01 - (high - low)) / 2
-        margin = 0.04 * (high - low + 2 * spare)
-        panel.set_ylim(max(low - spare, -margin), min(high + spare, 1 + margin))
-    font: dict[str, Any] = {"prop": FontProperties(family=style.FONT, size=style.SMALL), "labelcolor": style.INK}
-    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0, **font)
+    if metric == "acc":
+        style.scale_accuracy(panel)
+    style.add_legend(panel)
 
 
 def _scale_panel(panel: Axes, epochs: Floats, metric: str) -> None:

@@ -75,6 +75,21 @@ def add_panel(page: Axes, x: float, y: float, width: float, height: float, label
     return panel
 
 
+def scale_accuracy(panel: Axes) -> None:
+    """Scale the y axis to its accuracies: no ticks above 100%, or closer than a thousandth of a percent."""
+    low, high = panel.get_ylim()
+    spare = max(0.0, 0.01 - (high - low)) / 2
+    margin = 0.04 * (high - low + 2 * spare)
+    panel.set_ylim(max(low - spare, -margin), min(high + spare, 1 + margin))
+
+
+def add_legend(panel: Axes) -> None:
+    """Add a legend in one line above a panel."""
+    font: dict[str, Any] = {"prop": FontProperties(family=FONT, size=SMALL), "labelcolor": INK}
+    columns = len(panel.get_legend_handles_labels()[0])
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, frameon=False, borderaxespad=0, **font)
+
+
 @lru_cache(maxsize=8192)
 def text_width(text: str, size: float = SMALL, weight: str = "normal") -> float:
     """Return the width of ``text`` in inches: the largest at common resolutions, which differ by up to a tenth."""

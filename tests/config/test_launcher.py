@@ -30,7 +30,7 @@ def test_every_rule_names_an_existing_setting() -> None:
     for choice in (["data=folder"], ["data=shapes", "model/head=lstm"], ["data=cifar10", "optimizer=sgd"]):
         cfg = OmegaConf.to_container(compose_train(*choice))
         known |= {key for key, _ in errors.walk(cfg)}
-    for command in ("predict", "export", "evaluate"):
+    for command in ("predict", "export", "evaluate", "tune"):
         known |= set(errors.config_keys(command))
     assert set(validation.RULES) <= known
 
@@ -79,7 +79,7 @@ def test_a_user_error_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_help_and_cfg_do_not_import_torch(tmp_path: Path) -> None:
     cases = [("train", "--cfg", "job"), ("train", "data.batch_size=abc")]
-    for name, *flags in (*cases, *((name, "--help") for name in ("train", "evaluate", "predict", "export"))):
+    for name, *flags in (*cases, *((name, "--help") for name in ("train", "tune", "evaluate", "predict", "export"))):
         done = command(*flags, cwd=tmp_path, name=name, PYTHONPROFILEIMPORTTIME="1")
         imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, flags=re.M))
         assert "hydra" in imported

@@ -69,6 +69,21 @@ def test_child_ends_when_its_parent_is_killed() -> None:
 
 
 @pytest.mark.slow
+def test_run_of_a_search_ends_at_once_when_the_search_is_killed() -> None:
+    child = "from cifar10_tl.engine.processes import *\nwith own_processes(SignalHandler()): print('in', flush=True); "
+    child += "assert os.environ[PARENT_VARIABLE] == str(os.getpid()); time.sleep(300)"
+    variables = "{**os.environ, 'LOCAL_RANK': '0', PARENT_VARIABLE: str(os.getpid())}"
+    search = start(f"subprocess.run([sys.executable, '-c', {child!r}], env={variables})")
+    assert search.stdout is not None
+    assert search.stdout.readline() == "in\n"
+    killed_at = time.monotonic()
+    search.send_signal(signal.SIGKILL)
+    errors, _ = search.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 8
+    assert f"error: process 0: its parent process ({search.pid}) was killed; resume the run with resume=" in errors
+
+
+@pytest.mark.slow
 def test_child_ends_when_its_parent_was_killed_before() -> None:
     process = start("end_with_parent(1, grace=0.1)")
     errors, _ = process.communicate(timeout=60)

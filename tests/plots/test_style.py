@@ -83,6 +83,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "bars 1": lambda: bars(["cat"]),
     "bars odd": lambda: bars(ODD),
     "bars long": lambda: bars(long_names(41)),
+    "search 1": lambda: plots.search_history({0: 0.5}, [], heading=HEADING),
+    "search 300": lambda: plots.search_history({n: n / 300 for n in range(300)}, range(9, 300, 3), heading=HEADING),
+    "importance odd": lambda: plots.importance_bars(
+        dict(zip(ODD, [1, *[0] * 9], strict=True)), heading=HEADING, note="n"
+    ),
     **{f"confidence {c} {i}": lambda c=c, i=i: confidence(c, i) for c, i in ((0, 0), (0, 3), (10**6, 7))},
 }
 
