@@ -36,6 +36,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),
     ("trainer.profiler", [5, True], "a profiler"),
     ("callbacks.best_checkpoint.monitor", ["train/loss", "val/foo"], "val/acc, val/loss"),
+    ("callbacks.last_checkpoint.dirpath", [[], None, 1], "a string"),
     ("compare", [["a"], "a"], "null or a list of at least 2"),
     ("images", [[], "", 3, [1]], "a string or a list"),
 ]
