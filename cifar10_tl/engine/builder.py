@@ -162,8 +162,11 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     tune_for(device, module.network)
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
-        torch._dynamo.config.recompile_limit += len(module.image_sizes) - 1  # compiled once per size
-        module.network.compile()  # in place: the names in checkpoints do not change
+        num_sizes = len(module.image_sizes)
+        torch._dynamo.config.recompile_limit += num_sizes - 1  # compiled once per size
+        # else a smaller batch of validation would make the graphs of later sizes dynamic
+        dynamic = False if num_sizes > 1 else None
+        module.network.compile(dynamic=dynamic)  # in place: the names in checkpoints do not change
     log.info("compile %s: %s", str(compiled).lower(), reason)
 
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from helpers import Watcher
 from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.engine.builder import STEP_HOOKS, build_loggers, check_batch_size, next_epoch, skip_idle_hooks
+from cifar10_tl.engine.builder import STEP_HOOKS, build_loggers, check_batch_size, next_epoch, skip_idle_hooks, speed_up
+from cifar10_tl.models.lit_classifier import LitClassifier
 
 
 @pytest.mark.parametrize(
@@ -36,3 +40,31 @@ def test_indivisible_batch_is_refused(batch_size: int, world_size: int, nearest:
 def test_tensorboard_discards_epochs_after_the_checkpoint(small_cfg: Callable[..., DictConfig]) -> None:
     first_epoch = next_epoch({"callbacks": {"MetricsLogger": {"rows": [{"epoch": 0}, {"epoch": 1}]}}})
     assert build_loggers(small_cfg(), first_epoch)[0]._kwargs["purge_step"] == 2
+
+
+def test_network_is_compiled_once_per_training_size(
+    small_cfg: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[list[object]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        compiled.append([x for x in inputs if not isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr("cifar10_tl.engine.hardware.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 3)  # one graph of training, two of evaluation
+    torch.compiler.reset()
+    sizes = [[0, 16], [0.2, 20], [0.4, 24], [0.6, 32]]
+    module = LitClassifier(["a", "b"], "resnet18", image_size=sizes, stem="cifar")
+    speed_up(small_cfg("compile=true"), module, pl.Trainer(accelerator="cpu", logger=False))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    for i, (_, size) in enumerate(sizes):
+        module.network.training_size = size
+        for _ in range(2):
+            module.train()(images)
+        assert len(compiled) == i + 1 + 2 * (i > 0)
+        for num_images in (4, 3):
+            logits = module.eval()(images[:num_images])
+        assert torch.equal(logits, module.network._call_impl(images[:3]))
+    assert not any(compiled)  # no graph takes a size that varies

@@ -229,7 +229,8 @@ def test_compiled_network_trains_the_same(tmp_path: Path, finished_run: Path, mo
     """The backend aot_eager skips the C++ compiler, which takes a minute."""
     compiled: list[nn.Module] = []
 
-    def compile_graphs(network: nn.Module) -> None:
+    def compile_graphs(network: nn.Module, dynamic: bool | None) -> None:
+        assert dynamic is None
         compiled.append(network)
         network._compiled_call_impl = torch.compile(network._call_impl, backend="aot_eager")  # as Module.compile does
 

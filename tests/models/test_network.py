@@ -77,20 +77,3 @@ def test_training_images_have_a_size_of_their_own() -> None:
         net.training_size = size
         assert torch.equal(net.train().preprocess(IMAGES), network(size).preprocess(IMAGES))
         assert torch.equal(net.eval().preprocess(IMAGES), plain.preprocess(IMAGES))
-
-
-def test_a_network_is_compiled_once_per_training_size() -> None:
-    net, compiled = network(32, LinearHead(512, 3), "cifar", (16, 24)).train(), []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
-        compiled.append([x for x in inputs if not isinstance(x, torch.Tensor)])
-        return graph.forward
-
-    torch.compiler.reset()
-    net.compile(backend=backend)
-    for size in (16, 24, 32):
-        net.training_size = size
-        for _ in range(2):
-            net(IMAGES)
-    assert compiled == [[], [], []]  # none with a size that varies
-    assert torch.equal(net.eval()(IMAGES), net._call_impl(IMAGES))
