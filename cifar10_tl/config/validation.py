@@ -88,6 +88,7 @@ limit = either(whole(1), number(0, 1, above=True))
 _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False), "test trust data.on_device data.cache_features data.skip_bad model.head.bidirectional"),
     (one_of(True, False), "data.augment.horizontal_flip optimizer.nesterov trainer.sync_batchnorm trainer.benchmark?"),
+    (one_of(True, False), "data.augment.trivial_augment"),
     (one_of(True, False), "trainer.enable_progress_bar trainer.enable_model_summary trainer.detect_anomaly"),
     (folder, "paths.output_dir paths.data_dir paths.cache_dir data.root data.cache_dir"),
     (text, "data.source data.md5 model.backbone model.weights? model.head.name optimizer.name scheduler.name"),
@@ -115,6 +116,8 @@ _KEYS: list[tuple[Rule, str]] = [
     (number(0, above=True), "data.stall_seconds optimizer.lr"),
     (number(0), "optimizer.backbone_lr_scale optimizer.weight_decay callbacks.progress_bar.refresh_seconds"),
     (number(0), "trainer.gradient_clip_val?"),
+    (number(0, 1), "data.augment.mix_off_last"),
+    (whole(0), "data.augment.cutout"),
     (number(0, 1), "data.augment.random_erasing data.augment.color_jitter scheduler.warmup scheduler.final"),
     (number(0, 1, below=True), "model.label_smoothing model.head.dropout optimizer.momentum"),
     (inside, "ema_decay?"),
@@ -194,10 +197,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
 def _check_cached_features(config: Mapping[str, Any]) -> None:
     if config.get("model.freeze") != "backbone":
         raise UserError("data.cache_features=true needs a frozen backbone: add model.freeze=backbone")
-    for name, none in {"random_crop_padding": 0, "random_erasing": 0, "color_jitter": 0, "mix": "none"}.items():
+    pixels = ("random_crop_padding", "cutout", "random_erasing", "color_jitter")
+    for name, none in {**dict.fromkeys(pixels, 0), "trivial_augment": False, "mix": "none"}.items():
         key = f"data.augment.{name}"
         if config.get(key, none) != none:
             raise UserError(
                 f"{key}={config[key]} changes images in each epoch, but data.cache_features=true computes features "
-                f"once: add {key}={none} (horizontal_flip may be true)"
+                f"once: add {key}={str(none).lower()} (horizontal_flip may be true)"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.data.keyed_rng import KeyedRNG
+from cifar10_tl.data.trivial_augment import LEVELS, OPERATIONS, trivial_augment
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,29 @@ class Augment:
     Attributes:
         horizontal_flip: Flip images horizontally with probability 0.5.
         random_crop_padding: Reflection padding in pixels before a random crop to the original size.
+        trivial_augment: Apply one of 14 operations of random strength to each image, see :func:`trivial_augment`.
         random_erasing: Probability of replacing a random rectangle (2 to 33 % of the area) with gray.
+        cutout: Side in pixels of a gray square around a random pixel (https://arxiv.org/abs/1708.04552); 0 for none.
         color_jitter: Maximum relative change of brightness, contrast and saturation.
         mix: "none", "mixup" (https://arxiv.org/abs/1710.09412) or "cutmix" (https://arxiv.org/abs/1905.04899).
         mix_alpha: Both parameters of the Beta distribution of the weight of the second image.
+        mix_off_last: Fraction of the epochs, at the end of training, without mixing.
     """
 
     horizontal_flip: bool = False
     random_crop_padding: int = 0
+    trivial_augment: bool = False
     random_erasing: float = 0.0
+    cutout: int = 0
     color_jitter: float = 0.0
     mix: Literal["none", "mixup", "cutmix"] = "none"
     mix_alpha: float = 1.0
+    mix_off_last: float = 0.0
+
+    def in_epoch(self, epoch: int, max_epochs: int) -> Augment:
+        """Return the settings of one epoch of a training of ``max_epochs``, or of one without end (-1)."""
+        epochs_off = round(self.mix_off_last * max_epochs)
+        return replace(self, mix="none") if epochs_off > 0 and epoch >= max_epochs - epochs_off else self
 
 
 def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_classes: int) -> Batch:
@@ -47,10 +59,15 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
         return _choose_view(batch, features, draw, settings)
     if settings.horizontal_flip or settings.random_crop_padding:
         images = _flip_and_crop(images, draw, settings)
+    if settings.trivial_augment:
+        levels, signs = draw.integer("level", LEVELS), 1 - 2 * draw.integer("sign", 2)
+        images = trivial_augment(images, draw.integer("operation", len(OPERATIONS)), levels, signs)
     if settings.color_jitter:
         images = _jitter(images, draw, settings.color_jitter)
     if settings.random_erasing:
         images = _erase(images, draw, settings.random_erasing)
+    if settings.cutout:
+        images = _cut_out(images, draw, settings.cutout)
     if settings.mix != "none":
         images, targets = _mix(images, targets, draw, settings, num_classes)
     return Batch(images, targets, indices)
@@ -105,17 +122,31 @@ def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:
     """Erase a random rectangle with gray (https://arxiv.org/abs/1708.04896)."""
     area = 0.02 + 0.31 * draw.uniform("area")
     aspect = 0.3 ** (1 - 2 * draw.uniform("aspect"))  # log-uniform in [0.3, 1/0.3]
-    box = _boxes(images, draw, (area * aspect).sqrt(), (area / aspect).sqrt())
+    boxes = _random_boxes(images, draw, (area * aspect).sqrt(), (area / aspect).sqrt())
     chosen = draw.uniform("erase") < probability
-    return images.masked_fill(box & chosen[:, None, None, None], 128)
+    return images.masked_fill(_inside(images, boxes) & chosen[:, None, None, None], 128)
 
 
-def _boxes(images: Tensor, draw: KeyedRNG, height_fraction: Tensor, width_fraction: Tensor) -> Tensor:
-    """Return masks [N, 1, H, W] of a random rectangle per image, with sides as fractions [N] of the image's sides."""
-    inside = []
+def _cut_out(images: Tensor, draw: KeyedRNG, side: int) -> Tensor:
+    height, width = images.shape[2:]
+    top, left = draw.integer("cutout_y", height) - side // 2, draw.integer("cutout_x", width) - side // 2
+    length = torch.full_like(top, side)
+    return images.masked_fill(_inside(images, torch.stack([top, left, length, length], 1)), 128)
+
+
+def _random_boxes(images: Tensor, draw: KeyedRNG, height_fraction: Tensor, width_fraction: Tensor) -> Tensor:
+    """Return the top, left, height and width [N, 4] of a random box per image, given fractions [N] of its sides."""
+    starts, lengths = [], []
     for size, fraction, name in ((images.shape[2], height_fraction, "y"), (images.shape[3], width_fraction, "x")):
-        length = (fraction * size).round().clamp(0, size)
-        start = (draw.uniform(name) * (size - length + 1)).floor()
+        lengths.append((fraction * size).round().clamp(0, size))
+        starts.append((draw.uniform(name) * (size - lengths[-1] + 1)).floor())
+    return torch.stack([*starts, *lengths], 1)
+
+
+def _inside(images: Tensor, boxes: Tensor) -> Tensor:
+    """Return masks [N, 1, H, W] of the pixels inside boxes [N, 4]."""
+    inside = []
+    for size, start, length in zip(images.shape[2:], boxes[:, :2].T, boxes[:, 2:].T, strict=True):
         position = torch.arange(size, device=images.device)
         inside.append((position >= start[:, None]) & (position < (start + length)[:, None]))
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
@@ -130,7 +161,7 @@ def _mix(images: Tensor, targets: Tensor, draw: KeyedRNG, settings: Augment, num
         images = torch.lerp(images.float(), second.float(), weight).round().byte()
     else:
         side = fraction.sqrt()
-        box = _boxes(images, draw, side, side)
+        box = _inside(images, _random_boxes(images, draw, side, side))
         images = torch.where(box, second, images)
         fraction = box.float().mean((1, 2, 3))  # after rounding to whole pixels
     one_hot = F.one_hot(targets, num_classes).float()

@@ -157,7 +157,9 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """Return ``batch`` augmented for this epoch."""
-        return augment(batch, self.augment, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
+        max_epochs = self.trainer.max_epochs if self.trainer is not None else None
+        settings = self.augment.in_epoch(epoch, max_epochs or -1)
+        return augment(batch, settings, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
 
 
 def stratified(labels: Tensor, size: int, seed: int) -> Tensor:

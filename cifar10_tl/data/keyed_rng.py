@@ -30,6 +30,7 @@ class KeyedRNG:
     _NAMES = (
         *("flip", "top", "left", "brightness", "contrast", "saturation"),
         *("erase", "area", "aspect", "y", "x", "mix"),
+        *("operation", "level", "sign", "cutout_y", "cutout_x"),
     )
 
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:

@@ -11,7 +11,14 @@ from cifar10_tl.data.augment import Augment, _beta, augment
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.data.keyed_rng import KeyedRNG, hash32
 
-EVERYTHING = Augment(horizontal_flip=True, random_crop_padding=4, random_erasing=0.5, color_jitter=0.4)
+EVERYTHING = Augment(
+    horizontal_flip=True,
+    random_crop_padding=4,
+    trivial_augment=True,
+    random_erasing=0.5,
+    cutout=8,
+    color_jitter=0.4,
+)
 
 
 @pytest.fixture
@@ -87,6 +94,43 @@ def test_erase_fills_one_rectangle_of_2_to_33_percent_with_gray(batch: Batch) ->
     assert 0.25 < area.max() < 0.36
     for m in mask[erased][:100]:
         assert torch.equal(m, m.any(1)[:, None] & m.any(0)[None]), "not a rectangle"
+
+
+def test_cutout_is_a_gray_square_around_any_pixel_clipped_at_the_border() -> None:
+    images = torch.zeros(4000, 3, 32, 32, dtype=torch.uint8)
+    out = run(Batch(images, torch.zeros(4000).long(), torch.arange(4000)), Augment(cutout=8)).images
+    assert set(out.unique().tolist()) == {0, 128}
+    mask = (out == 128).all(1)
+    rows, columns = mask.any(2).sum(1), mask.any(1).sum(1)
+    assert torch.equal(mask.sum((1, 2)), rows * columns), "not a rectangle"
+    for side, extent in ((rows, mask.any(2)), (columns, mask.any(1))):
+        assert (side.min(), side.max()) == (4, 8)  # rows 0 to 3 for a center at 0
+        clipped = extent[:, 0] | extent[:, 31]
+        assert (side[~clipped] == 8).all()
+        assert abs(float((side == 8).float().mean()) - 25 / 32) < 0.03  # centers from 4 to 28
+
+
+def test_trivial_augment_draws_all_operations_levels_and_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[torch.Tensor]] = []
+    record = lambda images, *draws: drawn.append(list(draws)) or images  # noqa: E731
+    monkeypatch.setattr("cifar10_tl.data.augment.trivial_augment", record)
+    count = 31 * 14 * 200
+    run(Batch(torch.zeros(count, 1), torch.arange(count), torch.arange(count)), Augment(trivial_augment=True))
+    operations, levels, signs = drawn[0]
+    assert set(signs.tolist()) == {-1, 1}
+    cells = torch.bincount((operations * 31 + levels) * 2 + (signs > 0), minlength=868)
+    assert len(cells) == 868
+    assert (cells - 100).abs().max() < 50, "not independent"  # 5 standard deviations
+
+
+def test_mixing_ends_before_the_last_epochs() -> None:
+    settings = Augment(mix="mixup", mix_off_last=0.25)
+    assert [settings.in_epoch(epoch, 10).mix for epoch in range(10)] == ["mixup"] * 8 + ["none"] * 2
+    assert [settings.in_epoch(epoch, 11).mix for epoch in range(11)] == ["mixup"] * 8 + ["none"] * 3
+    assert settings.in_epoch(0, 1).mix == "mixup"  # rounded to none of the epochs
+    assert settings.in_epoch(10**6, -1) == settings
+    assert replace(settings, mix_off_last=0.0).in_epoch(9, 10).mix == "mixup"
+    assert replace(settings, mix_off_last=1.0).in_epoch(0, 10).mix == "none"
 
 
 def test_jitter_agrees_with_torchvision_for_the_same_factors(batch: Batch) -> None:

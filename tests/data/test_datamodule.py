@@ -23,6 +23,7 @@ def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options: An
         world_size=world_size,
         training=True,
         current_epoch=epoch,
+        max_epochs=4,
         state=SimpleNamespace(fn=TrainerFn.FITTING),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
@@ -62,6 +63,14 @@ def test_each_epoch_has_its_own_order_and_augmentation() -> None:
     by_index = {int(i): image for b in first for i, image in zip(b.indices, b.images, strict=True)}
     same = [torch.equal(by_index[int(i)], x) for b in second for i, x in zip(b.indices, b.images, strict=True)]
     assert np.mean(same) < 0.1
+
+
+def test_mixing_ends_with_the_epochs_of_the_trainer() -> None:
+    augment = {"mix": "cutmix", "mix_off_last": 0.5}
+    for epoch, max_epochs, mixed in ((1, 4, True), (2, 4, False), (2, 5, True), (3, 5, False), (9, -1, True)):
+        data = datamodule(epoch=epoch, augment=augment)
+        data.trainer.max_epochs = max_epochs  # type: ignore[union-attr]
+        assert training_batches(data)[0].targets.is_floating_point() == mixed, (epoch, max_epochs)
 
 
 def test_resuming_inside_an_epoch_gives_the_same_batches() -> None:

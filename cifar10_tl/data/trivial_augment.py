@@ -1,0 +1,104 @@
+"""TrivialAugment Wide (https://arxiv.org/abs/2103.10158) of a batch, with torchvision's result for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+Operation = Callable[[Tensor, Tensor], Tensor]  # of uint8 images [n, 3, H, W] and magnitudes [n]
+
+LEVELS = 31
+
+
+def trivial_augment(images: Tensor, operations: Tensor, levels: Tensor, signs: Tensor) -> Tensor:
+    """Return uint8 images [N, 3, H, W], each transformed by its own operation.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        operations: Position in :data:`OPERATIONS`, int64 [N].
+        levels: Strength from 0 to ``LEVELS - 1``, int64 [N].
+        signs: 1 or -1, the direction of operations that have one, [N].
+    """
+    scales = torch.stack([torch.linspace(low, high, LEVELS) for low, high, _ in OPERATIONS]).to(images.device)
+    magnitudes = scales[operations, levels] * signs
+    # One synchronization with the device, for the number of images of each operation.
+    groups = torch.split(operations.argsort(), operations.bincount(minlength=len(OPERATIONS)).tolist())
+    augmented = images.clone()
+    for (_, _, operation), group in zip(OPERATIONS[1:], groups[1:], strict=True):  # the first one changes nothing
+        if len(group):
+            augmented[group] = operation(images[group], magnitudes[group])
+    return augmented
+
+
+def _warp(images: Tensor, xx: Tensor, xy: Tensor, dx: Tensor, yx: Tensor, yy: Tensor, dy: Tensor) -> Tensor:
+    """Copy the pixel at (x, y) from (xx * x + xy * y + dx, yx * x + yy * y + dy), rounded; black outside the image.
+
+    Coordinates are in pixels from the center.
+    """
+    height, width = images.shape[2:]
+    rows = (xx, xy * height / width, dx * 2 / width), (yx * width / height, yy, dy * 2 / height)
+    matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).byte()
+
+
+def _shear_x(images: Tensor, magnitudes: Tensor) -> Tensor:
+    one, zero = torch.ones_like(magnitudes), torch.zeros_like(magnitudes)
+    return _warp(images, one, magnitudes, magnitudes * images.shape[2] / 2, zero, one, zero)  # the top row stays
+
+
+def _translate_x(images: Tensor, magnitudes: Tensor) -> Tensor:
+    one, zero = torch.ones_like(magnitudes), torch.zeros_like(magnitudes)
+    return _warp(images, one, zero, -magnitudes.trunc(), zero, one, zero)
+
+
+def _transposed(operation: Operation) -> Operation:
+    """Return the operation along the other axis."""
+    return lambda images, magnitudes: operation(images.mT, magnitudes).mT
+
+
+def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    cos, sin, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
+    return _warp(images, cos, -sin, zero, sin, cos, zero)
+
+
+def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Operation:
+    """Return torchvision's ``adjust`` with different factors; it blends an image with its result for the factor 0."""
+
+    def operation(images: Tensor, magnitudes: Tensor) -> Tensor:
+        factor = 1 + magnitudes[:, None, None, None]
+        return (images * factor + adjust(images, 0.0) * (1 - factor)).clamp(0, 255).byte()
+
+    return operation
+
+
+def _posterize(images: Tensor, bits: Tensor) -> Tensor:
+    unit = 2 ** (8 - bits.abs().round())[:, None, None, None].int()
+    return (images // unit * unit).byte()
+
+
+def _solarize(images: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.where(images >= 255 * thresholds.abs()[:, None, None, None], 255 - images, images)
+
+
+#: The magnitude at the first and the last level, and the function, in torchvision's order.
+OPERATIONS: tuple[tuple[float, float, Operation], ...] = (
+    (0, 0, lambda images, _: images),
+    (0, 0.99, _shear_x),
+    (0, 0.99, _transposed(_shear_x)),
+    (0, 32, _translate_x),
+    (0, 32, _transposed(_translate_x)),
+    (0, 135, _rotate),
+    (0, 0.99, _enhanced(tv.adjust_brightness)),
+    (0, 0.99, _enhanced(tv.adjust_saturation)),
+    (0, 0.99, _enhanced(tv.adjust_contrast)),
+    (0, 0.99, _enhanced(tv.adjust_sharpness)),
+    (8, 2, _posterize),
+    (1, 0, _solarize),
+    (0, 0, lambda images, _: tv.autocontrast(images)),
+    (0, 0, lambda images, _: tv.equalize(images)),
+)
