@@ -27,7 +27,7 @@ from cifar10_tl.callbacks.metrics_logger import SPEED
 RUN = (
     *("experiment=quickstart", "model.backbone=resnet18", "model.head.hidden=[32]", "model.head.dropout=0.2"),
     *("data.train_size=700", "data.val_size=100", "data.test_size=100", "data.batch_size=50", "trainer.max_epochs=4"),
-    *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.deterministic=true", "ema_decay=0.9"),
+    *("trainer.devices=1", "trainer.deterministic=true", "ema_decay=0.9"),
     *("trainer.enable_progress_bar=false", "checkpoint_every_n_steps=3", "callbacks.confusion_matrix=null"),
     *("callbacks.correct_predictions=null", "callbacks.incorrect_predictions=null"),
 )
@@ -47,12 +47,12 @@ def wait(process: subprocess.Popen[str], *statuses: int) -> None:
     assert process.returncode in (0, *statuses), f"status {process.returncode}:\n{output[-3000:]}"
 
 
-def interrupted_run(run: Path, seconds: float, rng: random.Random) -> list[str]:
+def interrupted_run(run: Path, settings: tuple[str, ...], seconds: float, rng: random.Random) -> list[str]:
     """Start, end and resume a run until it is finished, and return the interruptions."""
     interruptions: list[str] = []
     while True:
         resume = (run / "config.yaml").is_file()
-        process = start(f"resume={run}") if resume else start(*RUN, f"paths.output_dir={run}")
+        process = start(f"resume={run}") if resume else start(*settings, f"paths.output_dir={run}")
         number = rng.choice(list(STATUS))
         if len(interruptions) == 3 or (interruptions and rng.random() < 0.4):
             wait(process)
@@ -68,7 +68,7 @@ def interrupted_run(run: Path, seconds: float, rng: random.Random) -> list[str]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return what must not depend on interruptions."""
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     moments = checkpoint["optimizer_states"][0]["state"]
     tensors = {f"{i}.{key}": value for i, values in moments.items() for key, value in values.items()}
     tensors |= checkpoint["state_dict"]
@@ -89,16 +89,18 @@ def main() -> int:
     """Run the rounds and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--accelerator", default="cpu", choices=("cpu", "gpu"))
+    arguments = parser.parse_args()
+    rounds, settings = arguments.rounds, (*RUN, f"trainer.accelerator={arguments.accelerator}")
     rng, identical = random.Random(0), 0  # noqa: S311
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports each restart
     with tempfile.TemporaryDirectory() as folder:
         clock = time.perf_counter()
-        wait(start(*RUN, f"paths.output_dir={folder}/reference"))
+        wait(start(*settings, f"paths.output_dir={folder}/reference"))
         seconds, reference = time.perf_counter() - clock, outcome(Path(folder) / "reference")
         print(f"uninterrupted run: {seconds:.1f} s", flush=True)
         for number in range(1, rounds + 1):
-            interruptions = interrupted_run(run := Path(folder) / str(number), seconds, rng)
+            interruptions = interrupted_run(run := Path(folder) / str(number), settings, seconds, rng)
             different = [name for name, value in outcome(run).items() if value != reference[name]]
             identical += not different
             verdict = f"DIFFERENT {', '.join(different)}" if different else "identical"

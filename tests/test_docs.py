@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -23,6 +24,7 @@ SPANS = [
     span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 ]
 SETTINGS = runpy.run_path(str(REPOSITORY / "docs" / "settings.py"))
+RESULTS = runpy.run_path(str(REPOSITORY / "scripts" / "results.py"))
 GROUPS = ("data", "model/head", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
 
 
@@ -32,6 +34,13 @@ def test_the_readme_is_short() -> None:
 
 def test_the_settings_page_is_up_to_date() -> None:
     assert (REPOSITORY / "docs" / "settings.md").read_text() == SETTINGS["settings"](), "run: make settings"
+
+
+def test_the_tables_of_results_are_up_to_date() -> None:
+    runs = json.loads((REPOSITORY / "docs" / "results.json").read_text())
+    page, advice = (REPOSITORY / "docs" / "results.md").read_text(), "run: python scripts/results.py render"
+    assert page == RESULTS["filled"](page, RESULTS["long_tables"](runs)), advice
+    assert RESULTS["filled"](README, RESULTS["short_table"](runs)) == README, advice
 
 
 def test_settings_are_read_with_the_comments_beside_and_above_them() -> None:

@@ -69,14 +69,15 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
     row += [results.get("val", {}).get("acc"), results.get("epochs"), results.get("seconds", {}).get("fit")]
     if run is not first:
         only_first, only_this = len(first.correct - run.correct), len(run.correct - first.correct)
-        other = _settings(first.results)
-        settings = [f"{key}={value}" for key, value in _settings(results).items() if value != other.get(key)]
+        other = settings_of(first.results)
+        settings = [f"{key}={value}" for key, value in settings_of(results).items() if value != other.get(key)]
         row += [(only_this - only_first) / count, only_first, only_this, mcnemar_p_value(only_first, only_this)]
         row += [" ".join(settings) or None]
     return dict(zip_longest(COLUMNS, row))
 
 
-def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the content of results.json depends on, with dotted keys."""
     if "checkpoint" in results:  # of the evaluate command
         return {"checkpoint": results["checkpoint"]}
     ignored = ("paths", "callbacks", "logger", "resume", "test")  # they do not change a result

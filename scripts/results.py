@@ -1,0 +1,177 @@
+"""Collect the results of tested runs in docs/results.json, and make the tables in docs/results.md and README.md.
+
+python scripts/results.py add RUN_DIR... --data-name "JPEG q75 CIFAR-10"     add runs of the train command, and render
+python scripts/results.py render                                             render after a change in conf/experiment
+
+Runs that differ only in the seed are one row. Adding a recipe, seed and hardware again replaces the older run. The
+tables are written between two comments, ``<!-- results -->`` and ``<!-- end of results -->``.
+"""
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from cifar10_tl.config import CONFIG_DIR
+from cifar10_tl.engine.comparison import settings_of
+from cifar10_tl.engine.results import markdown_table, read_results
+from cifar10_tl.metrics.intervals import spread, wilson_interval
+from cifar10_tl.plots.accuracy_against_time import Point, accuracy_against_time
+from cifar10_tl.plots.style import to_png
+
+Run = Mapping[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, PAGE, FIGURE = (ROOT / "docs" / name for name in ("results.json", "results.md", "images/results.png"))
+README = ROOT / "README.md"
+COLUMNS = ("recipe", "weights", "epochs", "image size", "seeds", "test accuracy", "fit", "images/s", "hardware")
+COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
+TRAIN = "python -m cifar10_tl.train"
+
+
+class Row(NamedTuple):
+    """Runs that differ in the seed: title and ``COLUMNS`` of the table, command, and point of the figure."""
+
+    title: str
+    cells: Sequence[str]
+    command: str
+    point: Point
+
+
+def digest(folder: Path, data_name: str) -> Run:
+    """Return what docs/results.json keeps of a run, without names of the machine's folders."""
+    results, records = read_results(folder), folder / ".hydra" / "overrides.yaml"
+    given = yaml.safe_load(records.read_text()) if records.is_file() else []
+    return {
+        "data": data_name,
+        "seed": results["config"]["seed"],
+        "overrides": [shortened(o) for o in given if not re.match(r"[+~]*(seed|paths|hydra|logger|resume)\b", o)],
+        "settings": {key: shortened(value) for key, value in sorted(changed_settings(results).items())},
+        "weights": shortened(results["config"]["model"]["weights"] or "random"),
+        "image_size": results["config"]["model"]["image_size"],
+        "test": {key: results["test"][key] for key in ("acc", "loss", "count")},
+        **{key: results[key] for key in COPIED},
+    }
+
+
+def changed_settings(results: Run) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, except seed, folders, and the epochs chosen by ``budget``."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        usual = settings_of({"config": OmegaConf.to_container(compose("train"))})
+    found = {key: value for key, value in settings_of(results).items() if value != usual.get(key)}
+    left_out = ("seed", "data.root", "data.cache_dir", *["trainer.max_epochs"] * bool(found.get("budget")))
+    return {key: value for key, value in found.items() if key not in left_out}
+
+
+def shortened(value: Any) -> Any:
+    """Return a value, or an override such as ``data.root=/data/jpeg``, with only the last part of a path."""
+    return re.sub(r"(^|=)[^=\s]*/([^=/\s]+)/?$", r"\1\2", value) if isinstance(value, str) else value
+
+
+def identity(run: Run) -> str:
+    """Return what the runs of a row have in common."""
+    hardware = [run["environment"][key] for key in ("device", "devices", "threads", "precision")]
+    return json.dumps([run["data"], run["test_images"], run["overrides"], run["settings"], hardware], sort_keys=True)
+
+
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs in a fixed order, the latest one of each recipe, seed and hardware."""
+    latest = {(identity(run), run["seed"]): run for run in runs}
+    return [latest[key] for key in sorted(latest)]
+
+
+def rows_by_data(runs: Sequence[Run]) -> dict[str, list[Row]]:
+    """Return the rows, the highest accuracy first, by a description of their test images."""
+    tables: dict[str, list[Row]] = {}
+    for _, same in groupby(runs, identity):
+        row = make_row(list(same))
+        tables.setdefault(row.title, []).append(row)
+    return {title: sorted(rows, key=lambda row: -row.point.accuracy) for title, rows in tables.items()}
+
+
+def make_row(runs: Sequence[Run]) -> Row:
+    """Return the row of runs, with Student's t interval for several seeds, and Wilson's for the images of one."""
+    first, where, size = runs[0], runs[0]["environment"], runs[0]["image_size"]
+    accuracies, count = [run["test"]["acc"] for run in runs], first["test"]["count"]
+    low, high = spread(accuracies)[-2:] if len(runs) > 1 else wilson_interval(round(accuracies[0] * count), count)
+    mean, minutes = fmean(accuracies), fmean(run["seconds"]["fit"] for run in runs) / 60
+    name = " ".join(o for o in first["overrides"] if not re.match(r"data(\.root)?=", o)) or "default"
+    sizes = listed(pixels for _, pixels in size) if isinstance(size, list) else str(size)
+    cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
+    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", f"{minutes:.3g} min"]
+    cells += [f"{fmean(run['images_per_second'] for run in runs):,.0f}"]
+    cells += [f"{where['device']}, {where['threads']} threads, {where['precision']}"]
+    commits = listed(str(run["environment"]["git"])[:7] for run in runs)
+    given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
+    command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {where['versions']['torch']}"
+    title = f"{first['data']}, {count:,} test images ({first['test_images']})"
+    return Row(title, cells, command, Point(name, minutes, mean, low, high))
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Return the distinct values, separated by commas."""
+    return ",".join(dict.fromkeys(map(str, values)))
+
+
+def not_measured(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the purpose, the first sentence of its file, of each recipe in conf/experiment without a run."""
+    measured = {word for rows in rows_by_data(runs).values() for row in rows for word in row.point.name.split()}
+    texts = {f"experiment={file.stem}": file.read_text() for file in sorted((CONFIG_DIR / "experiment").iterdir())}
+    headers = {"default": "ImageNet weights at 224 px, all layers trained."}
+    headers |= {name: " ".join(re.findall(r"^# ([^@].*)", text, re.M)) for name, text in texts.items()}
+    return {name: re.split(r"(?<=\.)(?: |$)", text)[0] for name, text in headers.items() if name not in measured}
+
+
+def long_tables(runs: Sequence[Run]) -> str:
+    """Return the figure and the tables of docs/results.md."""
+    parts = ["![test accuracy against training time](images/results.png)"] * bool(runs)
+    for title, rows in rows_by_data(runs).items():
+        parts += [f"## {title}", markdown_table(COLUMNS, (row.cells for row in rows)).rstrip()]
+        parts += ["\n".join(["```bash", *(row.command for row in rows), "```"])]
+    rest = "\n".join(f"- `{name}`: {purpose}" for name, purpose in not_measured(runs).items())
+    return "\n\n".join([*parts, f"## Not measured here\n`{TRAIN}` with:", rest])
+
+
+def short_table(runs: Sequence[Run]) -> str:
+    """Return the table of README.md."""
+    rows = [(row.title.split(",")[0], row.cells) for rows in rows_by_data(runs).values() for row in rows]
+    lines = [[cells[0], data, *cells[4:7]] for data, cells in rows]
+    lines += [[f"`{name}`", "", "", "not measured here", ""] for name in not_measured(runs)]
+    return markdown_table(["recipe", "data", *COLUMNS[4:7]], lines).rstrip()
+
+
+def filled(text: str, table: str) -> str:
+    """Return a page with the text between the comments replaced, if it has them."""
+    between = r"(?<=<!-- results -->\n).*(?=\n<!-- end of results -->)"
+    return re.sub(between, lambda _: table, text, flags=re.S)
+
+
+def main() -> None:
+    """Add runs and write everything; exit with status 2 after an error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("add", "render"))
+    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_DIR", help="folders of tested runs")
+    parser.add_argument("--data-name", default="CIFAR-10", help="name of the test images (default: %(default)s)")
+    arguments = parser.parse_args()
+    if bad := [folder for folder in arguments.folders if not {"config", "test"} <= read_results(folder).keys()]:
+        parser.error(f"{bad[0]}: not the folder of a tested run; finish it with resume={bad[0]} test=true")
+    added = [digest(folder, arguments.data_name) for folder in arguments.folders]
+    runs = merged([*json.loads(RUNS.read_text()), *added])
+    RUNS.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    PAGE.write_text(filled(PAGE.read_text(), long_tables(runs)))
+    README.write_text(filled(README.read_text(), short_table(runs)))
+    if runs:
+        panels = {title: [row.point for row in rows] for title, rows in rows_by_data(runs).items()}
+        FIGURE.write_bytes(to_png(accuracy_against_time(panels)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Transfer without ImageNet: compare a trunk that was trained on other classes with random weights, on few images.
+
+python scripts/transfer.py --data-root FOLDER --out DIR [key=value ...]     FOLDER/train/<class>, FOLDER/test/<class>
+
+A ResNet18 is trained on every second class, saved as a torchvision state dict, and fine-tuned on the other classes with
+model.weights=DIR/trunk.pth. Random weights get the same settings and steps. Each seed has other training images.
+Writes a table with 95 % intervals (Student's t) to DIR/transfer.md. The same command continues after an interruption.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from cifar10_tl.engine.results import markdown_table, read_results
+from cifar10_tl.io import atomic_write_text
+from cifar10_tl.metrics.intervals import spread
+
+BATCH = 50
+SETTINGS = (
+    *("data=folder", "model.backbone=resnet18", "model.image_size=64", "model/head=linear", "optimizer=sgd"),
+    *("callbacks=minimal", "compile=false", "trainer.enable_progress_bar=false"),
+)
+
+
+def command(name: str, run: Path, *overrides: str) -> None:
+    """Run a command of this project in the folder ``run`` unless it is finished there; resume training."""
+    begun = name == "train" and (run / "config.yaml").is_file()
+    if not read_results(run):
+        given = [f"resume={run}"] if begun else [*overrides, f"paths.output_dir={run}"]
+        subprocess.run([sys.executable, "-m", f"cifar10_tl.{name}", *given], check=True, stdout=subprocess.DEVNULL)
+
+
+def save_trunk(checkpoint: Path, file: Path) -> None:
+    """Save the backbone of a checkpoint under torchvision's names, without ``fc``."""
+    state, prefix = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], "network.backbone."
+    torch.save({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, file)
+
+
+def accuracy(run: Path, images: int, steps: int, *overrides: str) -> float:
+    """Return the test accuracy after ``steps`` steps on ``images`` images."""
+    epochs = max(1, round(steps / max(1, images // BATCH)))
+    every = max(1, epochs // 10)
+    length = (f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={every}", f"data.batch_size={BATCH}")
+    length += (f"callbacks.last_checkpoint.every_n_epochs={every}", f"data.image_limit={images}", "test=false")
+    command("train", run, *SETTINGS, *length, *overrides)
+    # image_limit applies to the test images, too
+    command("evaluate", run / "test", f"checkpoint={run}/checkpoints/best.ckpt", "data.image_limit=null")
+    return float(read_results(run / "test")["test"]["acc"])
+
+
+def main() -> None:
+    """Train, compare and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--data-root", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--images", type=int, nargs="+", default=[50, 200, 1000], help="images per class")
+    for name, default in (("--seeds", 3), ("--steps", 1000), ("--trunk-epochs", 8)):
+        parser.add_argument(name, type=int, default=default, help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    given = parser.parse_args()
+    out, classes = given.out.resolve(), sorted(path.name for path in (given.data_root / "train").iterdir())
+    for number, name in enumerate(classes):
+        for split in ("train", "test"):
+            (folder := out / ("trunk", "other")[number % 2] / "data" / split).mkdir(parents=True, exist_ok=True)
+            if not (folder / name).exists():
+                (folder / name).symlink_to((given.data_root / split / name).resolve())
+    shared = [f"paths.cache_dir={out}/cache", *given.overrides]
+    data, length = f"data.root={out}/trunk/data", f"trainer.max_epochs={given.trunk_epochs}"
+    command("train", out / "trunk" / "run", *SETTINGS, data, length, "model.weights=null", "optimizer.lr=0.1", *shared)
+    save_trunk(out / "trunk" / "run" / "checkpoints" / "best.ckpt", out / "trunk.pth")
+    rows = []
+    for images in given.images:
+        found: dict[str, list[float]] = {"null": [], f"{out}/trunk.pth": []}
+        for weights, seed in ((weights, seed) for weights in found for seed in range(given.seeds)):
+            own = (f"seed={seed}", f"data.split_seed={seed}", f"model.weights={weights}", f"data.root={out}/other/data")
+            run = out / "other" / f"{images}_{Path(weights).stem}_{seed}"
+            found[weights].append(accuracy(run, images * (len(classes) // 2), given.steps, *own, *shared))
+        found["gain"] = [b - a for a, b in zip(*found.values(), strict=True)]
+        texts = (f"{100 * s.mean:.2f} [{100 * s.low:.2f}, {100 * s.high:.2f}]" for s in map(spread, found.values()))
+        rows.append([str(images), *texts])
+    table = markdown_table(["images per class", "random weights, %", "trunk of other classes, %", "gain, points"], rows)
+    atomic_write_text(out / "transfer.md", table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import REPOSITORY, compose_train
+
+from cifar10_tl.engine.builder import plain
+from cifar10_tl.metrics.intervals import wilson_interval
+
+SCRIPT = REPOSITORY / "scripts" / "results.py"
+RESULTS = runpy.run_path(str(SCRIPT))
+
+
+def make_run(
+    folder: Path, acc: float, *overrides: str, device: str = "cpu (X)", images: str = "aa", **own: Any
+) -> Path:
+    """Write the files of a finished run of the train command."""
+    given = [*overrides, f"paths.output_dir={folder}"]
+    results = {
+        "test": {"acc": acc, "loss": 0.4, "count": 1000, "per_class": []},
+        "val": {"acc": 0.9, "loss": 0.3, "count": 500},
+        "test_images": images,
+        "best_epoch": 3,
+        "epochs": 4,
+        "seconds": {"fit": 600.0, "first_step": 1.0, "test": 2.0},
+        "images_per_second": 1234.0,
+        "config": plain(compose_train(*given)),
+        "environment": {
+            "device": device,
+            "devices": 1,
+            "threads": 2,
+            "precision": "32-true",
+            "git": "0123456789",
+            "versions": {"torch": "2.15.0"},
+        },
+        **own,
+    }
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(given))
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def digests(tmp_path: Path, *runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the digests of runs that are given by the arguments of ``make_run``."""
+    folders = [make_run(tmp_path / str(i), run.pop("acc"), *run.pop("on"), **run) for i, run in enumerate(runs)]
+    return RESULTS["merged"](RESULTS["digest"](folder, "drawn shapes") for folder in folders)
+
+
+def rows(runs: list[dict[str, Any]]) -> list[Any]:
+    return [row for table in RESULTS["rows_by_data"](runs).values() for row in table]
+
+
+def test_seeds_of_a_recipe_are_one_row_with_students_interval(tmp_path: Path) -> None:
+    """The mean of 0.90, 0.92 and 0.94 is uncertain by 4.3027 * 0.02 / sqrt(3)."""
+    recipe = ("experiment=quickstart", "optimizer.lr=0.01")
+    runs = digests(tmp_path, *({"acc": 0.9 + 0.02 * seed, "on": (*recipe, f"seed={seed}")} for seed in range(3)))
+    (row,) = rows(runs)
+    assert row.point[:2] == ("experiment=quickstart optimizer.lr=0.01", 10)
+    assert row.point[2:] == pytest.approx((0.92, 0.87032, 0.96968), abs=1e-5)
+    cells = dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))
+    assert cells["test accuracy"] == "92.00% [87.03, 96.97]"
+    assert cells["seeds"] == "3"
+    assert cells["weights"] == "random"
+    assert cells["hardware"] == "cpu (X), 2 threads, 32-true"
+    assert row.command.startswith("python -m cifar10_tl.train experiment=quickstart optimizer.lr=0.01 -m seed=0,1,2  #")
+    assert row.title == "drawn shapes, 1,000 test images (aa)"
+
+
+def test_one_seed_has_wilsons_interval(tmp_path: Path) -> None:
+    (row,) = rows(digests(tmp_path, {"acc": 0.9, "on": ()}))
+    assert row.point == ("default", 10, 0.9, *wilson_interval(900, 1000))
+    assert row.command.startswith("python -m cifar10_tl.train seed=0  # commit 0123456, torch 2.15.0")
+
+
+def test_settings_hardware_and_test_images_are_kept_apart(tmp_path: Path) -> None:
+    runs = digests(
+        tmp_path,
+        {"acc": 0.5, "on": ("seed=1",)},
+        {"acc": 0.6, "on": ("seed=2", "optimizer.lr=0.1")},
+        {"acc": 0.7, "on": ("seed=3",), "device": "NVIDIA H100"},
+        {"acc": 0.8, "on": ("seed=4",), "images": "bb"},
+        {"acc": 0.4, "on": ("seed=1",)},  # replaces the first one
+    )
+    found = RESULTS["rows_by_data"](runs)
+    assert {title: [row.point.accuracy for row in table] for title, table in found.items()} == {
+        "drawn shapes, 1,000 test images (aa)": [0.7, 0.6, 0.4],
+        "drawn shapes, 1,000 test images (bb)": [0.8],
+    }
+
+
+def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "trunk.pth").touch()
+    on = ("data=folder", f"data.root={tmp_path}/jpeg", f"model.weights={tmp_path}/trunk.pth", "model.backbone=resnet18")
+    (run,) = digests(tmp_path, {"acc": 0.5, "on": on})
+    assert str(tmp_path) not in json.dumps(run)
+    assert run["overrides"] == ["data=folder", "data.root=jpeg", "model.weights=trunk.pth", "model.backbone=resnet18"]
+    assert run["settings"]["model.weights"] == run["weights"] == "trunk.pth"
+    assert "data.root" not in run["settings"]
+
+
+def test_epochs_that_a_budget_has_chosen_do_not_separate_seeds(tmp_path: Path) -> None:
+    runs = digests(tmp_path, *({"acc": 0.5, "on": (f"seed={n}",)} for n in (0, 1)))
+    for run, epochs in zip(runs, (12, 14), strict=True):
+        run["epochs"] = epochs
+    (row,) = rows(runs)
+    assert dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))["epochs"] == "12,14"
+    with_budget = {"config": {"budget": "1h", "trainer": {"max_epochs": 12}}}
+    assert RESULTS["changed_settings"](with_budget) == {"budget": "1h"}
+    assert RESULTS["changed_settings"]({"config": {"trainer": {"max_epochs": 12}}}) == {"trainer.max_epochs": 12}
+
+
+def test_a_schedule_of_image_sizes_is_listed(tmp_path: Path) -> None:
+    (run,) = digests(tmp_path, {"acc": 0.5, "on": ()})
+    (row,) = rows([{**run, "image_size": [[0, 128], [0.5, 224]]}])
+    assert dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))["image size"] == "128,224"
+
+
+def test_recipes_without_a_run_are_listed(tmp_path: Path) -> None:
+    runs = digests(tmp_path, {"acc": 0.5, "on": ("experiment=probe",)})
+    purposes = RESULTS["not_measured"](runs)
+    files = {f"experiment={file.stem}" for file in (REPOSITORY / "conf" / "experiment").iterdir()}
+    assert set(purposes) == {"default", *files} - {"experiment=probe"}
+    assert purposes["experiment=original"] == "The original recipe, to the letter."
+    assert "| `experiment=lstm` |" in RESULTS["short_table"](runs)
+
+
+def test_tables_are_filled_in_between_the_comments() -> None:
+    page = "a\n<!-- results -->\nold\n<!-- end of results -->\nb"
+    assert RESULTS["filled"](page, r"new \1") == "a\n<!-- results -->\nnew \\1\n<!-- end of results -->\nb"
+    assert RESULTS["filled"]("no comments", "new") == "no comments"
+
+
+def test_runs_are_added_and_everything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("runs.json", "page.md", "readme.md"):
+        (tmp_path / name).write_text("[]" if name == "runs.json" else "<!-- results -->\n\n<!-- end of results -->\n")
+    files = zip(("RUNS", "PAGE", "README", "FIGURE"), ("runs.json", "page.md", "readme.md", "f.png"), strict=True)
+    namespace = RESULTS["main"].__globals__
+    for name, file in files:
+        monkeypatch.setitem(namespace, name, tmp_path / file)
+    run = make_run(tmp_path / "run", 0.9, "experiment=quickstart")
+    monkeypatch.setattr(sys, "argv", ["results.py", "add", str(run), "--data-name", "drawn shapes"])
+    RESULTS["main"]()
+    (kept,) = json.loads((tmp_path / "runs.json").read_text())
+    assert kept["test"] == {"acc": 0.9, "loss": 0.4, "count": 1000}
+    assert "90.00% [87.98, 91.71]" in (tmp_path / "page.md").read_text()
+    assert "| `experiment=quickstart` | drawn shapes | 1 | 90.00%" in (tmp_path / "readme.md").read_text()
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        RESULTS["main"]()
+    assert "not the folder of a tested run" in capsys.readouterr().err
