@@ -55,7 +55,8 @@ class Search:
         del settings["trials"], settings["paths"]["output_dir"]
         self.space = read_space(settings["search"], dict(walk(settings)))
         self.overrides = shared_overrides(overrides, self.space)
-        self.pruner = build_pruner(**cfg.pruner)
+        median = MedianPruner(cfg.pruner.startup_trials, cfg.pruner.warmup_epochs)
+        self.pruner: BasePruner = median if cfg.pruner.name == "median" else NopPruner()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = JournalStorage(JournalFileBackend(str(self.folder / "study.journal")))
         self.study = optuna.create_study(
@@ -138,11 +139,6 @@ def check_same_settings(folder: Path, saved: Mapping[str, Any], settings: Mappin
             f"{key}={new.get(key)}: the search in {folder} has {key}={old.get(key)}; use its settings to continue it, "
             "or set another paths.output_dir"
         )
-
-
-def build_pruner(name: str, startup_trials: int, warmup_epochs: int) -> BasePruner:
-    """Return the rule that ends poor trials."""
-    return MedianPruner(startup_trials, warmup_epochs) if name == "median" else NopPruner()
 
 
 def propose(trials: Sequence[FrozenTrial], space: Space, seed: int) -> dict[str, Any]:

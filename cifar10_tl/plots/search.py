@@ -51,8 +51,9 @@ def importance_bars(importance: Mapping[str, float], *, heading: str, note: str)
     left, height = style.PAD + width + 0.1, _ROW * len(importance)
     fig, page = style.new_page(left + _BAR + 0.85, height, heading, note)
     middles = (np.arange(len(importance)) + 0.5) * _ROW
-    page.barh(middles, [_BAR * value for value in importance.values()], 0.7 * _ROW, left=left, color=style.BLUE)
+    scale = _BAR / max(importance.values())
+    page.barh(middles, [scale * value for value in importance.values()], 0.7 * _ROW, left=left, color=style.BLUE)
     for middle, (name, value) in zip(middles, importance.items(), strict=True):
         style.write(page, left - 0.08, middle, style.fit(name, width, style.BODY), style.BODY, ha="right")
-        style.write(page, left + _BAR * value + 0.08, middle, style.as_percent(value))
+        style.write(page, left + scale * value + 0.08, middle, style.as_percent(value))
     return fig
