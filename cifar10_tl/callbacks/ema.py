@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class WeightEMA(WeightAveraging):
@@ -18,11 +21,16 @@ class WeightEMA(WeightAveraging):
 
     One step keeps a fraction ``decay`` of the average; after n steps it is min(decay, (1 + n) / (10 + n)), so that the
     random start is soon forgotten (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
+
+    With ``bn_batches``, each validation is preceded by a new estimate of the statistics of BatchNorm for the averaged
+    weights (section 3.2 of https://arxiv.org/abs/1803.05407): their mean over the first batches of the epoch, augmented
+    as in training. Each process averages over its share of the images and then over the processes, which is the
+    estimate of one process without the variance between the shares of a batch. Frozen layers keep their statistics.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, bn_batches: int = 0) -> None:
         super().__init__(multi_avg_fn=self._average)
-        self.decay = decay
+        self.decay, self.bn_batches = decay, bn_batches
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the average to the device; its step count stays on the CPU, where reading it costs nothing."""
@@ -35,6 +43,12 @@ class WeightEMA(WeightAveraging):
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Put the average into the network, and estimate its statistics."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        if self.bn_batches and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            estimate_statistics(trainer, pl_module, self.bn_batches)
+
     def _average(self, averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
         """Update tensors of one dtype and device; AveragedModel itself copies the weights of the first step."""
         if not averages[0].is_floating_point():  # BatchNorm's count of batches
@@ -42,3 +56,27 @@ class WeightEMA(WeightAveraging):
             return
         n = int(num_averaged)
         torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+
+def estimate_statistics(trainer: pl.Trainer, pl_module: Any, num_batches: int) -> None:
+    """Set the statistics of each BatchNorm that is not frozen to their mean over training batches of this epoch.
+
+    ``torch.optim.swa_utils.update_bn`` would also reset those of frozen layers.
+    """
+    pl_module.train()  # except frozen layers
+    norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training]
+    pl_module.eval()  # the image size of validation
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # cumulative mean
+    loader: Any = trainer.train_dataloader
+    for positions in islice(copy.copy(loader.sampler), num_batches if norms else 0):
+        batch = trainer.strategy.batch_to_device(loader.dataset[positions])
+        batch = trainer.datamodule.augmented(batch, trainer.current_epoch)  # type: ignore[attr-defined]
+        pl_module.features(batch.images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))

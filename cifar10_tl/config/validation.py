@@ -101,7 +101,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (Rule("a group of objects by name", lambda value: isinstance(value, dict)), "callbacks? logger?"),
     (whole(0, 2**32 - 1), "seed data.split_seed data.drawing_seed"),
     (whole(0), "data.augment.random_crop_padding trainer.num_sanity_val_steps scheduler.head_only_epochs"),
-    (whole(0), "pruner.startup_trials pruner.warmup_epochs"),
+    (whole(0), "pruner.startup_trials pruner.warmup_epochs ema_bn_batches"),
     (whole(1), "data.batch_size batch_size top_k data.image_limit? checkpoint_every_n_steps? model.head.lstm_size"),
     (whole(1), "trainer.num_nodes trainer.check_val_every_n_epoch trainer.accumulate_grad_batches"),
     (whole(1), "callbacks.sample_inputs.num_images callbacks.correct_predictions.num_images"),
@@ -186,6 +186,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     if config.get("data.cache_features") is True:
         _check_cached_features(config)
     every, epochs = config.get("trainer.check_val_every_n_epoch", 1), config.get("trainer.max_epochs", 1)
+    if config.get("ema_bn_batches") and not config.get("ema_decay"):
+        raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")
     if every > epochs:
         raise UserError(f"trainer.check_val_every_n_epoch={every}: {epochs} epochs would have no validation")
     alternatives = {"overfit_batches": "debug=overfit", "val_check_interval": "trainer.check_val_every_n_epoch"}

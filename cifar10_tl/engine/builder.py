@@ -104,7 +104,7 @@ def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Call
     """Build the callbacks of ``cfg.callbacks`` and those of other settings, in the order in which they are called."""
     callbacks: list[Callback] = [*instantiate_all(cfg.get("callbacks"), "callbacks", Callback), NaNGuard()]
     if decay := cfg.get("ema_decay"):
-        callbacks.append(WeightEMA(decay))
+        callbacks.append(WeightEMA(decay, cfg.get("ema_bn_batches", 0)))
     if every := cfg.checkpoint_every_n_steps:
         folder = Path(cfg.paths.output_dir) / "checkpoints"
         options = {"filename": "last", "every_n_train_steps": every, "enable_version_counter": False}

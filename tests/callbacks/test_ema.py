@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from callbacks.small_fit import SPLIT, loader, small_fit
-from helpers import Weights
+from helpers import SMALL, TINY, Weights, compose_train, start_python
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
 
 from cifar10_tl.callbacks import RunCheckpoint, WeightEMA
+from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.engine.checkpoints import restore
 from cifar10_tl.models.lit_classifier import LitClassifier
+from cifar10_tl.train import train
 
 
 def test_validation_test_and_checkpoint_use_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +48,64 @@ def test_validation_test_and_checkpoint_use_the_average(tmp_path: Path, monkeypa
     torch.testing.assert_close(module.evaluation.logits, logits, rtol=1e-4, atol=1e-5)
     trainer.test(module, loader(), ckpt_path=path, weights_only=True, verbose=False)
     torch.testing.assert_close(module.evaluation.logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def statistics(run: Path, processes: int = 1) -> dict[str, Tensor]:
+    """Return the means of BatchNorm's statistics over the first two batches of the second epoch and the processes."""
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    data = CIFAR10DataModule(**content["datamodule_hyper_parameters"])
+    data.setup()
+    network = restore(run / "checkpoints" / "last.ckpt").train().network
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.tensor(0.0))
+
+    def add(name: str, x: Tensor) -> None:
+        for statistic, value in {"mean": x.mean((0, 2, 3)), "var": x.var((0, 2, 3))}.items():
+            key = f"network.backbone.{name}.running_{statistic}"
+            totals[key] = totals[key] + value
+
+    for name, norm in network.backbone.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_pre_hook(lambda norm, inputs, name=name: add(name, inputs[0]))
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    for positions in list(loader.sampler)[:2]:
+        for rank in range(processes):
+            with torch.no_grad():
+                network(data.augmented(loader.dataset[positions[rank::processes]], epoch=1).images)
+    return {name: total / (2 * processes) for name, total in totals.items()}
+
+
+def assert_estimated(run: Path, processes: int = 1) -> None:
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    expected = statistics(run, processes)
+    assert len(expected) == 40
+    for name, value in expected.items():
+        torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert not torch.allclose(saved["current_model_state"][name], value, rtol=0.01)
+
+
+ESTIMATED = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "ema_decay=0.9", "ema_bn_batches=2", "test=false")
+
+
+def test_statistics_of_the_average_are_estimated(tmp_path: Path) -> None:
+    train(compose_train(*ESTIMATED, "data.augment.random_crop_padding=4", f"paths.output_dir={tmp_path}"))
+    assert_estimated(tmp_path)
+
+
+@pytest.mark.slow
+def test_statistics_are_averaged_over_processes(tmp_path: Path) -> None:
+    two = ("trainer=ddp_cpu", "trainer.devices=2", f"paths.output_dir={tmp_path}")
+    process = start_python("-m", "cifar10_tl.train", *ESTIMATED, *two, cwd=tmp_path)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert_estimated(tmp_path, processes=2)
+
+
+def test_frozen_statistics_are_kept(tmp_path: Path) -> None:
+    train(compose_train(*ESTIMATED, "model.freeze=layer3", "trainer.max_epochs=1", f"paths.output_dir={tmp_path}"))
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    means = {name: value for name, value in saved.items() if name.endswith("running_mean")}
+    assert {name.split(".")[2] for name, value in means.items() if value.any()} == {"layer4"}
 
 
 def test_lightning_keeps_the_average_where_we_move_it() -> None:

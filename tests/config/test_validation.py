@@ -52,6 +52,7 @@ COMPOSED = [
     ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),
     ("data.augment=null", ["data.augment.mix is missing"]),
     ("trainer.check_val_every_n_epoch=50", ["trainer.check_val_every_n_epoch=50", "40 epochs"]),
+    ("ema_bn_batches=9", ["ema_bn_batches=9", "add ema_decay"]),
     ("+trainer.overfit_batches=4", ["trainer.overfit_batches", "debug=overfit"]),
     ("paths=[1,2]", ["a config group takes a name"]),
     ("init_from=nowhere.ckpt", ["init_from=nowhere.ckpt", "no such file"]),
