@@ -36,20 +36,20 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     Returns:
         The content of results.json; None for a ``fast_dev_run``, which writes nothing.
     """
-    run_dir = Path(cfg.paths.output_dir)
+    started, run_dir = time.perf_counter(), Path(cfg.paths.output_dir)
     lock = claim(run_dir) if process_rank() == 0 and run_dir.is_dir() else nullcontext(True)
     with SignalHandler() as handler, own_processes(handler), lock as is_only_run:
         if not is_only_run:
             raise UserError(f"{run_dir}: another process is running in this folder; wait for it or stop it")
         try:
-            return _train(cfg, handler)
+            return _train(cfg, handler, started)
         except Stopped:
             if process_rank() == 0 and (run_dir / RUN_CONFIG).exists():
                 log.info("resume with: %s", resume_command(run_dir))
             raise
 
 
-def _train(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any] | None:
+def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
     from cifar10_tl.engine import builder, checkpoints, hardware, results
@@ -64,7 +64,7 @@ def _train(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any] | None:
         check_same_run(start, resumed, module)
     elif cfg.init_from:
         module.load_weights_from(Path(cfg.init_from))
-    trainer = builder.build_trainer(cfg, handler, checkpoint_io, builder.next_epoch(resumed))
+    trainer = builder.build_trainer(cfg, handler, checkpoint_io, builder.next_epoch(resumed), started)
     builder.speed_up(cfg, module, trainer)
     if cfg.data.cache_features:
         datamodule.feature_cache = builder.build_feature_cache(cfg, module, trainer)
@@ -75,6 +75,8 @@ def _train(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any] | None:
 
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    if cfg.get("budget"):
+        cfg.trainer.max_epochs = trainer.max_epochs
     if resumed and trainer.global_step == resumed["global_step"]:
         log.info(
             "nothing left to train after step %d: to train further, raise the limit that ended the run "

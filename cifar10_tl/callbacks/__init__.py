@@ -14,6 +14,7 @@ from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.callbacks.nan_guard import NaNGuard
 from cifar10_tl.callbacks.progress_bar import RunProgressBar
 from cifar10_tl.callbacks.throughput import Throughput
+from cifar10_tl.callbacks.time_budget import TimeBudget
 
 __all__ = [
     "ConfusionMatrix",
@@ -27,5 +28,6 @@ __all__ = [
     "RunProgressBar",
     "SampleInputs",
     "Throughput",
+    "TimeBudget",
     "WeightEMA",
 ]

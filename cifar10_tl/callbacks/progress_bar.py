@@ -33,9 +33,8 @@ class RunProgressBar(ProgressBar):
         self._disabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
         self._open(
-            total=None if steps == float("inf") else int(steps),
+            total=_num_batches(trainer),
             initial=trainer.global_step * trainer.accumulate_grad_batches,
             unit=" steps",
             smoothing=0.02,  # the time left includes validation
@@ -46,6 +45,7 @@ class RunProgressBar(ProgressBar):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refreshed_at, self._images = time.perf_counter(), 0
         self._bar.set_description_str(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+        self._bar.total = _num_batches(trainer)  # a time budget changes it
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         if self._bar.disable:
@@ -79,3 +79,8 @@ class RunProgressBar(ProgressBar):
         self._bar = self._stack.enter_context(tqdm(disable=self._disabled, dynamic_ncols=True, **options))
         if not self._bar.disable:
             self._stack.enter_context(logging_redirect_tqdm())
+
+
+def _num_batches(trainer: pl.Trainer) -> int | None:
+    steps = trainer.estimated_stepping_batches
+    return None if steps == float("inf") else int(steps) * trainer.accumulate_grad_batches

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from cifar10_tl.config.errors import UserError, walk
+
+_DURATION = r"(\d+(?:\.\d+)?)(s|m|min|h)"
 
 
 class Rule(NamedTuple):
@@ -60,6 +63,12 @@ def either(first: Rule, second: Rule) -> Rule:
     return Rule(f"{first.wanted} or {second.wanted}", lambda value: first.is_valid(value) or second.is_valid(value))
 
 
+def seconds_of(value: str) -> float:
+    """Return the seconds of a time such as 90s, 10min or 1.5h."""
+    count, unit = re.fullmatch(_DURATION, value).groups()  # type: ignore[union-attr]
+    return float(count) * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit]
+
+
 def _is_folder(value: Any) -> bool:
     if not text.is_valid(value):
         return False
@@ -78,6 +87,7 @@ def _is_size_schedule(value: Any) -> bool:
 
 null = Rule("null", lambda value: value is None)
 text = Rule("a string", lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
+duration = Rule("a time such as 90s, 10min or 1.5h", lambda v: isinstance(v, str) and bool(re.fullmatch(_DURATION, v)))
 folder = Rule("a folder that exists or can be created", _is_folder)
 inside = number(0, 1, above=True, below=True)
 side = whole(8, 4096)
@@ -95,6 +105,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (text, "resume? init_from? checkpoint? output? compare_on? human_labels? doubtful_labels?"),
     (text, "callbacks.best_checkpoint.filename callbacks.best_checkpoint.dirpath trainer.max_time?"),
     (text, "callbacks.last_checkpoint.filename callbacks.last_checkpoint.dirpath"),
+    (duration, "budget?"),
     (list_of(text), "data.mirrors"),
     (list_of(text, 2), "compare?"),
     (either(text, list_of(text, 1)), "images"),
@@ -188,7 +199,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
     every, epochs = config.get("trainer.check_val_every_n_epoch", 1), config.get("trainer.max_epochs", 1)
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
         raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")
-    if every > epochs:
+    if budget := config.get("budget"):
+        for key, unlimited in {"trainer.max_steps": -1, "trainer.max_time": None}.items():
+            if config.get(key, unlimited) != unlimited:
+                raise UserError(f"{key}={config[key]}: is not used with budget={budget}; remove one of them")
+    elif every > epochs:
         raise UserError(f"trainer.check_val_every_n_epoch={every}: {epochs} epochs would have no validation")
     alternatives = {"overfit_batches": "debug=overfit", "val_check_interval": "trainer.check_val_every_n_epoch"}
     for key, alternative in alternatives.items():

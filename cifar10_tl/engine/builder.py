@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.callbacks import GracefulStop, NaNGuard, RunCheckpoint, RunProgressBar, WeightEMA
+from cifar10_tl.callbacks import GracefulStop, NaNGuard, RunCheckpoint, RunProgressBar, TimeBudget, WeightEMA
 from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import FeatureCache
@@ -67,9 +68,14 @@ def build_trainer(
     handler: SignalHandler | None = None,
     checkpoint_io: RunCheckpointIO | None = None,
     first_epoch: int = 0,
+    started: float | None = None,
 ) -> pl.Trainer:
-    """Build the Trainer of ``cfg``; ``first_epoch`` is the first one that is not complete in a resumed run."""
-    callbacks = build_callbacks(cfg, handler)
+    """Build the Trainer of ``cfg``.
+
+    ``first_epoch`` is the first one that is not complete in a resumed run, and ``started`` the ``time.perf_counter()``
+    at the start of the run (default: now).
+    """
+    callbacks = build_callbacks(cfg, handler, started)
     try:
         trainer = pl.Trainer(
             **trainer_arguments(cfg),
@@ -100,9 +106,12 @@ def trainer_arguments(cfg: DictConfig) -> dict[str, Any]:
     return arguments
 
 
-def build_callbacks(cfg: DictConfig, handler: SignalHandler | None) -> list[Callback]:
+def build_callbacks(cfg: DictConfig, handler: SignalHandler | None, started: float | None) -> list[Callback]:
     """Build the callbacks of ``cfg.callbacks`` and those of other settings, in the order in which they are called."""
     callbacks: list[Callback] = [*instantiate_all(cfg.get("callbacks"), "callbacks", Callback), NaNGuard()]
+    if cfg.get("budget") and not cfg.trainer.fast_dev_run:
+        started = time.perf_counter() if started is None else started
+        callbacks.insert(0, TimeBudget(cfg.budget, started, cfg.test))  # before others that read the number of epochs
     if decay := cfg.get("ema_decay"):
         callbacks.append(WeightEMA(decay, cfg.get("ema_bn_batches", 0)))
     if every := cfg.checkpoint_every_n_steps:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.config.errors import UserError
@@ -258,13 +259,21 @@ class LitClassifier(pl.LightningModule):
         can_fuse = not (clips and isinstance(self.trainer.precision_plugin, MixedPrecision))
         optimizer = build_optimizer(self.hparams["optimizer"], self.network.backbone, self.network.head, can_fuse)
         settings = self.hparams["scheduler"]
-        head_only_epochs = settings.get("head_only_epochs", 0)
-        if settings["name"] == "constant" and not head_only_epochs:
+        if settings["name"] == "constant" and not settings.get("head_only_epochs", 0):
             return optimizer
-        schedule = schedule_factor(settings, int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": self._schedule(optimizer), "interval": "step"}]
+
+    def _schedule(self, optimizer: Optimizer, last_step: int = -1) -> LambdaLR:
+        settings = self.hparams["scheduler"]
+        factor = schedule_factor(settings, int(self.trainer.estimated_stepping_batches))
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        factors = group_factors(optimizer, schedule, head_only_epochs * steps_per_epoch)
-        return [optimizer], [{"scheduler": LambdaLR(optimizer, factors), "interval": "step"}]
+        factors = group_factors(optimizer, factor, settings.get("head_only_epochs", 0) * steps_per_epoch)
+        return LambdaLR(optimizer, factors, last_step)
+
+    def reschedule(self) -> None:
+        """Adapt the schedule to a changed number of epochs, from the next step on."""
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler = self._schedule(self.trainer.optimizers[0], config.scheduler.last_epoch - 1)
 
 
 def _means(totals: Tensor) -> dict[str, float]:

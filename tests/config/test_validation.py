@@ -16,7 +16,7 @@ from PIL import Image
 
 from cifar10_tl.config import errors, run_dir
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.validation import RULES, check_config
+from cifar10_tl.config.validation import RULES, check_config, seconds_of
 
 NAN, INF = float("nan"), float("inf")
 REFUSED: list[tuple[str, list[Any], str]] = [
@@ -37,6 +37,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("trainer.profiler", [5, True], "a profiler"),
     ("callbacks.best_checkpoint.monitor", ["train/loss", "val/foo"], "val/acc, val/loss"),
     ("callbacks.last_checkpoint.dirpath", [[], None, 1], "a string"),
+    ("budget", [60, "60", "soon", "-1s", "1d", "1 h", ""], "90s, 10min or 1.5h"),
     ("compare", [["a"], "a"], "null or a list of at least 2"),
     ("images", [[], "", 3, [1]], "a string or a list"),
 ]
@@ -52,6 +53,8 @@ COMPOSED = [
     ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),
     ("data.augment=null", ["data.augment.mix is missing"]),
     ("trainer.check_val_every_n_epoch=50", ["trainer.check_val_every_n_epoch=50", "40 epochs"]),
+    ("budget=1h trainer.max_steps=9", ["trainer.max_steps=9", "budget=1h"]),
+    ("budget=1h trainer.max_time=00:01:00:00", ["trainer.max_time=00:01:00:00", "budget=1h"]),
     ("ema_bn_batches=9", ["ema_bn_batches=9", "add ema_decay"]),
     ("+trainer.overfit_batches=4", ["trainer.overfit_batches", "debug=overfit"]),
     ("paths=[1,2]", ["a config group takes a name"]),
@@ -187,6 +190,11 @@ def test_rules_refuse_invalid_values(
     monkeypatch.chdir(folder)
     assert wanted in RULES[key].wanted
     assert [value for value in values if RULES[key].is_valid(value)] == []
+
+
+def test_times_have_a_unit() -> None:
+    times = {"90s": 90, "10min": 600, "30m": 1800, "1h": 3600, "1.5h": 5400}
+    assert {value: seconds_of(value) for value in times if RULES["budget"].is_valid(value)} == times
 
 
 @pytest.mark.slow

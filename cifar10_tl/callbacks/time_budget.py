@@ -1,0 +1,197 @@
+"""Number of epochs of a run that has to end within a given time.
+
+Before the first step, a few training steps are timed on the run's own weights and optimizer, whose state is restored
+afterwards. The number of epochs is the largest one with which training, validation and the test end within the budget.
+After each epoch, measured times replace the estimates, and the number of epochs changes if the end has moved past the
+budget, or far enough before it for one more epoch. The schedule of the learning rate, a function of step / all steps,
+then continues from the fraction that is now done. Training stops inside an epoch only if nothing but the test fits into
+the budget any more; one validation follows. A resumed run continues with the number of epochs of its checkpoint and
+with the time that was left then, so that the time between two starts does not count.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from bisect import bisect_right
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from omegaconf import OmegaConf
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.config.validation import seconds_of
+from cifar10_tl.io import atomic_write_text
+
+log = logging.getLogger(__name__)
+
+#: Seconds of Python and Hydra before the start of the run, and of the process after its end.
+PROCESS_SECONDS = 2.0
+#: Estimate of the seconds per epoch for figures and checkpoints before the first epoch.
+FILES_SECONDS = 2.0
+#: Fraction of an epoch that a new plan leaves unused. It is kept until less than half of that is left.
+RESERVE = 0.2
+LIMIT = 1_000_000  # epochs
+_STATE = ("epochs", "phases", "slowdown", "validation_seconds", "other_seconds", "is_over")
+
+
+class TimeBudget(Callback):
+    """Callback that sets the number of epochs such that the run ends within ``budget``, such as "10min".
+
+    Args:
+        budget: Time of the whole command.
+        started: ``time.perf_counter()`` at the start of the run.
+        test: Whether the run ends with a test.
+    """
+
+    def __init__(self, budget: str, started: float, test: bool) -> None:
+        self.budget, self.started, self.test = budget, started, test
+        self.epochs: int | None = None  # None before the first plan
+        self.phases: list[tuple[float, float]] = []  # first fraction of the epochs, estimated seconds per step
+        self.slowdown = 1.0  # measured / estimated seconds per step
+        self.validation_seconds = self.other_seconds = 0.0  # of an epoch; other: everything except training steps
+        self.is_over = False
+        self._epoch_start, self._step_ends = 0.0, list[float]()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _STATE} | {"spent": time.perf_counter() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.started -= state_dict["spent"]
+        for name in _STATE:
+            setattr(self, name, state_dict[name])
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Set the number of epochs of a resumed run before its schedule is created."""
+        if trainer.state.fn == "fit":
+            trainer.fit_loop.max_epochs = checkpoint["callbacks"][self.state_key]["epochs"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Skip the training of a resumed run whose budget is spent."""
+        trainer.should_stop = trainer.should_stop or self.is_over
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Time a step and plan the epochs of a new run."""
+        if self.epochs is None:
+            self.phases = [(start, step_seconds(trainer, pl_module, size)) for start, size in pl_module.image_sizes]
+            loader: Any = trainer.train_dataloader
+            num_batches = len(_split(trainer, "val")) / loader.sampler.batch_size
+            self.validation_seconds = num_batches * self.phases[-1][1] / 3  # a step without the backward pass
+            self.other_seconds = self.validation_seconds + FILES_SECONDS
+            self._plan(trainer, pl_module, done=0)
+        self._epoch_start = self._epoch_start or time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop inside an epoch if there is no time left for more than the test."""
+        self._step_ends.append(time.perf_counter())
+        every = trainer.accumulate_grad_batches * (1 if trainer.world_size == 1 else 10)  # processes have to agree
+        if trainer.is_last_batch or (batch_idx + 1) % every:
+            return
+        if trainer.strategy.broadcast(self._left(trainer) < 0):
+            self.is_over = trainer.should_stop = True
+            log.info("budget=%s: stopping inside epoch %d, which is too slow", self.budget, trainer.current_epoch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step_ends:  # else a sanity check
+            self.validation_seconds = time.perf_counter() - self._step_ends[-1]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Update the estimates by an epoch that this process has trained as a whole, and the plan."""
+        now, ends = time.perf_counter(), self._step_ends
+        if len(ends) == trainer.num_training_batches:
+            seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
+            other = now - self._epoch_start - seconds * len(ends)
+            self.slowdown = (self.slowdown + seconds / self._estimate(trainer.current_epoch)) / 2
+            self.other_seconds = (self.other_seconds + other) / 2
+        self._epoch_start, self._step_ends = now, []
+        if not trainer.should_stop:
+            self._plan(trainer, pl_module, done=trainer.current_epoch + 1)
+
+    def _estimate(self, epoch: int) -> float:
+        """Return the estimated seconds per step of an epoch."""
+        assert self.epochs is not None
+        return next(seconds for start, seconds in reversed(self.phases) if round(start * self.epochs) <= epoch)
+
+    def _left(self, trainer: pl.Trainer) -> float:
+        """Return the seconds that are left until the last checkpoint is saved and the test starts."""
+        tests = len(_split(trainer, "test")) / len(_split(trainer, "val")) if self.test else 0
+        closing = PROCESS_SECONDS + self.other_seconds + (tests - 1) * self.validation_seconds
+        return seconds_of(self.budget) - (time.perf_counter() - self.started) - closing
+
+    def _seconds(self, num_batches: int, done: int, epochs: int) -> float:
+        """Return the estimated seconds until all epochs are trained and validated if ``done`` are."""
+        ends = [*(start for start, _ in self.phases[1:]), 1.0]
+        parts = zip(self.phases, ends, strict=True)
+        per_step = sum(seconds * max(0.0, end - max(start, done / epochs)) for (start, seconds), end in parts)
+        return epochs * num_batches * per_step * self.slowdown + (epochs - done) * self.other_seconds
+
+    def _plan(self, trainer: pl.Trainer, pl_module: Any, done: int) -> None:
+        """Change the number of epochs if it does not fit the time that is left, and at the beginning."""
+        if self.epochs is not None and done >= self.epochs:
+            return
+        left, every = self._left(trainer), trainer.check_val_every_n_epoch or 1
+        needed = partial(self._seconds, int(trainer.num_training_batches), done)
+        reserve = RESERVE * needed(done + 1)
+        fitting = bisect_right(range(LIMIT), left - reserve, lo=done + 1, key=needed) - 1
+        fitting = max(done, fitting - fitting % every)
+        if self.epochs is None and needed(every) <= left:
+            fitting = max(fitting, every)
+        elif self.epochs is not None and needed(self.epochs) <= left - reserve / 2 and fitting < self.epochs:
+            fitting = self.epochs
+        fitting = trainer.strategy.broadcast(fitting)
+        if fitting == 0:
+            total = seconds_of(self.budget) - left + needed(every)
+            raise UserError(
+                f"budget={self.budget}: training until the first validation and the test take about {total:.0f} s on "
+                f"this machine; use budget={1.1 * total:.0f}s or more, a lower data.image_limit or a smaller model"
+            )
+        if fitting != self.epochs:
+            change = f"{fitting} epochs" + (f" instead of {self.epochs}" if self.epochs else "")
+            log.info("budget=%s: %s, %.0f s left for %d", self.budget, change, left, fitting - done)
+            self._set_epochs(trainer, pl_module, fitting)
+
+    def _set_epochs(self, trainer: pl.Trainer, pl_module: Any, epochs: int) -> None:
+        self.epochs = trainer.fit_loop.max_epochs = epochs
+        pl_module.reschedule()
+        path = Path(trainer.default_root_dir) / RUN_CONFIG
+        if trainer.is_global_zero and path.exists():
+            config = OmegaConf.load(path)
+            config.trainer.max_epochs = epochs
+            atomic_write_text(path, OmegaConf.to_yaml(config))
+
+
+def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
+    """Return the median time of a training step at this size, and leave the state of the run as it was."""
+    loader: Any = trainer.train_dataloader
+    positions = next(iter(copy.copy(loader.sampler)))
+    optimizer, times = trainer.optimizers[0], [time.perf_counter()]
+    pl_module.network.training_size = image_size
+    weights, optimizer_state = copy.deepcopy((pl_module.state_dict(), optimizer.state_dict()))
+    with isolate_rng():
+        # the first step compiles and allocates; rank zero decides for all processes
+        while trainer.strategy.broadcast(len(times) < 5 or (times[-1] - times[1] < 1 and len(times) < 50)):
+            batch = trainer.strategy.batch_to_device(loader.dataset[positions])
+            trainer.strategy.training_step(batch, 0).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+    pl_module.load_state_dict(weights)
+    optimizer.load_state_dict(optimizer_state)
+    return statistics.median(end - start for start, end in pairwise(times[1:]))
+
+
+def _split(trainer: pl.Trainer, name: str) -> Any:
+    return trainer.datamodule.splits[name]  # type: ignore[attr-defined]

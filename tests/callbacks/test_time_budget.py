@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cifar10_tl.callbacks import TimeBudget
+from cifar10_tl.callbacks.time_budget import PROCESS_SECONDS
+from cifar10_tl.config.errors import UserError
+
+#: One step takes 1 s, and 5 s per epoch go to validation and files.
+STEPS, OTHER = 10, 5
+
+
+class Plan:
+    """A callback at a given time, with the parts of a trainer that it reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, test: bool = True) -> None:
+        monkeypatch.setattr("cifar10_tl.callbacks.time_budget.time", self)
+        self.now, self.schedules = 0.0, 0
+        self.callback = TimeBudget(f"{PROCESS_SECONDS + seconds}s", started=0.0, test=test)
+        self.callback.phases, self.callback.other_seconds, self.callback.validation_seconds = [(0.0, 1.0)], OTHER, 3.0
+        self.trainer: Any = SimpleNamespace(
+            num_training_batches=STEPS,
+            check_val_every_n_epoch=1,
+            strategy=SimpleNamespace(broadcast=lambda value: value),
+            fit_loop=SimpleNamespace(max_epochs=40),
+            datamodule=SimpleNamespace(splits={"val": range(100), "test": range(200)}),
+            default_root_dir="nowhere",
+            is_global_zero=True,
+        )
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def reschedule(self) -> None:
+        self.schedules += 1
+
+    def after(self, done: int, seconds: float) -> int:
+        """Return the number of epochs planned when ``done`` are trained, ``seconds`` after the start."""
+        self.now = seconds
+        self.callback._plan(self.trainer, self, done)
+        assert self.trainer.fit_loop.max_epochs == self.callback.epochs
+        return self.trainer.fit_loop.max_epochs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "test", "epochs"),
+    [
+        (8 + 4 * 15, True, 3),  # 8 s: the rest of the last epoch and a test of twice the images
+        (8 + 4.2 * 15, True, 4),  # a fifth of an epoch is left unused
+        (2 + 4.2 * 15, False, 4),
+        (2 + 4.19 * 15, False, 3),
+        (8 + 15, True, 1),  # the only epoch needs no reserve
+        (3600, True, 239),
+    ],
+)
+def test_as_many_epochs_as_fit(seconds: float, test: bool, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Plan(monkeypatch, seconds, test).after(0, 0) == epochs
+
+
+def test_plan_changes_only_if_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, 10 + 8 + 10.5 * 15)
+    assert plan.after(0, seconds=10) == 10
+    assert plan.after(1, seconds=10 + 15 + 6) == 10, "half of the reserve is left"
+    assert plan.after(2, seconds=10 + 30 + 7) == 9
+    assert plan.after(3, seconds=10 + 45 + 5) == 9
+    assert plan.after(4, seconds=10 + 60 + 4) == 10
+    assert plan.schedules == 3
+    plan.callback.slowdown = 1.5
+    assert plan.after(8, seconds=10 + 8 * 15) == 9
+    assert plan.after(9, seconds=10 + 60) == 9, "a schedule that has ended is not continued"
+
+
+def test_epochs_of_several_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, 2 + 100 * (5 + 10 * 2.25) + 10, test=False)
+    plan.callback.phases = [(0.0, 1.0), (0.5, 3.0), (0.75, 4.0)]
+    assert plan.after(0, seconds=0) == 100
+    left = 25 * (10 * 3 + 5) + 25 * (10 * 4 + 5)
+    assert plan.callback._seconds(STEPS, 50, 100) == pytest.approx(left)
+    assert plan.callback._seconds(STEPS, 90, 100) == pytest.approx(10 * 45)
+
+
+def test_all_epochs_are_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, 2 + 12.5 * 15, test=False)
+    plan.trainer.check_val_every_n_epoch = 5
+    assert plan.after(0, seconds=0) == 10
+
+
+def test_budget_for_less_than_an_epoch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"budget=24.9s: .* about 25 s .* budget=28s"):
+        Plan(monkeypatch, 8 + 15 - 0.1).after(0, seconds=0)
+
+
+def test_all_processes_follow_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, 3600)
+    plan.trainer.strategy.broadcast = lambda value: 7
+    assert plan.after(0, seconds=0) == 7

@@ -1,0 +1,136 @@
+"""Runs with a budget, under a clock that the run itself advances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, TINY, Accident, compose_train, resume, rows, saved_step
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+
+from cifar10_tl.callbacks import time_budget
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.engine import builder
+from cifar10_tl.train import train
+
+pytestmark = pytest.mark.slow
+
+#: Three steps per epoch.
+RUN = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "model.head.dropout=0.2", "ema_decay=0.9")
+STEP, VALIDATION = 2.0, 4.0
+EPOCH = 3 * STEP + VALIDATION
+#: After the last epoch: the test has as many images as val.
+CLOSING = time_budget.PROCESS_SECONDS + VALIDATION
+
+
+class Clock(Callback):
+    """Clock that advances by ``STEP`` per training step and by ``VALIDATION`` per validation and test."""
+
+    def __init__(self) -> None:
+        self.now, self.tick = 0.0, 0.0
+        self.slow: dict[int, float] = {}  # factor for some steps
+
+    def perf_counter(self) -> float:
+        self.now += self.tick
+        return self.now
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.now += STEP * self.slow.get(trainer.global_step, 1)
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        self.now += VALIDATION
+
+    def on_test_epoch_start(self, *_: Any) -> None:
+        self.now += VALIDATION
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock, real, build = Clock(), time_budget.step_seconds, builder.build_callbacks
+
+    def timed_step(*arguments: Any) -> float:
+        before, clock.tick = clock.now, 1.0
+        real(*arguments)
+        clock.now, clock.tick = before, 0.0
+        return STEP
+
+    monkeypatch.setattr(time_budget, "step_seconds", timed_step)
+    monkeypatch.setattr(time_budget, "FILES_SECONDS", VALIDATION - STEP / 3)
+    monkeypatch.setattr(builder, "build_callbacks", lambda *arguments: [clock, *build(*arguments)])
+    for module in ("callbacks.time_budget", "train"):
+        monkeypatch.setattr(f"cifar10_tl.{module}.time", clock)
+    return clock
+
+
+def start(run: Path, *overrides: str) -> Any:
+    return train(compose_train(*RUN, f"paths.output_dir={run}", *overrides))
+
+
+def state(run: Path) -> dict[str, Any]:
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (optimizer,) = content["optimizer_states"]
+    rates = [group["lr"] for group in optimizer["param_groups"]]
+    weights = {name: content[name] for name in ("state_dict", "current_model_state")}
+    return weights | {"optimizer": optimizer["state"], "rates": rates, "step": content["global_step"]}
+
+
+def budget(epochs: float) -> str:
+    return f"budget={CLOSING + epochs * EPOCH}s"
+
+
+def test_run_is_the_one_of_as_many_epochs(clock: Clock, tmp_path: Path) -> None:
+    sizes = "model.image_size=[[0,24],[0.5,32]]"
+    results = start(tmp_path / "budget", budget(3.5), sizes)
+    assert clock.now == CLOSING - time_budget.PROCESS_SECONDS + 3 * EPOCH
+    assert results["epochs"] == results["config"]["trainer"]["max_epochs"] == 3
+    assert OmegaConf.load(tmp_path / "budget" / RUN_CONFIG).trainer.max_epochs == 3
+    start(tmp_path / "epochs", "trainer.max_epochs=3", sizes)
+    torch.testing.assert_close(state(tmp_path / "budget"), state(tmp_path / "epochs"), rtol=0, atol=0)
+
+
+def test_slower_machine_trains_fewer_epochs(clock: Clock, tmp_path: Path) -> None:
+    clock.slow = dict.fromkeys(range(3, 100), 2.0)  # 10 s for the first epoch, then 16 s
+    start(tmp_path, budget(6.5), "optimizer=sgd")
+    assert clock.now == CLOSING - time_budget.PROCESS_SECONDS + 10 + 3 * 16
+    rates = [float(row["lr"]) for row in rows(tmp_path)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == 0, "the schedule is complete"
+
+
+def test_epoch_that_is_too_slow_is_stopped(clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    clock.slow = {4: 100.0}
+    results = start(tmp_path, budget(2.5))
+    assert (saved_step(tmp_path), results["best_epoch"], results["test"]["count"]) == (5, 0, 32)
+    assert caplog.text.count("stopping inside epoch 1") == 1
+    assert resume(tmp_path)["test"] == results["test"]
+    assert caplog.text.count("nothing left to train") == 1
+
+
+def test_resumed_run_has_the_time_that_was_left(clock: Clock, tmp_path: Path) -> None:
+    accident = ("+callbacks.accident={_target_: helpers.Accident}", "checkpoint_every_n_steps=1")
+    clock.slow = dict.fromkeys(range(3, 6), 2.0)
+    start(tmp_path / "whole", budget(5.5), *accident)
+    seconds, clock.now = clock.now, 0.0
+
+    def kill() -> None:
+        raise RuntimeError("power cut")
+
+    Accident.happens, Accident.at = kill, ("step", 7)
+    with pytest.raises(RuntimeError, match="power cut"):
+        start(tmp_path / "killed", budget(5.5), *accident)
+    clock.now += 1000 - STEP  # of the step that is repeated
+    resume(tmp_path / "killed")
+    assert clock.now == seconds + 1000
+    assert [row["epoch"] for row in rows(tmp_path / "killed")] == ["0", "1", "2", "3"], "five were planned"
+    torch.testing.assert_close(state(tmp_path / "killed"), state(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_too_little_time_is_reported_before_training(clock: Clock, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"budget=.*about {CLOSING + EPOCH:.0f} s"):
+        start(tmp_path, budget(0.9))
+    assert not (tmp_path / "checkpoints").exists()
