@@ -10,6 +10,7 @@ from cifar10_tl.callbacks.figures import (
     SampleInputs,
 )
 from cifar10_tl.callbacks.graceful_stop import GracefulStop
+from cifar10_tl.callbacks.gradient_flow import GradientFlow
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.callbacks.nan_guard import NaNGuard
 from cifar10_tl.callbacks.progress_bar import RunProgressBar
@@ -21,6 +22,7 @@ __all__ = [
     "CorrectPredictions",
     "Curves",
     "GracefulStop",
+    "GradientFlow",
     "IncorrectPredictions",
     "MetricsLogger",
     "NaNGuard",

@@ -100,6 +100,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False), "data.augment.horizontal_flip optimizer.nesterov trainer.sync_batchnorm trainer.benchmark?"),
     (one_of(True, False), "data.augment.trivial_augment"),
     (one_of(True, False), "trainer.enable_progress_bar trainer.enable_model_summary trainer.detect_anomaly"),
+    (one_of(True, False), "gradient_flow"),
     (folder, "paths.output_dir paths.data_dir paths.cache_dir data.root data.cache_dir"),
     (text, "data.source data.md5 model.backbone model.weights? model.head.name optimizer.name scheduler.name"),
     (text, "resume? init_from? checkpoint? output? compare_on? human_labels? doubtful_labels?"),

@@ -16,7 +16,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.callbacks import GracefulStop, NaNGuard, RunCheckpoint, RunProgressBar, TimeBudget, WeightEMA
+from cifar10_tl.callbacks import (
+    GracefulStop,
+    GradientFlow,
+    NaNGuard,
+    RunCheckpoint,
+    RunProgressBar,
+    TimeBudget,
+    WeightEMA,
+)
 from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import FeatureCache
@@ -114,6 +122,8 @@ def build_callbacks(cfg: DictConfig, handler: SignalHandler | None, started: flo
         callbacks.insert(0, TimeBudget(cfg.budget, started, cfg.test))  # before others that read the number of epochs
     if decay := cfg.get("ema_decay"):
         callbacks.append(WeightEMA(decay, cfg.get("ema_bn_batches", 0)))
+    if cfg.get("gradient_flow"):
+        callbacks.append(GradientFlow())
     if every := cfg.checkpoint_every_n_steps:
         folder = Path(cfg.paths.output_dir) / "checkpoints"
         options = {"filename": "last", "every_n_train_steps": every, "enable_version_counter": False}

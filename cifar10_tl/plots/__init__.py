@@ -2,6 +2,7 @@
 
 from cifar10_tl.plots.curves import curves
 from cifar10_tl.plots.evaluation import confusion_matrix_figure, correct_figure, evaluation_figures, incorrect_figure
+from cifar10_tl.plots.gradient_flow import gradient_flow
 from cifar10_tl.plots.image_grid import sample_grid
 from cifar10_tl.plots.search import importance_bars, search_history
 from cifar10_tl.plots.style import legible, to_png
@@ -11,6 +12,7 @@ __all__ = [
     "correct_figure",
     "curves",
     "evaluation_figures",
+    "gradient_flow",
     "importance_bars",
     "incorrect_figure",
     "legible",

@@ -16,8 +16,6 @@ from cifar10_tl.plots import style
 Rows = Sequence[Mapping[str, float | None]]
 Floats = NDArray[np.float64]
 
-_MARKER_LIMIT = 30  # epochs
-
 
 @style.default_style
 def curves(rows: Rows, *, heading: str) -> Figure:
@@ -50,7 +48,7 @@ def _draw_series(panel: Axes, rows: Rows, metric: str, best: float | None) -> No
     for split, color, dashes, marker, size in series:
         x, y = _points(rows, f"{split}/{metric}")
         if len(x):
-            shape = marker if len(x) <= _MARKER_LIMIT else ""
+            shape = marker if len(x) <= style.MARKER_LIMIT else ""
             panel.plot(x, y, dashes, color=color, marker=shape, markersize=size, linewidth=1.6, label=split)
         if split == "val" and best is not None and best in x:
             panel.plot(best, y[x == best][0], "*", color=style.INK, fillstyle="none", markersize=14, zorder=5)

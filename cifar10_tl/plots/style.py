@@ -22,6 +22,7 @@ BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's colors, safe for color-bl
 HEADING, BODY, SMALL, TINY = 12.0, 9.0, 8.0, 6.0  # points
 PAD, GAP, CAPTION = 0.15, 0.12, 0.155  # inches: page margin, space between cells, height of a caption line
 MIN_WIDTH = 5.0  # inches, so that the heading has space
+MARKER_LIMIT = 30  # points of a curve that are marked
 _RENDERERS: list[Any] = [RendererAgg(1, 1, dpi) for dpi in (DPI, 120, 150, 200)]  # type: ignore[no-untyped-call]
 default_style = mpl.rc_context(mpl.rcParamsDefault)  # a decorator: the user's matplotlibrc has no effect
 

@@ -44,6 +44,18 @@ def history(n: int) -> list[dict[str, Any]]:
     return rows
 
 
+def gradients(n: int, time_steps: int = 0) -> list[dict[str, Any]]:
+    stages, steps = ("stem", "layer1", "layer2", "layer3", "layer4", "head"), range(1, time_steps + 1)
+    return [
+        {
+            "epoch": epoch,
+            "stages": {stage: 10.0 ** (i - 3) / (epoch + 1) for i, stage in enumerate(stages)},
+            "time_steps": [10.0 ** (t - time_steps) / (epoch + 1) for t in steps],
+        }
+        for epoch in range(n)
+    ]
+
+
 def _texts(axes: Axes) -> list[Text]:
     texts = list(axes.texts)
     if legend := axes.get_legend():

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from plots.figures import CIFAR10, HEADING, ODD, evaluation, history, long_names, pictures, scored, shown, strings
+from plots.figures import (
+    CIFAR10,
+    HEADING,
+    ODD,
+    evaluation,
+    gradients,
+    history,
+    long_names,
+    pictures,
+    scored,
+    shown,
+    strings,
+)
 
 from cifar10_tl import plots
 from cifar10_tl.data.batch import Split
@@ -78,6 +90,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     **{f"curves {n}": lambda n=n: plots.curves(history(n), heading=HEADING) for n in (1, 8, 200)},
     "curves extreme": lambda: plots.curves(EXTREME, heading="Extreme"),
     "curves without values": lambda: plots.curves([{"epoch": 0, "val/acc": float("nan")}], heading="None"),
+    "gradients": lambda: plots.gradient_flow(gradients(200), heading=HEADING),
+    "gradients 1": lambda: plots.gradient_flow(gradients(1, 4), heading=HEADING),
+    "gradients 49": lambda: plots.gradient_flow(gradients(40, 49), heading=HEADING),
     "reliability": lambda: reliability("W" * 90),
     "reliability empty": lambda: reliability(HEADING, empty=True),
     "bars 1": lambda: bars(["cat"]),
