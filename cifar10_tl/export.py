@@ -56,7 +56,7 @@ def export(cfg: DictConfig) -> Path:
 
     quiet_libraries()
     warnings.simplefilter("ignore")  # the exporters report on their own work
-    for name in ("onnxscript", "onnx_ir", "torch._export"):
+    for name in ("onnxscript", "onnx_ir", "torch._export", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     module = restore(Path(cfg.checkpoint))
     classes, size = module.class_names, module.hparams["native_size"]

@@ -93,6 +93,7 @@ inside = number(0, 1, above=True, below=True)
 side = whole(8, 4096)
 side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with ascending starts in [0, 1)", _is_size_schedule)
 limit = either(whole(1), number(0, 1, above=True))
+has_target = Rule("the _target_ of a profiler", lambda value: isinstance(value, dict) and "_target_" in value)
 
 #: The keys of each rule. A key with ? may also be null.
 _KEYS: list[tuple[Rule, str]] = [
@@ -135,7 +136,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (inside, "ema_decay?"),
     (number(0, 1, above=True), "optimizer.layer_decay?"),
     (number(0.01, 100), "data.augment.mix_alpha"),
-    (Rule("the name or the _target_ of a profiler", lambda v: isinstance(v, (str, dict))), "trainer.profiler?"),
+    (either(text, has_target), "trainer.profiler?"),
     (one_of(True, False, "warn"), "trainer.deterministic"),
     (one_of("auto", True, False), "compile"),
     (one_of("none", "mixup", "cutmix"), "data.augment.mix"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cifar10_tl.config.errors import UserError, known_arguments
@@ -56,8 +57,9 @@ class LSTMHead(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Map features [N, C, h, w] to logits [N, K]."""
-        _, (last_hidden, _) = self.lstm(feature_map.flatten(2).transpose(1, 2))
-        return self.layers(last_hidden.transpose(0, 1).flatten(1))
+        outputs, _ = self.lstm(feature_map.flatten(2).transpose(1, 2))  # [N, h * w, one or two directions]
+        size = self.lstm.hidden_size
+        return self.layers(torch.cat([outputs[:, -1, :size], outputs[:, 0, size:]], 1))
 
 
 def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_outputs: int) -> list[nn.Module]:

@@ -156,7 +156,8 @@ def test_train_is_evaluated_without_augmentation(
     content["hyper_parameters"]["weights"] = "IMAGENET1K_V1"  # must not be downloaded
     torch.save(content, tmp_path / "limited.ckpt")
     assert run_evaluate("split=train", checkpoint=tmp_path / "limited.ckpt")["train"]["count"] == 20
-    results = run_evaluate("split=train", "data.image_limit=null", checkpoint=tmp_path / "limited.ckpt")
+    settings = ("split=train", "data.image_limit=null", "trainer.precision=32-true")
+    results = run_evaluate(*settings, checkpoint=tmp_path / "limited.ckpt")
     with torch.inference_mode():
         correct = restore(best)(data.splits["train"].images).argmax(1) == data.splits["train"].labels
     assert results["train"]["count"] == 320  # an explicit null replaces the limit in the checkpoint
