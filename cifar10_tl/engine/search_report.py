@@ -31,12 +31,9 @@ def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
 
 
 def write_report(folder: Path, study: optuna.Study, overrides: Sequence[str]) -> dict[str, Any]:
-    """Write trials.csv, results.json and the figures of a search, and return the content of results.json.
+    """Write trials.csv, results.json and figures, and return the content of results.json.
 
-    Args:
-        folder: Folder of the search.
-        study: Trials that have ended.
-        overrides: Overrides of the train command that all trials share.
+    ``overrides`` of the train command are shared by all trials.
     """
     from cifar10_tl import plots  # slow to import, needed after hours
     from cifar10_tl.engine.results import write_results

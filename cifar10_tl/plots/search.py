@@ -15,13 +15,7 @@ _ROW, _BAR = 0.27, 5.0  # inches of a row and of a full bar
 
 @style.default_style
 def search_history(accuracies: Mapping[int, float], pruned: Sequence[int], *, heading: str) -> Figure:
-    """Plot the val accuracy of each trial, and the best one of the finished trials so far.
-
-    Args:
-        accuracies: Val accuracy by trial number.
-        pruned: Numbers of the trials that were ended early.
-        heading: Heading of the figure.
-    """
+    """Plot val accuracies by trial number, and the best one so far; ``pruned`` trials were ended early."""
     finished = [number for number in accuracies if number not in pruned]
     best = max(finished, key=lambda number: accuracies[number])
     note = f"☆ best val accuracy {accuracies[best]:.2%} in trial {best}"
