@@ -115,8 +115,8 @@ def group_factors(
 ) -> list[Callable[[int], float]]:
     """Return the factor of each parameter group, which is zero for the backbone in the first ``head_only_steps``.
 
-    Momentum and Adam's averages follow the backbone's gradients meanwhile: they forget the first ones, made by an
-    untrained head, before its rate is positive, and its first step is as large as those of a long run.
+    The optimizer's averages (momentum, Adam's moments) follow the backbone's gradients meanwhile, so that its first
+    steps have their usual size.
     """
 
     def delayed(step: int) -> float:

@@ -27,7 +27,11 @@ pytestmark = pytest.mark.slow
 
 #: Without dropout, whose masks differ between processes. The numbers of test and validation images are odd.
 PLAIN = (*SMALL, *TINY, "model.head.dropout=0", "trainer.deterministic=true", "data.val_size=33", "data.test_size=35")
-FROZEN = (*PLAIN, "model.freeze=backbone", "data.augment.mix=cutmix")  # frozen BatchNorm: processes do not differ
+#: With BatchNorm in eval mode, whose statistics differ between processes.
+FIXED = (
+    *(*PLAIN, "model.freeze=layer2", "scheduler=linear", "scheduler.head_only_epochs=2", "data.augment.mix=cutmix"),
+    "model.image_size=[[0,24],[0.5,32]]",
+)
 TWO = ("trainer=ddp_cpu", "trainer.devices=2")
 TRAIN = ("-m", "cifar10_tl.train")
 
@@ -69,10 +73,10 @@ def assert_same_metrics(run: Path, other: Path, rel: float) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folders of one run on one process, on two started by Lightning, and on two started by torchrun."""
     folder = tmp_path_factory.mktemp("ddp")
-    finish(*TRAIN, *FROZEN, "paths.output_dir=one", cwd=folder)
-    finish(*TRAIN, *FROZEN, *TWO, "paths.output_dir=two", cwd=folder)
+    finish(*TRAIN, *FIXED, "paths.output_dir=one", cwd=folder)
+    finish(*TRAIN, *FIXED, *TWO, "paths.output_dir=two", cwd=folder)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
-    finish(*torchrun, *TRAIN, *FROZEN, *TWO, cwd=folder)
+    finish(*torchrun, *TRAIN, *FIXED, *TWO, cwd=folder)
     (run,) = (folder / "outputs" / "runs").iterdir()
     return {"one": folder / "one", "two": folder / "two", "torchrun": run}
 
@@ -165,7 +169,7 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
 
 
 def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
-    cached = (*FROZEN, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
+    cached = (*FIXED, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
     finish(*TRAIN, *cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
     assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 3, "train, val and test"
     finish(*TRAIN, *cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
@@ -177,7 +181,7 @@ def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
 
 
 def test_sweep_has_one_folder_per_job(tmp_path: Path) -> None:
-    overrides = (*FROZEN, *TWO, "callbacks=minimal", "trainer.max_epochs=1")
+    overrides = (*FIXED, *TWO, "callbacks=minimal", "trainer.max_epochs=1")
     finish(*TRAIN, *overrides, "-m", "seed=1,2", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps"}
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
@@ -186,7 +190,7 @@ def test_sweep_has_one_folder_per_job(tmp_path: Path) -> None:
 
 
 def test_indivisible_batch_is_reported_once(tmp_path: Path) -> None:
-    output = finish(*TRAIN, *FROZEN, *TWO, "data.batch_size=63", cwd=tmp_path, status=2)
+    output = finish(*TRAIN, *FIXED, *TWO, "data.batch_size=63", cwd=tmp_path, status=2)
     assert output.count("error:") == 1
     assert "62 or 64" in output
 
@@ -223,7 +227,7 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
 
 @pytest.mark.parametrize("victim", ["child", "parent"])
 def test_killed_process_ends_the_run_with_one_line(tmp_path: Path, victim: str) -> None:
-    overrides = (*FROZEN, *TWO, "callbacks=minimal", "paths.output_dir=run", "trainer.max_epochs=100")
+    overrides = (*FIXED, *TWO, "callbacks=minimal", "paths.output_dir=run", "trainer.max_epochs=100")
     job = start_python(*TRAIN, *overrides, cwd=tmp_path)
     wait_for_an_epoch(job, tmp_path / "run")
     child = child_of(job)
@@ -242,7 +246,7 @@ def test_killed_process_ends_the_run_with_one_line(tmp_path: Path, victim: str) 
 
 def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
     """SIGTERM is sent to the first process; Ctrl-C in a terminal is sent to both."""
-    overrides = (*FROZEN, *TWO, "callbacks=minimal", "data.train_size=1100", "trainer.max_epochs=3")
+    overrides = (*FIXED, *TWO, "callbacks=minimal", "data.train_size=1100", "trainer.max_epochs=3")
 
     def stop(send: Callable[[int, int], None], signum: signal.Signals, *arguments: str) -> None:
         job = start_python(*TRAIN, *arguments, cwd=tmp_path)
