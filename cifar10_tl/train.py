@@ -52,7 +52,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
 def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
-    from cifar10_tl.engine import builder, checkpoints, hardware, results
+    from cifar10_tl.engine import builder, checkpoints, hardware, logistic_regression, results
 
     hardware.quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -72,7 +72,6 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     if trainer.is_global_zero:
         results.begin(cfg, trainer)
         log.info("%s", builder.describe(cfg, module, trainer))
-
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if cfg.get("budget"):
@@ -87,6 +86,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
             return earlier
     best, best_epoch = checkpoints.best_checkpoint(trainer) or (None, None)
     outcome = results.fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)
+    outcome |= logistic_regression.fit_results(cfg, module, trainer, datamodule)
     if cfg.test:
         clock = time.perf_counter()
         trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)

@@ -140,7 +140,7 @@ def probe(quick: bool) -> Measure:
             *("experiment=probe", "data=shapes", f"data.train_size={num_images + 200}", "data.val_size=200"),
             *("data.test_size=10", "model.weights=null", f"model.image_size={size}", f"data.cache_features={cached}"),
             *(f"paths.cache_dir={folder}/cache", f"paths.output_dir={folder}/run"),
-            *("trainer.enable_progress_bar=false", "test=false"),
+            *("trainer.enable_progress_bar=false", "test=false", "logistic_regression=false"),
         )
         return seconds_of(lambda: train(cfg))
 

@@ -101,7 +101,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False), "data.augment.horizontal_flip optimizer.nesterov trainer.sync_batchnorm trainer.benchmark?"),
     (one_of(True, False), "data.augment.trivial_augment"),
     (one_of(True, False), "trainer.enable_progress_bar trainer.enable_model_summary trainer.detect_anomaly"),
-    (one_of(True, False), "gradient_flow"),
+    (one_of(True, False), "gradient_flow logistic_regression"),
     (folder, "paths.output_dir paths.data_dir paths.cache_dir data.root data.cache_dir"),
     (text, "data.source data.md5 model.backbone model.weights? model.head.name optimizer.name scheduler.name"),
     (text, "resume? init_from? checkpoint? output? compare_on? human_labels? doubtful_labels?"),
@@ -198,6 +198,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError(f"data.augment.random_crop_padding={padding}: should be below the image size of {size} pixels")
     if config.get("data.cache_features") is True:
         _check_cached_features(config)
+    elif config.get("logistic_regression") is True:
+        raise UserError("logistic_regression=true needs cached features: add data.cache_features=true")
     every, epochs = config.get("trainer.check_val_every_n_epoch", 1), config.get("trainer.max_epochs", 1)
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
         raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")

@@ -121,8 +121,17 @@ class CIFAR10DataModule(pl.LightningDataModule):
         """Return every test image once, in order unless ``limit_test_batches`` is set."""
         return self._loader("test")
 
+    def with_features(self, name: str) -> Split:
+        """Return a split, with the cached features of its images if there is a cache."""
+        split = self.splits[name]
+        if self.feature_cache is None:
+            return split
+        mirrored = name == "train" and self.augment.horizontal_flip
+        features = self.feature_cache.features(name, split.images, mirrored=mirrored)
+        return Split(split.images, split.labels, split.indices, features)
+
     def _loader(self, name: str) -> BatchLoader:
-        split, batch_size, shuffle = self.splits[name], self.hparams["batch_size"], name == "train"
+        split, batch_size, shuffle = self.with_features(name), self.hparams["batch_size"], name == "train"
         rank, world_size, device = 0, 1, torch.device("cpu")
         if self.trainer:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
@@ -131,10 +140,6 @@ class CIFAR10DataModule(pl.LightningDataModule):
             if len(split) < world_size:
                 raise UserError(f"{len(split)} training images are too few for {world_size} processes")
             batch_size = min(batch_size, len(split) - len(split) % world_size)
-        if self.feature_cache is not None:
-            mirrored = shuffle and self.augment.horizontal_flip
-            features = self.feature_cache.features(name, split.images, mirrored=mirrored)
-            split = Split(split.images, split.labels, split.indices, features)
         limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
         sampler = BatchSampler(
             len(split),

@@ -23,6 +23,7 @@ from cifar10_tl.callbacks import MetricsLogger, Throughput
 from cifar10_tl.config import PACKAGE_DIR
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.engine.builder import plain
+from cifar10_tl.engine.logistic_regression import CHECKPOINT
 from cifar10_tl.io import atomic_write_text, csv_text
 from cifar10_tl.metrics.calibration import NUM_BINS
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -236,6 +237,9 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
         lines = ["", f"  best epoch {results['best_epoch']}, val acc {val_acc:.2%}"]
     if test := results.get("test"):
         lines.append(f"  test acc {test['acc']:.2%}, loss {test['loss']:.4f}, {test['count']} images")
+    if probe := results.get("logistic_regression"):
+        scores = ", ".join(f"{split} acc {probe[split]['acc']:.2%}" for split in ("val", "test") if split in probe)
+        lines.append(f"  logistic regression (l2 {probe['l2']:.2g}): {scores}, in {CHECKPOINT}")
     if (run_dir / "figures").is_dir():
         lines.append(f"  figures      {run_dir / 'figures'}")
     lines += [

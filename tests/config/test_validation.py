@@ -62,6 +62,7 @@ COMPOSED = [
     ("data.root=${nowhere}", ["nowhere", "not found"]),
     ("data.root=a=b", ["mismatched input", "data.root=a=b"]),
     ("data.cache_features=true", ["data.cache_features=true", "add model.freeze=backbone"]),
+    ("logistic_regression=true", ["logistic_regression=true", "add data.cache_features=true"]),
     ("experiment=probe data.augment.mix=cutmix", ["data.augment.mix=cutmix", "data.augment.mix=none"]),
     ("paths.output_dir=pyproject.toml", ["paths.output_dir: ", "File exists: 'pyproject.toml'"]),
     ("resume=nowhere", ["resume=nowhere", "set the folder of a run"]),

@@ -170,11 +170,15 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
 
 def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
     cached = (*FIXED, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
+    cached += ("logistic_regression=true",)
     finish(*TRAIN, *cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
     assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 3, "train, val and test"
     finish(*TRAIN, *cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
     assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
     assert read_results(tmp_path / "two")["test"]["count"] == 35
+    one, two = (read_results(tmp_path / name)["logistic_regression"] for name in ("one", "two"))
+    assert two | {"seconds": None} == one | {"seconds": None}
+    assert (tmp_path / "two" / "checkpoints" / "logistic_regression.ckpt").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------- start

@@ -1,0 +1,133 @@
+"""Multinomial logistic regression on cached features: the optimum that training a linear head approaches."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import LBFGS
+
+from cifar10_tl.data.batch import Split
+from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.models.heads import LinearHead, PoolingHead
+from cifar10_tl.models.lit_classifier import LitClassifier
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = Path("checkpoints", "logistic_regression.ckpt")
+PENALTIES = tuple(10 ** (-k / 2) for k in range(10))  # from strong to weak, so that each solution is near the next
+
+
+class Candidate(NamedTuple):
+    """Head fitted with the penalty ``l2``, and its evaluation on the validation images."""
+
+    l2: float
+    head: nn.Module
+    val: Evaluation
+
+
+def fit_results(
+    cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, datamodule: CIFAR10DataModule
+) -> dict[str, Any]:
+    """Fit on the training features, choose the penalty on val, write a checkpoint, then test.
+
+    Call it in all processes, which share the cache; the first one fits.
+
+    Returns:
+        The entry of results.json, empty in other processes or if ``cfg`` does not ask for it.
+    """
+    if not cfg.get("logistic_regression") or cfg.trainer.fast_dev_run:
+        return {}
+    if not isinstance(module.network.head, PoolingHead):
+        log.info("logistic_regression=true has no effect: this head does not pool the feature map")
+        return {}
+    module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU after a fit
+    names = ("train", "val", "test") if cfg.test else ("train", "val")
+    splits = {name: datamodule.with_features(name) for name in names}
+    if not trainer.is_global_zero:
+        return {}
+    start = time.perf_counter()
+    log.info("fitting logistic regression with %d penalties on %d images", len(PENALTIES), len(splits["train"]))
+    evaluate = partial(evaluate_head, module=module, trainer=trainer, batch_size=datamodule.hparams["batch_size"])
+    candidates = (Candidate(l2, head, evaluate(head, splits["val"])) for l2, head in fit_heads(module, splits["train"]))
+    best = max(candidates, key=lambda candidate: (candidate.val.accuracy, -candidate.val.loss))
+    trainer.strategy.checkpoint_io.save_checkpoint(
+        checkpoint_content(module, best.head, datamodule), Path(trainer.default_root_dir) / CHECKPOINT
+    )
+    scores = {"val": best.val} | ({"test": evaluate(best.head, splits["test"])} if cfg.test else {})
+    metrics = {name: evaluation.metrics() for name, evaluation in scores.items()}
+    return {"logistic_regression": {"l2": best.l2, **metrics, "seconds": time.perf_counter() - start}}
+
+
+def fit_heads(module: LitClassifier, train: Split) -> Iterator[tuple[float, nn.Module]]:
+    """Yield each penalty and a linear head with the solution, on the device of the module."""
+    assert train.features is not None
+    has_float64 = module.device.type != "mps"
+    features = train.features[:, 0].flatten(1).to(module.device, torch.float64 if has_float64 else torch.float32)
+    for l2, weight, bias in solutions(features, train.labels.to(module.device), len(module.class_names)):
+        head = LinearHead(weight.shape[1], len(bias))
+        head.load_state_dict({"layers.1.weight": weight, "layers.1.bias": bias})
+        yield l2, module.trainer.precision_plugin.convert_module(head).to(module.device).eval()
+
+
+def solutions(features: Tensor, labels: Tensor, num_classes: int) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Yield each penalty l2 with the weight [K, C] and the bias [K] that minimize :func:`objective`.
+
+    The penalty applies to the weight of standardized features; the result applies to ``features`` (float [N, C]).
+    L-BFGS with a line search (https://doi.org/10.1007/BF01589116) starts from the previous solution.
+    """
+    std, mean = torch.std_mean(features, 0)
+    std = std.clamp(min=1e-6)  # of a constant feature
+    x = (features - mean) / std
+    weight = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
+    solver: Any = partial(
+        LBFGS, max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+    for l2 in PENALTIES:
+        solver([weight, bias]).step(partial(objective, weight, bias, x, labels, l2))
+        scaled = weight.detach() / std
+        yield l2, scaled, bias.detach() - scaled @ mean
+
+
+def objective(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor, l2: float) -> Tensor:
+    """Return the mean cross-entropy + l2 * |weight|^2, and set the gradients of weight and bias."""
+    loss = F.cross_entropy(F.linear(x, weight, bias), labels) + l2 * weight.square().sum()
+    weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
+    return loss
+
+
+@torch.inference_mode()
+def evaluate_head(
+    head: nn.Module, split: Split, *, module: LitClassifier, trainer: pl.Trainer, batch_size: int
+) -> Evaluation:
+    """Evaluate a head on cached features in the precision and the batches of a test."""
+    assert split.features is not None
+    with trainer.precision_plugin.forward_context():
+        starts = range(0, len(split), batch_size)
+        batches = (split.features[i : i + batch_size, 0].to(module.device) for i in starts)
+        logits = torch.cat([head(batch).float() for batch in batches]).cpu()
+    return Evaluation.of(logits, split.labels, split.indices, module.class_names)
+
+
+def checkpoint_content(module: LitClassifier, head: nn.Module, datamodule: CIFAR10DataModule) -> dict[str, Any]:
+    """Return a checkpoint of the network with another, linear head, without what resuming a run needs."""
+    state = {name: value for name, value in module.state_dict().items() if not name.startswith("network.head.")}
+    return {
+        "epoch": module.restored_epoch,
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": state | {f"network.head.{name}": value for name, value in head.state_dict().items()},
+        "hyper_parameters": {**module.hparams, "head": {"name": "linear"}},
+        "datamodule_hyper_parameters": dict(datamodule.hparams),
+    }

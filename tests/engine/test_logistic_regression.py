@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SMALL, compose_command, compose_train, resume
+
+from cifar10_tl import load_classifier
+from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.engine import logistic_regression
+from cifar10_tl.engine.evaluator import evaluate_checkpoint
+from cifar10_tl.engine.logistic_regression import CHECKPOINT, PENALTIES, solutions
+from cifar10_tl.engine.results import read_results
+from cifar10_tl.models.lit_classifier import LitClassifier
+from cifar10_tl.train import train
+
+PROBE = (
+    *("model.freeze=backbone", "data.cache_features=true", "logistic_regression=true", "optimizer.lr=1e-3"),
+    *("data.augment.random_crop_padding=0", "data.augment.horizontal_flip=true", "callbacks=minimal", "logger=none"),
+    *("data.train_size=240", "data.val_size=80", "data.test_size=90", "trainer.max_epochs=1"),
+)
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 60 points of three overlapping classes in dimensions of different scale, and a constant one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    x = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    x[:, 0] += labels
+    return x * torch.tensor([1.0, 10.0, 0.01, 3.0, 0.0]) + 7.0, labels
+
+
+def test_solutions_are_optimal_for_each_penalty() -> None:
+    x, labels = problem()
+    std, mean = torch.std_mean(x[:, :4], 0)
+    found = list(solutions(x, labels, num_classes=3))
+    assert [l2 for l2, _, _ in found] == list(PENALTIES)
+    for l2, weight, bias in found:
+        assert weight[:, 4].abs().max() == 0, "a constant feature has no weight"
+        scaled = (weight[:, :4] * std).requires_grad_()  # of standardized features
+        shifted = (bias + weight @ torch.cat([mean, x[0, 4:]])).requires_grad_()
+        standard = (x[:, :4] - mean) / std
+        loss = F.cross_entropy(standard @ scaled.T + shifted, labels) + l2 * scaled.square().sum()
+        gradients = torch.autograd.grad(loss, (scaled, shifted))
+        assert max(float(g.abs().max()) for g in gradients) < 1e-6, l2
+
+
+def test_solution_is_that_of_gradient_descent() -> None:
+    x, labels = problem()
+    std, mean = torch.std_mean(x[:, :4], 0)
+    standard, one_hot = (x[:, :4] - mean) / std, F.one_hot(labels).double()
+    weight, bias = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    l2 = PENALTIES[4]
+    for _ in range(5000):
+        residual = ((standard @ weight.T + bias).softmax(1) - one_hot) / len(labels)
+        weight, bias = weight - 0.5 * (residual.T @ standard + 2 * l2 * weight), bias - 0.5 * residual.sum(0)
+    _, found, found_bias = next(solution for solution in solutions(x, labels, 3) if solution[0] == l2)
+    torch.testing.assert_close(x @ found.T + found_bias, standard @ weight.T + bias, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run with logistic regression."""
+    folder = tmp_path_factory.mktemp("probe")
+    paths = (f"paths.output_dir={folder / 'run'}", f"paths.cache_dir={folder / 'cache'}")
+    train(compose_train(*SMALL, *PROBE, *paths))
+    return folder / "run"
+
+
+def evaluated(run: Path, split: str, output: Path) -> dict[str, Any]:
+    paths = (f"checkpoint={run / CHECKPOINT}", f"split={split}", f"paths.output_dir={output / split}")
+    return evaluate_checkpoint(compose_command("evaluate", *paths, "trainer.enable_progress_bar=false"))
+
+
+def test_checkpoint_repeats_the_results(run: Path, tmp_path: Path) -> None:
+    results = read_results(run)["logistic_regression"]
+    assert results["l2"] in PENALTIES
+    assert (results["val"]["count"], results["test"]["count"]) == (80, 90)
+    for split in ("val", "test"):
+        scores = evaluated(run, split, tmp_path)[split]
+        assert scores["acc"] == results[split]["acc"]
+        assert scores["loss"] == pytest.approx(results[split]["loss"], rel=1e-4)
+    module = LitClassifier.load_from_checkpoint(run / CHECKPOINT, weights_only=True).eval()
+    assert module.hparams["head"] == {"name": "linear"}
+    assert load_classifier(run / CHECKPOINT, "cpu").class_names == tuple(module.class_names)
+
+
+def test_the_penalty_has_the_best_validation_accuracy(run: Path) -> None:
+    """All solutions are computed again from the images."""
+    checkpoint = torch.load(run / CHECKPOINT, weights_only=True)
+    data = CIFAR10DataModule(**checkpoint["datamodule_hyper_parameters"])
+    data.setup()
+    network = LitClassifier.load_from_checkpoint(run / CHECKPOINT, weights_only=True).eval().network
+    with torch.no_grad():
+        train_x, val_x = (network.head_input(data.splits[s].images).flatten(1).double() for s in ("train", "val"))
+    labels, scores = data.splits["val"].labels, {}
+    for l2, weight, bias in solutions(train_x, data.splits["train"].labels, 10):
+        logits = val_x @ weight.T + bias
+        scores[l2] = (float((logits.argmax(1) == labels).double().mean()), -float(F.cross_entropy(logits, labels)))
+    results = read_results(run)["logistic_regression"]
+    assert results["l2"] == max(PENALTIES, key=scores.__getitem__)
+    assert scores[results["l2"]] == pytest.approx((results["val"]["acc"], -results["val"]["loss"]), rel=1e-4)
+    assert len({accuracy for accuracy, _ in scores.values()}) > 1, "the choice matters"
+
+
+def test_finished_run_does_not_fit_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(logistic_regression, "solutions", lambda *_: pytest.fail("fitted again"))
+    assert resume(copy)["logistic_regression"] == read_results(run)["logistic_regression"]
