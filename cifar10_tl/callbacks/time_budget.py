@@ -35,11 +35,11 @@ from cifar10_tl.io import atomic_write_text
 log = logging.getLogger(__name__)
 
 #: Seconds of Python and Hydra before the start of the run, and of the process after its end.
-PROCESS_SECONDS = 2.0
+PROCESS_SECONDS = 3.5
 #: Estimate of the seconds per epoch for figures and checkpoints before the first epoch.
 FILES_SECONDS = 2.0
-#: Fraction of an epoch that a new plan leaves unused. It is kept until less than half of that is left.
-RESERVE = 0.2
+#: Fraction of the time that a new plan leaves unused; the plan is kept until that is used, too.
+RESERVE = 0.03
 LIMIT = 1_000_000  # epochs
 _STATE = ("epochs", "phases", "slowdown", "validation_seconds", "other_seconds", "is_over")
 
@@ -112,8 +112,9 @@ class TimeBudget(Callback):
         if len(ends) == trainer.num_training_batches:
             seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
             other = now - self._epoch_start - seconds * len(ends)
-            self.slowdown = (self.slowdown + seconds / self._estimate(trainer.current_epoch)) / 2
-            self.other_seconds = (self.other_seconds + other) / 2
+            weight = max(0.2, 1 / (trainer.current_epoch + 2))  # a mean first, later a moving average
+            self.slowdown += weight * (seconds / self._estimate(trainer.current_epoch) - self.slowdown)
+            self.other_seconds += weight * (other - self.other_seconds)
         self._epoch_start, self._step_ends = now, []
         if not trainer.should_stop:
             self._plan(trainer, pl_module, done=trainer.current_epoch + 1)
@@ -142,13 +143,10 @@ class TimeBudget(Callback):
             return
         left, every = self._left(trainer), trainer.check_val_every_n_epoch or 1
         needed = partial(self._seconds, int(trainer.num_training_batches), done)
-        reserve = RESERVE * needed(done + 1)
-        fitting = bisect_right(range(LIMIT), left - reserve, lo=done + 1, key=needed) - 1
+        fitting = bisect_right(range(LIMIT), left / (1 + RESERVE), lo=done + 1, key=needed) - 1
         fitting = max(done, fitting - fitting % every)
-        if self.epochs is None and needed(every) <= left:
-            fitting = max(fitting, every)
-        elif self.epochs is not None and needed(self.epochs) <= left - reserve / 2 and fitting < self.epochs:
-            fitting = self.epochs
+        if needed(planned := self.epochs or every) <= left:
+            fitting = max(fitting, planned)
         fitting = trainer.strategy.broadcast(fitting)
         if fitting == 0:
             total = seconds_of(self.budget) - left + needed(every)
@@ -175,12 +173,11 @@ def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
     """Return the median time of a training step at this size, and leave the state of the run as it was."""
     loader: Any = trainer.train_dataloader
     positions = next(iter(copy.copy(loader.sampler)))
-    optimizer, times = trainer.optimizers[0], [time.perf_counter()]
+    optimizer, times = trainer.optimizers[0], list[float]()
     pl_module.network.training_size = image_size
     weights, optimizer_state = copy.deepcopy((pl_module.state_dict(), optimizer.state_dict()))
     with isolate_rng():
-        # the first step compiles and allocates; rank zero decides for all processes
-        while trainer.strategy.broadcast(len(times) < 5 or (times[-1] - times[1] < 1 and len(times) < 50)):
+        for _ in range(4):
             batch = trainer.strategy.batch_to_device(loader.dataset[positions])
             trainer.strategy.training_step(batch, 0).backward()  # type: ignore[union-attr]
             optimizer.step()
@@ -190,7 +187,7 @@ def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
             times.append(time.perf_counter())
     pl_module.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
-    return statistics.median(end - start for start, end in pairwise(times[1:]))
+    return statistics.median(end - start for start, end in pairwise(times))  # without the first, which may compile
 
 
 def _split(trainer: pl.Trainer, name: str) -> Any:
