@@ -1,0 +1,74 @@
+"""The driver of the GPU checks, with tiny steps on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import REPOSITORY, write_png
+
+from cifar10_tl.data.shapes import draw_shapes
+
+SCRIPT = REPOSITORY / "scripts" / "gpu_suite.py"
+
+
+def suite(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--cpu-check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def state(out: Path) -> dict[str, Any]:
+    return json.loads((out / "state.json").read_text())["steps"]
+
+
+@pytest.mark.slow
+def test_steps_are_measured_once_and_continue_in_the_next_call(tmp_path: Path) -> None:
+    for split, count in (("train", 24), ("test", 8)):
+        images, labels = draw_shapes(10 * count, seed=0, image_size=32)
+        for label in range(2):
+            write_png(tmp_path / "data" / split / f"class {label}", images[labels == label])
+    out, images_of = tmp_path / "out", ("--data-root", str(tmp_path / "data"))
+    stopped = suite(out, *images_of, "--minutes", "0.01")
+    assert stopped.returncode == 3, stopped.stderr
+    assert "run the same command again" in stopped.stdout
+    assert not (out / "state.json").exists()
+
+    done = suite(out, *images_of, "--minutes", "9", "--steps", "losses", "speed", "scratch", "benchmark")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = state(out)
+    assert list(found) == ["losses gpu", "losses ddp", "speed scratch 32", "scratch", "benchmark help"]
+    assert found["losses gpu"]["largest relative difference"] == 0, "both runs were on the CPU"
+    assert found["losses ddp"]["largest relative difference"] <= 1e-5
+    speed = found["speed scratch 32"]
+    assert speed["45,000 images (s)"] == pytest.approx(45_000 / speed["images/s"])
+    assert 0 <= found["scratch"]["95 % low"] <= found["scratch"]["test acc"] <= found["scratch"]["95 % high"] <= 1
+    assert found["scratch"]["96% val (s)"] == "not reached"
+    page = (out / "gpu.md").read_text()
+    assert page.startswith("# cpu (")
+    assert f"| speed scratch 32 | 16 | {speed['images/s']:.4g} |" in page
+
+    again = suite(out, *images_of, "--steps", "losses", "speed")
+    assert again.returncode == 0
+    assert again.stdout.startswith("complete"), "nothing is measured twice"
+
+
+@pytest.mark.slow
+def test_killed_runs_are_compared(tmp_path: Path) -> None:
+    done = suite(tmp_path, "--steps", "resume")
+    assert done.returncode == 0, done.stdout
+    assert state(tmp_path) == {"resume": {"result": "1 of 1 rounds identical"}}
+
+
+@pytest.mark.slow
+def test_a_failed_step_is_reported_and_repeated_only_if_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    failing = ("--data-root", str(tmp_path / "empty"))
+    done = suite(tmp_path / "out", *failing, "--steps", "scratch")
+    assert done.returncode == 1
+    assert "failed: scratch" in done.stdout
+    assert "there is no folder train" in state(tmp_path / "out")["scratch"]["failed"]
+    assert "scratch ..." in suite(tmp_path / "out", *failing, "--steps", "scratch").stdout
