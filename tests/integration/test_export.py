@@ -28,7 +28,12 @@ NAMES = ["ant", "bee", "wasp", "hornet"]
 COUNT = sum(BATCH_SIZES)
 #: Each network has another head and another kind of resize.
 NETWORKS = {
-    "linear": {"head": {"name": "linear"}, "image_size": 24, "interpolation": "bicubic", "stem": "cifar"},
+    "linear": {
+        "head": {"name": "linear"},
+        "image_size": [[0, 16], [0.5, 24]],
+        "interpolation": "bicubic",
+        "stem": "cifar",
+    },
     "dense": {
         "head": {"name": "dense", "hidden": [16]},
         "image_size": 40,
