@@ -71,10 +71,11 @@ def estimate_statistics(trainer: pl.Trainer, pl_module: Any, num_batches: int) -
         norm.train().reset_running_stats()
         norm.momentum = None  # cumulative mean
     loader: Any = trainer.train_dataloader
-    for positions in islice(copy.copy(loader.sampler), num_batches if norms else 0):
-        batch = trainer.strategy.batch_to_device(loader.dataset[positions])
-        batch = trainer.datamodule.augmented(batch, trainer.current_epoch)  # type: ignore[attr-defined]
-        pl_module.features(batch.images)
+    # compiling for this mix of modes would take longer than the few batches
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+        for positions in islice(copy.copy(loader.sampler), num_batches if norms else 0):
+            batch = trainer.strategy.batch_to_device(loader.dataset[positions])
+            pl_module._logits(trainer.datamodule.augmented(batch, trainer.current_epoch))  # type: ignore[attr-defined]
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):
