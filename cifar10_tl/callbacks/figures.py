@@ -10,11 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import resized_crop
 
 from cifar10_tl import plots
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
@@ -47,10 +49,19 @@ class SampleInputs(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         if trainer.global_step or batch_idx or not wants_figures(trainer):
             return
-        images = batch.images[: self.num_images].permute(0, 2, 3, 1).cpu().numpy()
+        images = _visible(batch, self.num_images).permute(0, 2, 3, 1).cpu().numpy()
         names = plots.legible(pl_module.class_names)
         titles = [_title(target, names) for target in batch.targets[: self.num_images].cpu()]
         publish(trainer, "inputs/train", plots.sample_grid(images, titles, heading="Training images"), step=0)
+
+
+def _visible(batch: Batch, num_images: int) -> Tensor:
+    """Return the first images, uint8 [n, 3, H, W], or their boxes enlarged to the same size."""
+    images = batch.images[:num_images]
+    if batch.boxes is None:
+        return images
+    boxes = batch.boxes[:num_images].long().tolist()
+    return torch.stack([resized_crop(x, *box, size=list(x.shape[1:])) for x, box in zip(images, boxes, strict=True)])
 
 
 def _title(target: Tensor, class_names: list[str]) -> list[tuple[str, str]]:

@@ -92,6 +92,11 @@ folder = Rule("a folder that exists or can be created", _is_folder)
 inside = number(0, 1, above=True, below=True)
 side = whole(8, 4096)
 side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with ascending starts in [0, 1)", _is_size_schedule)
+fractions = list_of(number(0.01, 1), 2)
+fraction_range = Rule(
+    "a range of fractions from 0.01 to 1, such as [0.6, 1]",
+    lambda value: fractions.is_valid(value) and len(value) == 2 and value[0] <= value[1],
+)
 limit = either(whole(1), number(0, 1, above=True))
 has_target = Rule("the _target_ of a profiler", lambda value: isinstance(value, dict) and "_target_" in value)
 
@@ -131,6 +136,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (number(0), "trainer.gradient_clip_val?"),
     (number(0, 1), "data.augment.mix_off_last"),
     (whole(0), "data.augment.cutout"),
+    (fraction_range, "data.augment.random_resized_crop?"),
     (number(0, 1), "data.augment.random_erasing data.augment.color_jitter scheduler.warmup scheduler.final"),
     (number(0, 1, below=True), "model.label_smoothing model.head.dropout optimizer.momentum"),
     (inside, "ema_decay?"),
@@ -219,10 +225,11 @@ def _check_cached_features(config: Mapping[str, Any]) -> None:
     if config.get("model.freeze") != "backbone":
         raise UserError("data.cache_features=true needs a frozen backbone: add model.freeze=backbone")
     pixels = ("random_crop_padding", "cutout", "random_erasing", "color_jitter")
-    for name, none in {**dict.fromkeys(pixels, 0), "trivial_augment": False, "mix": "none"}.items():
+    others = {"trivial_augment": False, "random_resized_crop": None, "mix": "none"}
+    for name, none in {**dict.fromkeys(pixels, 0), **others}.items():
         key = f"data.augment.{name}"
         if config.get(key, none) != none:
             raise UserError(
                 f"{key}={config[key]} changes images in each epoch, but data.cache_features=true computes features "
-                f"once: add {key}={str(none).lower()} (horizontal_flip may be true)"
+                f"once: add {key}={'null' if none is None else str(none).lower()} (horizontal_flip may be true)"
             )

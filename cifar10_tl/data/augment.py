@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import log
 from typing import Literal
 
 import torch
@@ -22,6 +24,8 @@ class Augment:
     Attributes:
         horizontal_flip: Flip images horizontally with probability 0.5.
         random_crop_padding: Reflection padding in pixels before a random crop to the original size.
+        random_resized_crop: Range of the area, as a fraction, of a random box (https://arxiv.org/abs/1409.4842) with an
+            aspect ratio from 3/4 to 4/3. The network crops and resizes at once, see :attr:`Batch.boxes`.
         trivial_augment: Apply one of 14 operations of random strength to each image, see :func:`trivial_augment`.
         random_erasing: Probability of replacing a random rectangle (2 to 33 % of the area) with gray.
         cutout: Side in pixels of a gray square around a random pixel (https://arxiv.org/abs/1708.04552); 0 for none.
@@ -33,6 +37,7 @@ class Augment:
 
     horizontal_flip: bool = False
     random_crop_padding: int = 0
+    random_resized_crop: Sequence[float] | None = None
     trivial_augment: bool = False
     random_erasing: float = 0.0
     cutout: int = 0
@@ -53,7 +58,7 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
     Mixing combines each image with the one half a batch away. If ``world_size`` divides half of the global batch, the
     pairs are the same for any number of processes.
     """
-    images, targets, indices, features = batch
+    images, targets, indices, features, boxes = batch
     draw = KeyedRNG(seed, epoch, indices)
     if features is not None:
         return _choose_view(batch, features, draw, settings)
@@ -68,9 +73,11 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
         images = _erase(images, draw, settings.random_erasing)
     if settings.cutout:
         images = _cut_out(images, draw, settings.cutout)
+    if settings.random_resized_crop:
+        boxes = _crop_boxes(images, draw, *settings.random_resized_crop)
     if settings.mix != "none":
-        images, targets = _mix(images, targets, draw, settings, num_classes)
-    return Batch(images, targets, indices)
+        images, targets = _mix(images, targets, boxes, draw, settings, num_classes)
+    return Batch(images, targets, indices, boxes=boxes)
 
 
 def _choose_view(batch: Batch, features: Tensor, draw: KeyedRNG, settings: Augment) -> Batch:
@@ -100,6 +107,14 @@ def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
 def _reflect(positions: Tensor, size: int) -> Tensor:
     """Reflect positions outside [0, size) at the border pixels, as ``F.pad(mode="reflect")`` does."""
     return (size - 1) - ((size - 1) - positions.abs()).abs()
+
+
+def _crop_boxes(images: Tensor, draw: KeyedRNG, smallest: float, largest: float) -> Tensor:
+    """Return a random box [N, 4] per image, with a narrower range of aspect ratios where the box would not fit."""
+    area = smallest + (largest - smallest) * draw.uniform("crop_area")
+    limit = (-area.log()).clamp_max(log(4 / 3))
+    aspect = (limit * (2 * draw.uniform("crop_aspect") - 1)).exp()  # log-uniform
+    return _random_boxes(images, draw, (area / aspect).sqrt(), (area * aspect).sqrt(), ("crop_y", "crop_x"))
 
 
 def _jitter(images: Tensor, draw: KeyedRNG, strength: float) -> Tensor:
@@ -134,10 +149,12 @@ def _cut_out(images: Tensor, draw: KeyedRNG, side: int) -> Tensor:
     return images.masked_fill(_inside(images, torch.stack([top, left, length, length], 1)), 128)
 
 
-def _random_boxes(images: Tensor, draw: KeyedRNG, height_fraction: Tensor, width_fraction: Tensor) -> Tensor:
+def _random_boxes(
+    images: Tensor, draw: KeyedRNG, heights: Tensor, widths: Tensor, names: tuple[str, str] = ("y", "x")
+) -> Tensor:
     """Return the top, left, height and width [N, 4] of a random box per image, given fractions [N] of its sides."""
     starts, lengths = [], []
-    for size, fraction, name in ((images.shape[2], height_fraction, "y"), (images.shape[3], width_fraction, "x")):
+    for size, fraction, name in zip(images.shape[2:], (heights, widths), names, strict=True):
         lengths.append((fraction * size).round().clamp(0, size))
         starts.append((draw.uniform(name) * (size - lengths[-1] + 1)).floor())
     return torch.stack([*starts, *lengths], 1)
@@ -152,7 +169,10 @@ def _inside(images: Tensor, boxes: Tensor) -> Tensor:
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
 
 
-def _mix(images: Tensor, targets: Tensor, draw: KeyedRNG, settings: Augment, num_classes: int) -> tuple[Tensor, Tensor]:
+def _mix(
+    images: Tensor, targets: Tensor, crops: Tensor | None, draw: KeyedRNG, settings: Augment, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Mix each image with the one half a batch away; both are seen through the crop of the first."""
     half = len(images) // 2
     second = images.roll(-half, 0)
     fraction = _beta(draw.uniform("mix"), settings.mix_alpha)
@@ -164,6 +184,8 @@ def _mix(images: Tensor, targets: Tensor, draw: KeyedRNG, settings: Augment, num
         box = _inside(images, _random_boxes(images, draw, side, side))
         images = torch.where(box, second, images)
         fraction = box.float().mean((1, 2, 3))  # after rounding to whole pixels
+        if crops is not None:
+            fraction = (box & _inside(images, crops)).sum((1, 2, 3)) / crops[:, 2:].prod(1)
     one_hot = F.one_hot(targets, num_classes).float()
     return images, torch.lerp(one_hot, one_hot.roll(-half, 0), fraction[:, None])
 

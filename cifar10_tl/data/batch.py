@@ -21,12 +21,14 @@ class Batch(NamedTuple):
         targets: Labels, int64 [N], or class probabilities, float32 [N, K], after mixing.
         indices: Index of each image in its source, int64 [N].
         features: Cached features of a frozen backbone, float [N, ...], or from a loader [N, V, ...] of V views.
+        boxes: Top, left, height and width in whole pixels, float32 [N, 4], of the part that the network is to see.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
     features: Tensor | None = None
+    boxes: Tensor | None = None
 
 
 class Split(Dataset[Batch]):

@@ -103,7 +103,7 @@ class LitClassifier(pl.LightningModule):
 
     def _logits(self, batch: Batch) -> Tensor:
         if batch.features is None:
-            return self.network(batch.images).float()
+            return self.network(batch.images, batch.boxes).float()
         return self.network.head(batch.features).float()
 
     def features(self, images: Tensor) -> Tensor:

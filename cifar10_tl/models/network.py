@@ -68,20 +68,20 @@ class TransferResNet(nn.Module):
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits [N, K] of uint8 images [N, 3, H, W]."""
-        return self.head(self.features(images))
+    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """Return the logits [N, K] of uint8 images [N, 3, H, W] or of their ``boxes``, see :meth:`Resize.forward`."""
+        return self.head(self.features(images, boxes))
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Return the feature map [N, C, h, w] of uint8 images [N, 3, H, W]."""
-        return self.backbone(self.preprocess(images))
+        return self.backbone(self.preprocess(images, boxes))
 
     def head_input(self, images: Tensor) -> Tensor:
         """Return the feature map, averaged to one cell if the head pools it."""
         feature_map = self.features(images)
         return feature_map.mean((2, 3), keepdim=True) if isinstance(self.head, PoolingHead) else feature_map
 
-    def preprocess(self, images: Tensor) -> Tensor:
+    def preprocess(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Normalize uint8 images [N, 3, H, W] and resize them to [N, 3, S, S].
 
         Resizing is linear with weights that sum to one, so normalizing the small images first is equivalent and faster.
@@ -89,4 +89,4 @@ class TransferResNet(nn.Module):
         x = images.to(self.scale.dtype) * self.scale + self.shift
         is_other = self.training and self.training_size != self.resize.size
         resize = self.other_sizes[str(self.training_size)] if is_other else self.resize
-        return resize(x).contiguous(memory_format=torch.channels_last)
+        return resize(x, boxes).contiguous(memory_format=torch.channels_last)

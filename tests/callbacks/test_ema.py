@@ -71,7 +71,8 @@ def statistics(run: Path, processes: int = 1) -> dict[str, Tensor]:
     for positions in list(loader.sampler)[:2]:
         for rank in range(processes):
             with torch.no_grad():
-                network(data.augmented(loader.dataset[positions[rank::processes]], epoch=1).images)
+                batch = data.augmented(loader.dataset[positions[rank::processes]], epoch=1)
+                network(batch.images, batch.boxes)
     return {name: total / (2 * processes) for name, total in totals.items()}
 
 
@@ -88,7 +89,8 @@ ESTIMATED = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "ema_decay=0.9",
 
 
 def test_statistics_of_the_average_are_estimated(tmp_path: Path) -> None:
-    train(compose_train(*ESTIMATED, "data.augment.random_crop_padding=4", f"paths.output_dir={tmp_path}"))
+    augment = ("data.augment.random_crop_padding=4", "data.augment.random_resized_crop=[0.5,1]")
+    train(compose_train(*ESTIMATED, *augment, f"paths.output_dir={tmp_path}"))
     assert_estimated(tmp_path)
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from cifar10_tl.callbacks import ConfusionMatrix, IncorrectPredictions, RunCheckpoint, SampleInputs
+from cifar10_tl.callbacks import ConfusionMatrix, IncorrectPredictions, RunCheckpoint, SampleInputs, figures
 from cifar10_tl.callbacks.figures import _title
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -65,6 +65,22 @@ def test_nothing_is_drawn_on_other_ranks_or_in_rehearsals(tmp_path: Path, state:
     ConfusionMatrix().on_validation_end(fake_trainer(tmp_path, **state), MODULE)
     SampleInputs().on_train_batch_start(fake_trainer(tmp_path, **state), MODULE, Batch(IMAGES, LABELS, INDICES), 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_sample_inputs_are_what_the_network_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, 8:24, 4:20] = torch.tensor([10, 20, 30, 40]).byte()[:, None, None, None]
+    boxes = torch.tensor([[8.0, 4.0, 16.0, 16.0]]).expand(4, -1)
+    drawn: list[np.ndarray] = []
+    draw = figures.plots.sample_grid
+    monkeypatch.setattr(
+        figures.plots, "sample_grid", lambda *args, **options: drawn.append(args[0]) or draw(*args, **options)
+    )
+    batch = Batch(images, LABELS, INDICES, boxes=boxes)
+    SampleInputs(num_images=3).on_train_batch_start(fake_trainer(tmp_path), MODULE, batch, 0)
+    assert drawn[0].shape == (3, 32, 32, 3)
+    assert [set(image.flat) for image in drawn[0]] == [{10}, {20}, {30}]
+    assert (tmp_path / "figures" / "inputs_train.png").exists()
 
 
 def test_mixed_inputs_are_titled_with_both_weights() -> None:

@@ -25,6 +25,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("data.root", [[1], "", None, "pyproject.toml/x", "a\0b"], "a folder that exists or can be created"),
     ("data.mirrors", ["http://x", None, [1]], "a list"),
     ("data.augment.random_erasing", [1.5, -0.1, NAN, True], "a number of at least 0 and at most 1"),
+    ("data.augment.random_resized_crop", [[1, 0.6], [0.6], 0.6, [0, 1], [0.6, 1.5], [0.6, 0.8, 1]], "a range of"),
     ("data.on_device", ["gpu", 1, 0], "True, False"),
     ("model.backbone", [3, "", None], "a string"),
     ("model.head.hidden", [512, [0], None], "a list"),

@@ -14,6 +14,7 @@ from cifar10_tl.data.keyed_rng import KeyedRNG, hash32
 EVERYTHING = Augment(
     horizontal_flip=True,
     random_crop_padding=4,
+    random_resized_crop=(0.5, 1),
     trivial_augment=True,
     random_erasing=0.5,
     cutout=8,
@@ -40,7 +41,9 @@ def test_augmentation_of_an_image_does_not_depend_on_its_batch(batch: Batch) -> 
     before = batch.images.clone()
     whole = run(batch, EVERYTHING)
     for positions in (slice(0, 64, 2), slice(1, 64, 2), slice(40, 41)):
-        assert torch.equal(run(part(batch, positions), EVERYTHING).images, whole.images[positions])
+        some = run(part(batch, positions), EVERYTHING)
+        assert torch.equal(some.images, whole.images[positions])
+        assert torch.equal(some.boxes, whole.boxes[positions])
     run(batch, replace(EVERYTHING, mix="cutmix"))
     assert torch.equal(batch.images, before), "the input was changed"
 
@@ -110,6 +113,25 @@ def test_cutout_is_a_gray_square_around_any_pixel_clipped_at_the_border() -> Non
         assert abs(float((side == 8).float().mean()) - 25 / 32) < 0.03  # centers from 4 to 28
 
 
+def test_boxes_of_random_resized_crops_lie_inside_and_follow_the_range() -> None:
+    batch = Batch(torch.zeros(5000, 3, 64, 64, dtype=torch.uint8), torch.zeros(5000).long(), torch.arange(5000))
+    boxes = run(batch, Augment(random_resized_crop=[0.4, 0.9])).boxes
+    assert torch.equal(boxes, boxes.round())
+    assert boxes[:, :2].min() == 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() == 64
+    area, aspect = boxes[:, 2:].prod(1) / 64**2, boxes[:, 3] / boxes[:, 2]
+    assert torch.allclose(torch.stack([area.min(), area.mean(), area.max()]), torch.tensor([0.4, 0.65, 0.9]), atol=0.02)
+    assert torch.allclose(torch.stack([aspect.min(), aspect.max()]), torch.tensor([3 / 4, 4 / 3]), atol=0.05)
+    assert abs(float(aspect.log().mean())) < 0.01
+    large = area > 0.85
+    assert aspect[large].log().abs().max() < 0.19  # -log(0.85) = 0.163, and whole pixels
+    slack = 64 - boxes[:, 2:]
+    relative = (boxes[:, :2] / slack.clamp_min(1))[slack > 8]
+    assert abs(float(relative.mean()) - 0.5) < 0.02
+    assert run(batch, EVERYTHING).boxes.shape == (5000, 4)
+    assert run(batch, Augment(horizontal_flip=True)).boxes is None
+
+
 def test_trivial_augment_draws_all_operations_levels_and_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[torch.Tensor]] = []
     record = lambda images, *draws: drawn.append(list(draws)) or images  # noqa: E731
@@ -168,9 +190,15 @@ def test_mixed_targets_are_fractions_and_pairs_are_the_same_on_two_processes(bat
 def test_cutmix_fractions_are_areas() -> None:
     images = torch.cat([torch.zeros(50, 3, 32, 32), torch.full((50, 3, 32, 32), 255.0)]).byte()
     labels = torch.tensor([0] * 50 + [1] * 50)
-    out = run(Batch(images, labels, torch.arange(100)), Augment(mix="cutmix"))
+    batch = Batch(images, labels, torch.arange(100))
+    out = run(batch, Augment(mix="cutmix"))
     white = (out.images == 255).float().mean((1, 2, 3))
     assert torch.allclose(out.targets[:, 1], white, atol=1e-6)
+    cropped = run(batch, Augment(mix="cutmix", random_resized_crop=[0.2, 0.6]))
+    assert torch.equal(cropped.images, out.images)
+    for image, target, (top, left, height, width) in zip(*cropped[:2], cropped.boxes.long().tolist(), strict=True):
+        visible = image[0, top : top + height, left : left + width]
+        assert float((visible == 255).float().mean()) == pytest.approx(float(target[1]), abs=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])

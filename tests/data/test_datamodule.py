@@ -12,7 +12,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule, stratified
 
-AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3}
+AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3, "random_resized_crop": [0.5, 1]}
 
 
 def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options: Any) -> CIFAR10DataModule:
@@ -55,6 +55,7 @@ def test_global_batches_are_the_same_pixel_for_pixel_on_one_and_two_processes() 
         for rank in (0, 1):
             assert torch.equal(ranks[rank][step].images, whole.images[rank::2])
             assert torch.equal(ranks[rank][step].targets, whole.targets[rank::2])
+            assert torch.equal(ranks[rank][step].boxes, whole.boxes[rank::2])
 
 
 def test_each_epoch_has_its_own_order_and_augmentation() -> None:
@@ -95,6 +96,7 @@ def test_evaluation_images_are_not_augmented() -> None:
     data.trainer.training = False  # type: ignore[union-attr]
     batches = [data.on_after_batch_transfer(b, 0) for b in data.val_dataloader()]
     assert torch.equal(torch.cat([b.images for b in batches]), data.splits["val"].images)
+    assert {b.boxes for b in batches} == {None}
     assert sum(len(b.images) for b in data.test_dataloader()) == 60
 
 

@@ -148,7 +148,8 @@ def test_run_is_the_same_with_and_without_cache(small_cfg: Callable[..., DictCon
 def test_augmentation_that_changes_features_is_rejected() -> None:
     probe = compose_train("experiment=probe")
     changes = {"random_crop_padding": (4, 0), "random_erasing": (0.5, 0), "color_jitter": (0.5, 0), "cutout": (8, 0)}
-    for key, (value, none) in {**changes, "trivial_augment": (True, "false"), "mix": ("mixup", "none")}.items():
+    others = {"random_resized_crop": ([0.6, 1], "null"), "mix": ("mixup", "none")}
+    for key, (value, none) in {**changes, "trivial_augment": (True, "false"), **others}.items():
         cfg = probe.copy()
         cfg.data.augment[key] = value
         with pytest.raises(UserError, match=rf"add data\.augment\.{key}={none} "):

@@ -32,6 +32,7 @@ FIXED = (
     *(*PLAIN, "model.freeze=layer2", "scheduler=linear", "scheduler.head_only_epochs=2", "data.augment.mix=cutmix"),
     "model.image_size=[[0,24],[0.5,32]]",
 )
+CROPS = ("data.augment.random_resized_crop=[0.5,1]", "data.augment.trivial_augment=true")
 TWO = ("trainer=ddp_cpu", "trainer.devices=2")
 TRAIN = ("-m", "cifar10_tl.train")
 
@@ -73,10 +74,10 @@ def assert_same_metrics(run: Path, other: Path, rel: float) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folders of one run on one process, on two started by Lightning, and on two started by torchrun."""
     folder = tmp_path_factory.mktemp("ddp")
-    finish(*TRAIN, *FIXED, "paths.output_dir=one", cwd=folder)
-    finish(*TRAIN, *FIXED, *TWO, "paths.output_dir=two", cwd=folder)
+    finish(*TRAIN, *FIXED, *CROPS, "paths.output_dir=one", cwd=folder)
+    finish(*TRAIN, *FIXED, *CROPS, *TWO, "paths.output_dir=two", cwd=folder)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
-    finish(*torchrun, *TRAIN, *FIXED, *TWO, cwd=folder)
+    finish(*torchrun, *TRAIN, *FIXED, *CROPS, *TWO, cwd=folder)
     (run,) = (folder / "outputs" / "runs").iterdir()
     return {"one": folder / "one", "two": folder / "two", "torchrun": run}
 

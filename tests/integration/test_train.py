@@ -257,7 +257,8 @@ def test_frozen_backbone_keeps_the_weights_of_another_run(small_cfg: Small, fini
 @pytest.mark.parametrize(("head", "mix"), [("linear", "cutmix"), ("lstm", "mixup")])
 def test_other_heads_train_with_all_augmentations(tmp_path: Path, head: str, mix: str) -> None:
     small = (override for override in (*SMALL, *QUICK) if "head" not in override)
-    augment = (f"mix={mix}", "random_erasing=0.3", "color_jitter=0.2")
+    augment = (f"mix={mix}", "random_erasing=0.3", "color_jitter=0.2", "trivial_augment=true", "cutout=8")
+    augment = (*augment, "random_resized_crop=[0.5,1]")
     overrides = (f"model/head={head}", "model.image_size=33", *(f"data.augment.{option}" for option in augment))
     results = train(compose_train(*small, *overrides, f"paths.output_dir={tmp_path}"))
     assert results is not None

@@ -48,6 +48,15 @@ def test_loss_is_smoothed_cross_entropy_and_the_report_is_plain() -> None:
     assert net.training_metrics() == {"train/loss": 0.0, "train/acc": 0.0}
 
 
+def test_a_batch_with_boxes_trains_on_the_crops() -> None:
+    net = module().train()
+    boxes = torch.tensor([[4.0, 8.0, 16.0, 20.0]]).expand(8, -1)
+    loss = net.training_step(BATCH._replace(boxes=boxes), 0)
+    crops = IMAGES[:, :, 4:20, 8:28]
+    assert torch.allclose(loss, net.training_step(BATCH._replace(images=crops), 1), atol=1e-5)
+    assert abs(loss - net.training_step(BATCH, 2)) > 1e-4
+
+
 def test_mixed_targets_count_the_larger_fraction() -> None:
     net = module().eval()
     predictions = net(IMAGES).argmax(1)

@@ -29,6 +29,15 @@ def test_preprocessing_is_resizing_and_normalization(image_size: int) -> None:
     assert torch.allclose(processed, normalize(resized, IMAGENET_MEAN, IMAGENET_STD), atol=2e-5)
 
 
+def test_boxes_are_cropped_and_resized_at_once() -> None:
+    boxes = torch.tensor([[0, 0, 32, 32], [3, 5, 20, 24], [0, 1, 31, 31], [8, 8, 24, 24]])
+    crops = [image[None, :, y : y + h, x : x + w] / 255 for image, (y, x, h, w) in zip(IMAGES, boxes, strict=True)]
+    expected = [nn.functional.interpolate(crop, (48, 48), mode="bicubic") for crop in crops]
+    processed = network(48).preprocess(IMAGES, boxes.float())
+    assert processed.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(processed, normalize(torch.cat(expected), IMAGENET_MEAN, IMAGENET_STD), atol=2e-5)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_all_published_weights_use_the_normalization_of_imagenet(name: str) -> None:
     for weights in get_model_weights(name):
