@@ -58,8 +58,8 @@ class LSTMHead(nn.Module):
     def forward(self, feature_map: Tensor) -> Tensor:
         """Map features [N, C, h, w] to logits [N, K]."""
         outputs, _ = self.lstm(feature_map.flatten(2).transpose(1, 2))  # [N, h * w, one or two directions]
-        size = self.lstm.hidden_size
-        return self.layers(torch.cat([outputs[:, -1, :size], outputs[:, 0, size:]], 1))
+        forward, *backward = outputs.chunk(1 + self.lstm.bidirectional, 2)
+        return self.layers(torch.cat([forward[:, -1], *(direction[:, 0] for direction in backward)], 1))
 
 
 def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_outputs: int) -> list[nn.Module]:

@@ -42,3 +42,10 @@ def test_the_lstm_reads_the_cells_in_order() -> None:
 def test_an_invalid_head_is_explained(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_head(settings, 512, 10)
+
+
+def test_the_lstm_head_compiles() -> None:
+    """The compiler breaks the graph at an LSTM; values computed before it must not be needed after it."""
+    head, feature_map = LSTMHead(16, 3, lstm_size=8, hidden=(8,)), torch.randn(2, 16, 2, 2)
+    compiled = torch.compile(head, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(feature_map), head(feature_map))
