@@ -171,7 +171,7 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
 
 def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
     cached = (*FIXED, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
-    cached += ("logistic_regression=true",)
+    cached += ("logistic_regression=true", "model.freeze=backbone", "model.image_size=32")
     finish(*TRAIN, *cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
     assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 3, "train, val and test"
     finish(*TRAIN, *cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
