@@ -53,7 +53,9 @@ def digest(folder: Path, data_name: str) -> Run:
     return {
         "data": data_name,
         "seed": results["config"]["seed"],
-        "overrides": [shortened(o) for o in given if not re.match(r"[+~]*(seed|paths|hydra|logger|resume)\b", o)],
+        "overrides": [
+            shortened(o) for o in given if not re.match(r"[+~]*(seed|paths|hydra|logger|callbacks|resume)\b", o)
+        ],
         "settings": {key: shortened(value) for key, value in sorted(changed_settings(results).items())},
         "weights": shortened(results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],
@@ -108,8 +110,8 @@ def make_row(runs: Sequence[Run]) -> Row:
     cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
     cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", f"{minutes:.3g} min"]
     cells += [f"{fmean(run['images_per_second'] for run in runs):,.0f}"]
-    cells += [f"{where['device']}, {where['threads']} threads, {where['precision']}"]
-    commits = listed(str(run["environment"]["git"])[:7] for run in runs)
+    cells += [f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"]
+    commits = listed(re.sub(r"(?<=^\w{7})\w+", "", str(run["environment"]["git"])) for run in runs)
     given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
     command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {where['versions']['torch']}"
     title = f"{first['data']}, {count:,} test images ({first['test_images']})"
@@ -144,7 +146,8 @@ def short_table(runs: Sequence[Run]) -> str:
     """Return the table of README.md."""
     rows = [(row.title.split(",")[0], row.cells) for rows in rows_by_data(runs).values() for row in rows]
     lines = [[cells[0], data, *cells[4:7]] for data, cells in rows]
-    lines += [[f"`{name}`", "", "", "not measured here", ""] for name in not_measured(runs)]
+    rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))
+    lines += [[rest, "", "", "not measured here", ""]] if rest else []
     return markdown_table(["recipe", "data", *COLUMNS[4:7]], lines).rstrip()
 
 
