@@ -46,6 +46,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.on_device, "
                 "compile and checkpoint_every_n_steps; use init_from= to start a new run from its weights"
             )
+        if key == "trainer.max_epochs" and own.get("budget"):
+            raise UserError(f"{override}: budget={own.budget} sets it; use init_from= to train on from these weights")
         before, after = OmegaConf.select(own, key), OmegaConf.select(cfg, key)
         if key not in ("resume", "trust") and before != after:
             log.info("%s: %s -> %s", key, before, after)

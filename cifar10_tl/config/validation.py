@@ -91,7 +91,7 @@ duration = Rule("a time such as 90s, 10min or 1.5h", lambda v: isinstance(v, str
 folder = Rule("a folder that exists or can be created", _is_folder)
 inside = number(0, 1, above=True, below=True)
 side = whole(8, 4096)
-side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with ascending starts in [0, 1)", _is_size_schedule)
+side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with starts that ascend from 0 to below 1", _is_size_schedule)
 fractions = list_of(number(0.01, 1), 2)
 fraction_range = Rule(
     "a range of fractions from 0.01 to 1, such as [0.6, 1]",
@@ -199,9 +199,10 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError(
             "model.stem=cifar has no published weights: use model.weights=null, a FILE, or model.stem=imagenet"
         )
-    padding, size = config.get("data.augment.random_crop_padding", 0), config.get("data.native_size", 32)
-    if type(size) is int and padding >= size:
-        raise UserError(f"data.augment.random_crop_padding={padding}: should be below the image size of {size} pixels")
+    size = config.get("data.native_size", 32)
+    for key in ("data.augment.random_crop_padding", "data.augment.cutout"):
+        if type(size) is int and config.get(key, 0) >= size:
+            raise UserError(f"{key}={config[key]}: should be below the image size of {size} pixels")
     if config.get("data.cache_features") is True:
         _check_cached_features(config)
     elif config.get("logistic_regression") is True:
@@ -224,6 +225,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
 def _check_cached_features(config: Mapping[str, Any]) -> None:
     if config.get("model.freeze") != "backbone":
         raise UserError("data.cache_features=true needs a frozen backbone: add model.freeze=backbone")
+    if isinstance(sizes := config.get("model.image_size"), list):
+        raise UserError(f"model.image_size={sizes}: data.cache_features=true computes features at one size; choose one")
     pixels = ("random_crop_padding", "cutout", "random_erasing", "color_jitter")
     others = {"trivial_augment": False, "random_resized_crop": None, "mix": "none"}
     for name, none in {**dict.fromkeys(pixels, 0), **others}.items():

@@ -62,6 +62,8 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], origin: str) 
                 f"{origin}: its stem has several convolutions, as that of timm's resnet50d; choose weights of a ResNet "
                 "with a single one, such as timm's resnet50"
             ) from error
+        if "network.backbone.conv1.weight" in state:
+            raise UserError(f"{origin} is a checkpoint of this project; start from it with init_from=FILE") from error
         raise UserError(f"{origin} does not fit this backbone: {shorten(str(error), 400)}") from error
 
 

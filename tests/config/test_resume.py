@@ -28,6 +28,10 @@ def test_a_resumed_run_keeps_its_settings_but_its_length(
     for override in ("optimizer.lr=1", "init_from=some.ckpt"):
         with pytest.raises(UserError, match=rf"{override}: a resumed run keeps its own settings"):
             resumed_config(compose_train(*given), [*given, override])
+    own.budget = "10min"
+    (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
+    with pytest.raises(UserError, match=r"trainer\.max_epochs=99: budget=10min sets it; use init_from="):
+        resumed_config(compose_train(*given), given)
     with pytest.raises(UserError, match="contains no run"):
         resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])
 

@@ -194,5 +194,7 @@ def test_init_from_loads_the_head_only_for_the_same_classes_and_shapes(tmp_path:
         same = {name for name, value in state.items() if name in expected and torch.equal(value, expected[name])}
         assert {name for name in state if name.startswith("backbone.")} <= same
         assert ("head.layers.0.weight" in same) == (outcome == "loaded backbone and head")
+    with pytest.raises(UserError, match=r"model\.weights=.* of this project; start from it with init_from=FILE"):
+        load_backbone(Backbone("resnet18"), read_weights("resnet18", str(path)), f"model.weights={path}")
     with pytest.raises(UserError, match=r"init_from=.* does not fit this backbone"):
         LitClassifier(NAMES, "resnet18", image_size=32, stem="cifar").load_weights_from(path)
