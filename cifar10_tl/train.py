@@ -86,7 +86,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
             return earlier
     best, best_epoch = checkpoints.best_checkpoint(trainer) or (None, None)
     outcome = results.fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)
-    outcome |= logistic_regression.fit_results(cfg, module, trainer, datamodule)
+    outcome |= logistic_regression.results(trainer, module)
     if cfg.test:
         clock = time.perf_counter()
         trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)

@@ -82,6 +82,8 @@ class TimeBudget(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Time a step and plan the epochs of a new run."""
         if self.epochs is None:
+            if self.test:
+                trainer.datamodule.with_features("test")  # type: ignore[attr-defined]  # fills a cache
             self.phases = [(start, step_seconds(trainer, pl_module, size)) for start, size in pl_module.image_sizes]
             loader: Any = trainer.train_dataloader
             num_batches = len(_split(trainer, "val")) / loader.sampler.batch_size

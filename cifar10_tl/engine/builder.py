@@ -30,6 +30,7 @@ from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import FeatureCache
 from cifar10_tl.engine.checkpoints import RunCheckpointIO
 from cifar10_tl.engine.hardware import choose_compile, choose_precision, tune_for
+from cifar10_tl.engine.logistic_regression import LogisticRegression
 from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.optim import find_optimizer, schedule_factor
@@ -122,6 +123,8 @@ def build_callbacks(cfg: DictConfig, handler: SignalHandler | None, started: flo
         callbacks.insert(0, TimeBudget(cfg.budget, started, cfg.test))  # before others that read the number of epochs
     if decay := cfg.get("ema_decay"):
         callbacks.append(WeightEMA(decay, cfg.get("ema_bn_batches", 0)))
+    if cfg.get("logistic_regression") and not cfg.trainer.fast_dev_run:
+        callbacks.append(LogisticRegression(cfg.test))
     if cfg.get("gradient_flow"):
         callbacks.append(GradientFlow())
     if every := cfg.checkpoint_every_n_steps:

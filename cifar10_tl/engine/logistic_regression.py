@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
@@ -37,26 +37,44 @@ class Candidate(NamedTuple):
     val: Evaluation
 
 
-def fit_results(
-    cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer, datamodule: CIFAR10DataModule
-) -> dict[str, Any]:
-    """Fit on the training features, choose the penalty on val, write a checkpoint, then test.
+class LogisticRegression(Callback):
+    """Callback that fits before the first epoch, so that a time budget counts it.
 
-    Call it in all processes, which share the cache; the first one fits.
-
-    Returns:
-        The entry of results.json, empty in other processes or if ``cfg`` does not ask for it.
+    Args:
+        test: Whether the chosen head is tested.
     """
-    if not cfg.get("logistic_regression") or cfg.trainer.fast_dev_run:
-        return {}
-    if not isinstance(module.network.head, PoolingHead):
-        log.info("logistic_regression=true has no effect: this head does not pool the feature map")
-        return {}
-    module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU after a fit
-    names = ("train", "val", "test") if cfg.test else ("train", "val")
-    splits = {name: datamodule.with_features(name) for name in names}
-    if not trainer.is_global_zero:
-        return {}
+
+    def __init__(self, test: bool) -> None:
+        self.test = test
+        self.results: dict[str, Any] | None = None  # entry of results.json, empty in all processes but the first
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Fit on the training features, choose the penalty on val, write a checkpoint, then test."""
+        self.results = {}
+        if not isinstance(pl_module.network.head, PoolingHead):
+            log.info("logistic_regression=true has no effect: this head does not pool the feature map")
+            return
+        pl_module.to(trainer.strategy.root_device)  # after a fit, Lightning moves it to the CPU
+        names = ("train", "val", "test") if self.test else ("train", "val")
+        datamodule: CIFAR10DataModule = trainer.datamodule  # type: ignore[attr-defined]
+        splits = {name: datamodule.with_features(name) for name in names}  # in all processes, which share the cache
+        if trainer.is_global_zero:
+            self.results = {"logistic_regression": fit(pl_module, trainer, datamodule, splits)}
+
+
+def results(trainer: pl.Trainer, module: LitClassifier) -> dict[str, Any]:
+    """Return the results of the fit, after it if a resumed run had nothing left to train; empty if it is off."""
+    found: list[Any] = [c for c in trainer.callbacks if isinstance(c, LogisticRegression)]  # type: ignore[attr-defined]
+    for callback in found:
+        if callback.results is None:
+            callback.on_train_start(trainer, module)
+    return found[0].results if found else {}
+
+
+def fit(
+    module: LitClassifier, trainer: pl.Trainer, datamodule: CIFAR10DataModule, splits: dict[str, Split]
+) -> dict[str, Any]:
+    """Write the checkpoint with the penalty that is best on val, and return the results."""
     start = time.perf_counter()
     log.info("fitting logistic regression with %d penalties on %d images", len(PENALTIES), len(splits["train"]))
     evaluate = partial(evaluate_head, module=module, trainer=trainer, batch_size=datamodule.hparams["batch_size"])
@@ -65,9 +83,9 @@ def fit_results(
     trainer.strategy.checkpoint_io.save_checkpoint(
         checkpoint_content(module, best.head, datamodule), Path(trainer.default_root_dir) / CHECKPOINT
     )
-    scores = {"val": best.val} | ({"test": evaluate(best.head, splits["test"])} if cfg.test else {})
+    scores = {"val": best.val} | ({"test": evaluate(best.head, splits["test"])} if "test" in splits else {})
     metrics = {name: evaluation.metrics() for name, evaluation in scores.items()}
-    return {"logistic_regression": {"l2": best.l2, **metrics, "seconds": time.perf_counter() - start}}
+    return {"l2": best.l2, **metrics, "seconds": time.perf_counter() - start}
 
 
 def fit_heads(module: LitClassifier, train: Split) -> Iterator[tuple[float, nn.Module]]:
@@ -125,7 +143,7 @@ def checkpoint_content(module: LitClassifier, head: nn.Module, datamodule: CIFAR
     """Return a checkpoint of the network with another, linear head, without what resuming a run needs."""
     state = {name: value for name, value in module.state_dict().items() if not name.startswith("network.head.")}
     return {
-        "epoch": module.restored_epoch,
+        "epoch": module.current_epoch,
         "pytorch-lightning_version": version("lightning"),
         "state_dict": state | {f"network.head.{name}": value for name, value in head.state_dict().items()},
         "hyper_parameters": {**module.hparams, "head": {"name": "linear"}},

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import SMALL, compose_command, compose_train, resume
 
 from cifar10_tl import load_classifier
+from cifar10_tl.callbacks import TimeBudget
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine import logistic_regression
 from cifar10_tl.engine.evaluator import evaluate_checkpoint
@@ -105,6 +106,22 @@ def test_the_penalty_has_the_best_validation_accuracy(run: Path) -> None:
     assert results["l2"] == max(PENALTIES, key=scores.__getitem__)
     assert scores[results["l2"]] == pytest.approx((results["val"]["acc"], -results["val"]["loss"]), rel=1e-4)
     assert len({accuracy for accuracy, _ in scores.values()}) > 1, "the choice matters"
+
+
+@pytest.mark.parametrize("is_fitted", [True, False])
+def test_a_time_budget_counts_the_fit_and_the_features_of_all_splits(
+    is_fitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: Any, **__: Any) -> None:
+        assert (tmp_path / "run" / CHECKPOINT).is_file() == is_fitted
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
+        raise InterruptedError
+
+    monkeypatch.setattr(TimeBudget, "_plan", plan)
+    settings = (*PROBE, f"logistic_regression={is_fitted}", "budget=1h", "trainer.enable_progress_bar=false")
+    paths = (f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}")
+    with pytest.raises(InterruptedError):
+        train(compose_train(*SMALL, *settings, *paths))
 
 
 def test_finished_run_does_not_fit_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
