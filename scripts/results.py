@@ -54,7 +54,7 @@ def digest(folder: Path, data_name: str) -> Run:
         "data": data_name,
         "seed": results["config"]["seed"],
         "overrides": [
-            shortened(o) for o in given if not re.match(r"[+~]*(seed|paths|hydra|logger|callbacks|resume)\b", o)
+            shortened(o) for o in given if not re.match(r"[+~]*(seed|paths|hydra|logger|callbacks|resume|test)\b", o)
         ],
         "settings": {key: shortened(value) for key, value in sorted(changed_settings(results).items())},
         "weights": shortened(results["config"]["model"]["weights"] or "random"),
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_DIR", help="folders of tested runs")
     parser.add_argument("--data-name", default="CIFAR-10", help="name of the test images (default: %(default)s)")
     arguments = parser.parse_args()
-    if bad := [folder for folder in arguments.folders if not {"config", "test"} <= read_results(folder).keys()]:
+    if bad := [folder for folder in arguments.folders if not {"best_epoch", "test"} <= read_results(folder).keys()]:
         parser.error(f"{bad[0]}: not the folder of a tested run; finish it with resume={bad[0]} test=true")
     added = [digest(folder, arguments.data_name) for folder in arguments.folders]
     runs = merged([*json.loads(RUNS.read_text()), *added])

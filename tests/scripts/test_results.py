@@ -156,6 +156,7 @@ def test_runs_are_added_and_everything_is_written(
     assert "90.00% [87.98, 91.71]" in (tmp_path / "page.md").read_text()
     assert "| `experiment=quickstart` | drawn shapes | 1 | 90.00%" in (tmp_path / "readme.md").read_text()
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "results.json").write_text('{"config": {}, "test": {}}')  # of the evaluate command
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         RESULTS["main"]()
