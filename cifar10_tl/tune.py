@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 def tune(cfg: DictConfig) -> dict[str, Any]:
     """Search in the folder ``cfg.paths.output_dir`` and return the content of results.json."""
-    if cfg.resume:
-        raise UserError(f"resume={cfg.resume}: a search is continued by its own command; leave resume out")
     run_dir = Path(cfg.paths.output_dir)
     if (run_dir / RUN_CONFIG).is_file():
         raise UserError(f"paths.output_dir={run_dir}: contains a training run; choose another folder")

@@ -122,9 +122,12 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
     if renamed := _renamed(key):
         return renamed
     known = config_keys(config_name)
+    section, _, name = key.rpartition(".")
+    if key.startswith("search.") and f"{section}.low" not in known:
+        remove = f"'~{key}' " * (key in known)
+        return f"{key}: add it with {remove}'+{key}={{choices: [a, b]}}' or a range (docs/search.md)"
     if key in known:
         return f"{key}: the chosen groups have no such setting (data=, model/head=, scheduler= ...)"
-    section, _, name = key.rpartition(".")
     similar = difflib.get_close_matches(key, known, n=1, cutoff=0.8) or [k for k in known if k.endswith(f".{name}")]
     if similar:
         return f"{key}: no such setting; did you mean {' or '.join(similar)}? --cfg job shows all settings"

@@ -53,7 +53,7 @@ class Search:
         self.seed, self.trust = cfg.seed, cfg.trust
         settings: Any = OmegaConf.to_container(cfg)  # keeps interpolations, because the folder may be moved
         del settings["trials"], settings["paths"]["output_dir"]
-        self.space = read_space(settings["search"], dict(walk(settings)))
+        self.space = read_space(settings.get("search") or {}, dict(walk(settings)))
         self.overrides = shared_overrides(overrides, self.space)
         median = MedianPruner(cfg.pruner.startup_trials, cfg.pruner.warmup_epochs)
         self.pruner: BasePruner = median if cfg.pruner.name == "median" else NopPruner()

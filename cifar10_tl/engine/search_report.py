@@ -79,9 +79,10 @@ def summary(results: Mapping[str, Any], folder: Path, count: int = 10) -> str:
     table = text_table(names, ([_cell(name, row[name]) for name in names] for row in best))
     states = [row["state"] for row in results["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in STATES.values())
+    importance = ", importance.png" * bool(results["importance"])
     return (
         f"\n\n{table}\n\n  {len(states)} trials: {counts}\n  numbers      {folder / 'trials.csv'}, results.json\n"
-        f"  figures      {folder / 'history.png'}, importance.png\n"
+        f"  figures      {folder / 'history.png'}{importance}\n"
         f"  checkpoint   {folder / 'trials' / str(best[0]['trial']) / 'checkpoints' / 'best.ckpt'}\n"
         f"  train the best trial again:\n  {results['best']['command']}"
     )

@@ -120,6 +120,14 @@ OTHERS = [
     ("predict", "checkpoint=notes.txt images=empty", ["empty"]),
     ("export", "checkpoint=nowhere.ckpt", ["nowhere.ckpt: no such file"]),
     ("export", "checkpoint=notes.txt", ["notes.txt"]),
+    ("tune", "data=shapes ~search", ["search: has no settings"]),
+    (
+        "tune",
+        "data=shapes search.optimizer.lr={choices:[1]}",
+        ["'~search.optimizer.lr' '+search.optimizer.lr={choices"],
+    ),
+    ("tune", "search.data.batch_size={low:1,high:9}", ["add it with '+search.data.batch_size="]),
+    ("tune", "search.optimizer.lr.hi=1", ["did you mean search.optimizer.lr.high"]),
 ]
 CASES = [
     *(("train", overrides, parts) for overrides, parts in COMPOSED),

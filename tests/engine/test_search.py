@@ -209,6 +209,8 @@ def test_report_names_the_best_trial_and_its_command(runs: FakeRuns, tmp_path: P
     ]
     assert "5 trials: 3 finished, 1 pruned, 1 failed" in text
     assert text.endswith(best["command"])
+    assert "history.png, importance.png\n" in text
+    assert "history.png\n" in summary(results | {"importance": {}}, tmp_path)
 
 
 def test_search_without_a_finished_trial_is_an_error(runs: FakeRuns, tmp_path: Path) -> None:
@@ -228,9 +230,6 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="contains a training run"):
         tune(cfg)
-    cfg.resume = "x"
-    with pytest.raises(UserError, match="resume=x: a search is continued by its own command"):
-        tune(cfg)
 
 
 def test_missing_optuna_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +241,8 @@ def test_missing_optuna_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_sweeps_and_sweepers_point_to_the_search() -> None:
     with pytest.raises(UserError, match=r"hydra/sweeper=optuna: not supported; .* cifar10_tl\.tune"):
         launcher._prepared(["-m", "hydra/sweeper=optuna"])
+    with pytest.raises(UserError, match="resume=x: a search is continued by its own command"):
+        launcher._prepared(["resume=x"], "tune")
     for flag in ("-m", "--multirun"):
         with pytest.raises(UserError, match=f"{flag}: a search is one run"):
             launcher._prepared([flag, "seed=1,2"], "tune")
