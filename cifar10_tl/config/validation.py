@@ -91,7 +91,7 @@ duration = Rule("a time such as 90s, 10min or 1.5h", lambda v: isinstance(v, str
 folder = Rule("a folder that exists or can be created", _is_folder)
 inside = number(0, 1, above=True, below=True)
 side = whole(8, 4096)
-side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with starts that ascend from 0 to below 1", _is_size_schedule)
+side_schedule = Rule("a list such as [[0, 128], [0.5, 160]] with starts ascending from 0 to below 1", _is_size_schedule)
 fractions = list_of(number(0.01, 1), 2)
 fraction_range = Rule(
     "a range of fractions from 0.01 to 1, such as [0.6, 1]",
