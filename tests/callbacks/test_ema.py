@@ -88,10 +88,16 @@ def assert_estimated(run: Path, processes: int = 1) -> None:
 ESTIMATED = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "ema_decay=0.9", "ema_bn_batches=2", "test=false")
 
 
-def test_statistics_of_the_average_are_estimated(tmp_path: Path) -> None:
-    augment = ("data.augment.random_crop_padding=4", "data.augment.random_resized_crop=[0.5,1]")
-    train(compose_train(*ESTIMATED, *augment, f"paths.output_dir={tmp_path}"))
-    assert_estimated(tmp_path)
+def test_statistics_of_the_average_are_estimated_at_the_last_size_without_a_change_of_training(tmp_path: Path) -> None:
+    options = ["data.augment.random_crop_padding=4", "data.augment.random_resized_crop=[0.5,1]"]
+    options += ["model.image_size=[[0,24],[0.9,32]]", "model.head.dropout=0.5"]
+    train(compose_train(*ESTIMATED, *options, f"paths.output_dir={tmp_path / 'estimated'}"))
+    assert_estimated(tmp_path / "estimated")
+    train(compose_train(*ESTIMATED, *options, "ema_bn_batches=0", f"paths.output_dir={tmp_path / 'averaged'}"))
+    files = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("estimated", "averaged")]
+    trained, expected = (torch.load(file, weights_only=True)["current_model_state"] for file in files)
+    for name, value in expected.items():
+        assert torch.equal(trained[name], value), name
 
 
 @pytest.mark.slow

@@ -171,6 +171,20 @@ def test_the_backbone_waits_for_the_head_also_in_a_resumed_run(tmp_path: Path, s
     assert {int(layer.num_batches_tracked) for layer in backbone.modules() if isinstance(layer, BatchNorm2d)} == {3}
 
 
+def test_the_backbone_waits_for_an_epoch_of_accumulated_batches() -> None:
+    """Three batches and two optimizer steps per epoch."""
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    options: dict[str, Any] = {"freeze": "none", "scheduler": {"name": "constant", "head_only_epochs": 1}}
+    run = fitted(8, options, max_epochs=2, accumulate_grad_batches=2, callbacks=[Rates()])
+    assert rates == [0, 0, *[run.optimizers[0].param_groups[0]["initial_lr"]] * 2]
+    assert rates[-1] > 0
+
+
 def test_a_checkpoint_is_restored_from_its_file_alone(tmp_path: Path) -> None:
     net, path = module(head={"name": "linear"}), tmp_path / "a.ckpt"
     content = {"state_dict": net.state_dict(), "hyper_parameters": dict(net.hparams), "epoch": 3}
