@@ -61,6 +61,8 @@ def main() -> None:
         parser.add_argument(name, type=int, default=default, help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
     given = parser.parse_args()
+    if not (given.data_root / "train").is_dir():
+        parser.error(f"{given.data_root}: has no folder train with a folder per class")
     out, classes = given.out.resolve(), sorted(path.name for path in (given.data_root / "train").iterdir())
     for number, name in enumerate(classes):
         for split in ("train", "test"):

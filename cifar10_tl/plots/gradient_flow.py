@@ -22,7 +22,7 @@ def gradient_flow(rows: Sequence[Mapping[str, Any]], *, heading: str) -> Figure:
     A row has the keys ``epoch``, ``stages`` (norm by name, from the input to the output) and ``time_steps`` (list).
     """
     has_steps = any(row["time_steps"] for row in rows)
-    note = "mean norm before clipping; logarithmic axes"
+    note = "mean norm before clipping, on a logarithmic scale"
     fig, page = style.new_page(10 if has_steps else 5.6, 3.5, heading, note)
     style.write(page, 0.75, 0.1, "stages", style.BODY + 1, weight="bold")
     panel = style.add_panel(page, 0.75, 0.25, 3.6, 2.7, ("epoch", ""))

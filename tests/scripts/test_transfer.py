@@ -41,3 +41,6 @@ def test_a_trunk_of_other_classes_is_compared_with_random_weights(tmp_path: Path
     times = {run: (out / "other" / run / "test" / "results.json").stat().st_mtime_ns for run in runs}
     assert subprocess.check_output(command, text=True).strip() == table.strip()
     assert times == {run: (out / "other" / run / "test" / "results.json").stat().st_mtime_ns for run in runs}
+
+    wrong = subprocess.run([*command, "--data-root", str(out)], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count(f"{out}: has no folder train")) == (2, 1)
