@@ -24,7 +24,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import OmegaConf
 
 from cifar10_tl.config.errors import UserError
@@ -178,15 +177,14 @@ def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
     optimizer, times = trainer.optimizers[0], list[float]()
     pl_module.network.training_size = image_size
     weights, optimizer_state = copy.deepcopy((pl_module.state_dict(), optimizer.state_dict()))
-    with isolate_rng():
-        for _ in range(4):
-            batch = trainer.strategy.batch_to_device(loader.dataset[positions])
-            trainer.strategy.training_step(batch, 0).backward()  # type: ignore[union-attr]
-            optimizer.step()
-            optimizer.zero_grad()
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
+    for _ in range(4):  # each training batch seeds the random numbers again
+        batch = trainer.strategy.batch_to_device(loader.dataset[positions])
+        trainer.strategy.training_step(batch, 0).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
     pl_module.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
     return statistics.median(end - start for start, end in pairwise(times))  # without the first, which may compile
