@@ -42,6 +42,7 @@ def test_tensorboard_discards_epochs_after_the_checkpoint(small_cfg: Callable[..
     assert build_loggers(small_cfg(), first_epoch)[0]._kwargs["purge_step"] == 2
 
 
+@torch._dynamo.config.patch(recompile_limit=3)  # one graph of training, two of evaluation
 def test_network_is_compiled_once_per_training_size(
     small_cfg: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +54,6 @@ def test_network_is_compiled_once_per_training_size(
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr("cifar10_tl.engine.hardware.shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 3)  # one graph of training, two of evaluation
     torch.compiler.reset()
     sizes = [[0, 16], [0.2, 20], [0.4, 24], [0.6, 32]]
     module = LitClassifier(["a", "b"], "resnet18", image_size=sizes, stem="cifar")
