@@ -35,6 +35,7 @@ README = ROOT / "README.md"
 COLUMNS = ("recipe", "weights", "epochs", "image size", "seeds", "test accuracy", "fit", "images/s", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
+UNCOUNTED = r"seed|paths|hydra|logger|callbacks|resume|test|trainer\.enable_progress_bar"  # no other recipe
 
 
 class Row(NamedTuple):
@@ -53,9 +54,7 @@ def digest(folder: Path, data_name: str) -> Run:
     return {
         "data": data_name,
         "seed": results["config"]["seed"],
-        "overrides": [
-            shortened(o) for o in given if not re.match(r"[+~]*(seed|paths|hydra|logger|callbacks|resume|test)\b", o)
-        ],
+        "overrides": [shortened(o) for o in given if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
         "settings": {key: shortened(value) for key, value in sorted(changed_settings(results).items())},
         "weights": shortened(results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],
