@@ -19,6 +19,8 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from PIL import Image
 
+from cifar10_tl.data.shapes import draw_shapes
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: Folder of cifar10-original-6k.npz; the tests that need it are skipped if the variable is not set.
 REAL_IMAGES = os.environ.get("CIFAR10_TL_TEST_DATA")
@@ -100,6 +102,14 @@ def write_png(folder: Path, images: torch.Tensor) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+
+
+def write_shapes(root: Path, num_classes: int, **counts: int) -> None:
+    """Write built-in images to ``root/<split>/class <n>``, given the number of images per class of each split."""
+    for split, count in counts.items():
+        images, labels = draw_shapes(10 * count, seed=0, image_size=32)
+        for label in range(num_classes):
+            write_png(root / split / f"class {label}", images[labels == label])
 
 
 def lock(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import REPOSITORY, write_png
-
-from cifar10_tl.data.shapes import draw_shapes
+from helpers import REPOSITORY, write_shapes
 
 SCRIPT = REPOSITORY / "scripts" / "gpu_suite.py"
 
@@ -27,10 +25,7 @@ def state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_steps_are_measured_once_and_continue_in_the_next_call(tmp_path: Path) -> None:
-    for split, count in (("train", 24), ("test", 8)):
-        images, labels = draw_shapes(10 * count, seed=0, image_size=32)
-        for label in range(2):
-            write_png(tmp_path / "data" / split / f"class {label}", images[labels == label])
+    write_shapes(tmp_path / "data", 2, train=24, test=8)
     out, images_of = tmp_path / "out", ("--data-root", str(tmp_path / "data"))
     stopped = suite(out, *images_of, "--minutes", "0.01")
     assert stopped.returncode == 3, stopped.stderr

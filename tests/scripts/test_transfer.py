@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, write_png
+from helpers import REPOSITORY, write_shapes
 from torchvision.models import resnet18
-
-from cifar10_tl.data.shapes import draw_shapes
 
 
 @pytest.mark.slow
 def test_a_trunk_of_other_classes_is_compared_with_random_weights(tmp_path: Path) -> None:
-    for split, count in (("train", 20), ("test", 4)):
-        images, labels = draw_shapes(10 * count, seed=0, image_size=32)
-        for label in range(4):
-            write_png(tmp_path / "data" / split / f"class {label}", images[labels == label])
+    write_shapes(tmp_path / "data", 4, train=20, test=4)
     out = tmp_path / "out"
     command = [sys.executable, str(REPOSITORY / "scripts" / "transfer.py"), "--data-root", str(tmp_path / "data")]
     command += ["--out", str(out), "--images", "8", "--seeds", "2", "--steps", "2", "--trunk-epochs", "1"]
