@@ -33,20 +33,30 @@ class Evaluation:
         labels: True classes, int64 [N].
         indices: Index of each image in its source, int64 [N], in ascending order.
         class_names: Names of the K classes.
+        features: Features before the head, averaged over space, float32 [N, C]; None if they were not collected.
     """
 
     logits: Tensor
     labels: Tensor
     indices: Tensor
     class_names: tuple[str, ...]
+    features: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, indices: Tensor, class_names: Sequence[str]) -> Evaluation:
+    def of(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        class_names: Sequence[str],
+        features: Tensor | None = None,
+    ) -> Evaluation:
         """Create an evaluation from outputs in any order; an index that occurs twice raises ValueError."""
         order = indices.argsort()
         if (indices[order].diff() == 0).any():
             raise ValueError("an image was evaluated twice")
-        return cls(logits[order], labels[order], indices[order], tuple(class_names))
+        features = None if features is None else features[order].float()
+        return cls(logits[order], labels[order], indices[order], tuple(class_names), features)
 
     @classmethod
     def mean_of(cls, views: Sequence[Evaluation]) -> Evaluation:

@@ -93,7 +93,7 @@ class LitClassifier(pl.LightningModule):
         )
         self.evaluation: Evaluation | None = None  # of the latest validation or test epoch
         self.restored_epoch: int | None = None  # last epoch that trained these weights
-        self._eval_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._eval_outputs: list[tuple[Tensor, ...]] = []
         self._totals = torch.zeros(3, dtype=torch.float64)  # loss, hits and images of this epoch
         self._has_weights = weights is None
 
@@ -105,6 +105,17 @@ class LitClassifier(pl.LightningModule):
         if batch.features is None:
             return self.network(batch.images, batch.boxes).float()
         return self.network.head(batch.features).float()
+
+    def _evaluated(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits, float32 [N, K], and the features averaged over space, [N, C]."""
+        if len(batch.images) == 0:  # the last batch of a rank may be empty, see BatchSampler
+            empty = torch.zeros(0, len(self.class_names), device=self.device)
+            return empty, empty.new_zeros(0, self.network.backbone.num_features)
+        if batch.features is None:
+            logits, features = self.network(batch.images, with_features=True)
+        else:
+            logits, features = self.network.head(batch.features), batch.features.mean((2, 3))
+        return logits.float(), features
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input of the head for uint8 images [N, 3, H, W], on the CPU in the trainer's precision."""
@@ -227,20 +238,21 @@ class LitClassifier(pl.LightningModule):
         return self.trainer.strategy.reduce(self._totals.clone(), reduce_op="sum")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect logits, labels and indices for the end of the epoch."""
-        is_empty = len(batch.images) == 0  # the last batch of a rank may be, see BatchSampler
-        logits = torch.zeros(0, len(self.class_names), device=self.device) if is_empty else self._logits(batch)
-        self._eval_outputs.append((logits, batch.targets, batch.indices))
+        """Collect logits, labels and indices for the end of the epoch, and features in a test."""
+        logits, features = self._evaluated(batch)  # in both, so that a network is compiled once for both
+        outputs = (logits, batch.targets, batch.indices)
+        self._eval_outputs.append((*outputs, features) if self.trainer.testing else outputs)
 
     def on_validation_epoch_end(self) -> None:
         """Evaluate the logits of all processes into :attr:`evaluation`, and log loss and accuracy."""
-        logits, labels, indices = (torch.cat(parts).cpu() for parts in zip(*self._eval_outputs, strict=True))
+        outputs = [torch.cat(parts).cpu() for parts in zip(*self._eval_outputs, strict=True)]
         self._eval_outputs = []
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, (logits, labels, indices))  # counts differ between ranks
-            logits, labels, indices = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-        self.evaluation = Evaluation.of(logits, labels, indices, self.class_names)
+            torch.distributed.all_gather_object(gathered, outputs)  # counts differ between ranks
+            outputs = [torch.cat(parts) for parts in zip(*gathered, strict=True)]
+        logits, labels, indices, *features = outputs
+        self.evaluation = Evaluation.of(logits, labels, indices, self.class_names, *features)
         stage = "test" if self.trainer.testing else "val"
         # no reduction, because every process has all the logits
         metrics = {f"{stage}/loss": self.evaluation.loss, f"{stage}/acc": self.evaluation.accuracy}

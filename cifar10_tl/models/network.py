@@ -68,9 +68,16 @@ class TransferResNet(nn.Module):
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Return the logits [N, K] of uint8 images [N, 3, H, W] or of their ``boxes``, see :meth:`Resize.forward`."""
-        return self.head(self.features(images, boxes))
+    def forward(
+        self, images: Tensor, boxes: Tensor | None = None, *, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits [N, K] of uint8 images [N, 3, H, W] or of their ``boxes``, see :meth:`Resize.forward`.
+
+        ``with_features`` adds the features averaged over space [N, C].
+        """
+        feature_map = self.features(images, boxes)
+        logits = self.head(feature_map)
+        return (logits, feature_map.mean((2, 3))) if with_features else logits
 
     def features(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Return the feature map [N, C, h, w] of uint8 images [N, 3, H, W]."""

@@ -10,6 +10,7 @@ from helpers import Watcher
 from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.batch import Batch
 from cifar10_tl.engine.builder import STEP_HOOKS, build_loggers, check_batch_size, next_epoch, skip_idle_hooks, speed_up
 from cifar10_tl.models.lit_classifier import LitClassifier
 
@@ -57,14 +58,20 @@ def test_network_is_compiled_once_per_training_size(
     torch.compiler.reset()
     sizes = [[0, 16], [0.2, 20], [0.4, 24], [0.6, 32]]
     module = LitClassifier(["a", "b"], "resnet18", image_size=sizes, stem="cifar")
-    speed_up(small_cfg("compile=true"), module, pl.Trainer(accelerator="cpu", logger=False))
+    module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False)
+    speed_up(small_cfg("compile=true"), module, trainer)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     for i, (_, size) in enumerate(sizes):
         module.network.training_size = size
         for _ in range(2):
             module.train()(images)
         assert len(compiled) == i + 1 + 2 * (i > 0)
-        for num_images in (4, 3):
-            logits = module.eval()(images[:num_images])
-        assert torch.equal(logits, module.network._call_impl(images[:3]))
+        for trainer.testing in (False, True):  # validation and test share their graphs
+            for num_images in (4, 3):
+                batch = Batch(images[:num_images], torch.zeros(num_images).long(), torch.arange(num_images))
+                module.eval().validation_step(batch, 0)
+        logits, *_, features = module._eval_outputs[-1]
+        expected = module.network._call_impl(images[:3], with_features=True)
+        assert torch.equal(logits, expected[0])
+        assert torch.equal(features, expected[1])
     assert not any(compiled)  # no graph takes a size that varies

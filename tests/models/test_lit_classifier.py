@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch.nn import BatchNorm2d
+from torch.utils.data import DataLoader
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
@@ -63,6 +64,23 @@ def test_mixed_targets_count_the_larger_fraction() -> None:
     fractions = torch.lerp(F.one_hot(predictions, 3).float(), torch.full((8, 3), 1 / 3), 0.5)
     net.training_step(BATCH._replace(targets=fractions), 0)
     assert net.training_metrics()["train/acc"] == 1.0
+
+
+@pytest.mark.parametrize("head", ["linear", "lstm"])
+def test_a_test_keeps_the_features_of_its_images_and_validation_does_not(head: str) -> None:
+    net = module(head={"name": head}, stem="cifar").eval()
+    net.trainer = trainer(limit_val_batches=2)
+    with torch.inference_mode():  # an LSTM computes with other kernels than in training
+        logits, pooled, cached = net(IMAGES), net.network.features(IMAGES).mean((2, 3)), net.network.head_input(IMAGES)
+    for features in (None, cached):
+        batch = BATCH._replace(indices=7 - BATCH.indices, features=features)
+        loader = DataLoader([batch, Batch(*(x[:0] for x in batch[:3]))], batch_size=None)
+        net.trainer.validate(net, loader, verbose=False)
+        assert net.evaluation is not None
+        assert net.evaluation.features is None
+        net.trainer.test(net, loader, verbose=False)
+        assert torch.equal(net.evaluation.features.flip(0), pooled)
+        assert torch.equal(net.evaluation.logits.flip(0), logits)
 
 
 @pytest.mark.parametrize("names", [[], ["ant", "bee", "ant"]])
