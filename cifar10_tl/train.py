@@ -98,7 +98,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     if trainer.is_global_zero:
         if cfg.test and ("test" not in earlier or earlier["best_epoch"] != module.restored_epoch):
             results.log_settings(trainer, outcome, module.restored_epoch)
-        results.write_results(run_dir, outcome, module.evaluation if cfg.test else None)
+        results.write_results(run_dir, outcome, module.evaluation if cfg.test else None, datamodule.splits["test"])
         log.info("%s", results.summary(outcome, run_dir, best))
     return outcome
 

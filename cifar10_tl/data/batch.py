@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,14 +34,21 @@ class Batch(NamedTuple):
 class Split(Dataset[Batch]):
     """Images of one split in memory, indexed by a whole batch at once.
 
-    Images are uint8 [N, 3, H, W], labels and indices in the source (0 to N - 1 by default) are int64 [N], and cached
-    features of V views of the images are [N, V, ...].
+    Images are uint8 [N, 3, H, W], labels and indices in the source (0 to N - 1 by default) are int64 [N], cached
+    features of V views of the images are [N, V, ...], and paths are those of the image files relative to ``data.root``,
+    None if the images are not files.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, features: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor | None = None,
+        features: Tensor | None = None,
+        paths: Sequence[str] | None = None,
     ) -> None:
         self.images, self.labels, self.features = images, labels, features
+        self.paths = None if paths is None else tuple(paths)
         self.indices = torch.arange(len(labels)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -57,15 +64,22 @@ class Split(Dataset[Batch]):
     def to(self, device: torch.device) -> Split:
         """Return the split with its tensors on ``device``."""
         features = None if self.features is None else self.features.to(device)
-        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), features)
+        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), features, self.paths)
 
     def subset(self, positions: Tensor) -> Split:
         """Return the images at ``positions`` (int64 [n]), with the same indices."""
-        return Split(self.images[positions], self.labels[positions], self.indices[positions])
+        paths = None if self.paths is None else [self.paths[position] for position in positions.tolist()]
+        return Split(self.images[positions], self.labels[positions], self.indices[positions], paths=paths)
 
     def by_index(self, indices: Tensor) -> Tensor:
         """Return the images with these indices (int64 [n]) as uint8 [n, 3, H, W]."""
         return self.images[torch.searchsorted(self.indices, indices)]
+
+    def paths_of(self, indices: Tensor) -> list[str | None]:
+        """Return the paths of the images with these indices (int64 [n]), None for each image that is not a file."""
+        if self.paths is None:
+            return [None] * len(indices)
+        return [self.paths[position] for position in torch.searchsorted(self.indices, indices).tolist()]
 
 
 class BatchSampler(Sampler[Tensor]):

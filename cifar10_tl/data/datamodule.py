@@ -67,7 +67,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         """Load all splits, once."""
         if self.splits:
             return
-        splits = {name: Split(*image_set) for name, image_set in self.source.load().items()}
+        splits = {name: Split(x.images, x.labels, paths=x.paths) for name, x in self.source.load().items()}
         if "val" not in splits:
             splits["train"], splits["val"] = self._split(splits["train"])
         self.splits = {name: self._limited(split) for name, split in splits.items()}
@@ -128,7 +128,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
             return split
         mirrored = name == "train" and self.augment.horizontal_flip
         features = self.feature_cache.features(name, split.images, mirrored=mirrored)
-        return Split(split.images, split.labels, split.indices, features)
+        return Split(split.images, split.labels, split.indices, features, split.paths)
 
     def _loader(self, name: str) -> BatchLoader:
         split, batch_size, shuffle = self.with_features(name), self.hparams["batch_size"], name == "train"

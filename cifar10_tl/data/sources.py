@@ -33,10 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class ImageSet(NamedTuple):
-    """Images in memory, uint8 [N, 3, H, W], and their labels, int64 [N]."""
+    """Images in memory, uint8 [N, 3, H, W], their labels, int64 [N], and their paths relative to ``root`` if files."""
 
     images: Tensor
     labels: Tensor
+    paths: Sequence[str] | None = None
 
 
 class Source(Protocol):
@@ -128,17 +129,18 @@ class Folder:
         files, bad = self._list(split)
         stats = [(path, path.stat() if path.exists() else path.lstat()) for path, _ in files]
         listing = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-        key = json.dumps([5, os.path.realpath(self.root), self.native_size, self.skip_bad, listing, bad])  # 5: version
+        key = json.dumps([6, os.path.realpath(self.root), self.native_size, self.skip_bad, listing, bad])  # 6: version
         cache = self.cache_dir / f"{self.root.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         try:
             with np.load(cache) as arrays:
-                decoded = ImageSet(torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
-                return decoded, arrays["bad"].tolist()
+                images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+                return ImageSet(images, labels, arrays["paths"].tolist()), arrays["bad"].tolist()
         except Exception:  # missing, or damaged, which raises many types of errors
-            images, labels = self._decode(split, files, bad)
+            decoded = self._decode(split, files, bad)
+        paths, errors = (np.array(texts, dtype=np.str_) for texts in (decoded.paths, bad))
         with atomic_write(cache) as file:
-            np.savez(file, images=images.numpy(), labels=labels.numpy(), bad=np.array(bad, dtype=np.str_))
-        return ImageSet(images, labels), bad
+            np.savez(file, images=decoded.images.numpy(), labels=decoded.labels.numpy(), paths=paths, bad=errors)
+        return decoded, bad
 
     def _list(self, split: str) -> tuple[list[tuple[Path, int]], list[str]]:
         """Return the files of a split with their labels, and a message for each path that cannot be used."""
@@ -154,18 +156,19 @@ class Folder:
 
     def _decode(self, split: str, files: Sequence[tuple[Path, int]], bad: list[str]) -> ImageSet:
         """Decode the images of a split, and add a message to ``bad`` for each file that is not an image."""
-        images, labels = [], []
+        images, labels, paths = [], [], []
         for path, label in tqdm(files, desc=f"decoding {split}", unit=" images", disable=None, leave=False):
             try:
                 images.append(decode_image(path, self.native_size))
                 labels.append(label)
+                paths.append(_printable(path.relative_to(self.root).as_posix()))
             except BadImageError as error:
                 bad.append(f"{_printable(path)} ({error})")
         if bad and not self.skip_bad:
             raise UserError(f"cannot use {_summary(split, bad)}; data.skip_bad=true leaves them out")
         if empty := [name for label, name in enumerate(self.class_names) if label not in labels]:
             raise UserError(f"{self.root / split}: no images of {', '.join(empty)}")
-        return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+        return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels), paths)
 
 
 def _summary(split: str, bad: Sequence[str]) -> str:

@@ -45,13 +45,16 @@ def read_run(folder: Path) -> Run:
     try:
         results = json.loads((folder / "results.json").read_text())
         with (folder / "predictions.csv").open(newline="") as file:
-            rows = [(int(row[0]), row[1], row[2]) for row in list(csv.reader(file))[1:]]
+            header, *table = csv.reader(file)
+        # the first column of each name: a class may have the same name
+        index, true, predicted = (header.index(name) for name in ("index", "true_label", "predicted_label"))
+        rows = [(int(row[index]), row[true], row[predicted]) for row in table]
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"compare={folder}: not the folder of a tested run or an evaluation: {error}") from error
     if not rows or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
-    correct = {index for index, true, predicted in rows if true == predicted}
-    return Run(folder, results, {index: true for index, true, _ in rows}, correct)
+    correct = {number for number, label, prediction in rows if label == prediction}
+    return Run(folder, results, {number: label for number, label, _ in rows}, correct)
 
 
 def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:

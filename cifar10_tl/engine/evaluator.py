@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         "checkpoint": str(cfg.checkpoint),
         "epoch": module.restored_epoch,
         "split": cfg.split,
-        cfg.split: all_metrics(evaluation, temperature),
+        cfg.split: all_metrics(evaluation, temperature, split.paths_of(evaluation.indices)),
         "confusion_matrix": evaluation.confusion_matrix.tolist(),
         "class_names": list(module.class_names),
         "data": dict(datamodule.hparams),
@@ -70,20 +70,20 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         with atomic_write(run_dir / "figures" / f"{name}_{cfg.split}.png") as file:
             file.write(to_png(figure))
     results["seconds"] = {"evaluate": time.perf_counter() - start}
-    write_results(run_dir, results, evaluation)
+    write_results(run_dir, results, evaluation, split)
     log.info("%s", describe(results, run_dir))
     return results
 
 
-def all_metrics(evaluation: Evaluation, temperature: float) -> dict[str, Any]:
-    """Return all metrics of an evaluation, and its calibration at ``temperature``."""
+def all_metrics(evaluation: Evaluation, temperature: float, paths: Sequence[str | None]) -> dict[str, Any]:
+    """Return all metrics of an evaluation of images with these ``paths``, and its calibration at ``temperature``."""
     calibrated = evaluation.scaled(temperature)
     return {
         **evaluation.scores(),
         "calibrated": {"temperature": temperature, "nll": calibrated.loss, **calibrated.calibration()},
         "per_class": evaluation.per_class(),
         "confused_pairs": evaluation.confused_pairs(),
-        "confident_errors": evaluation.confident_errors(),
+        "confident_errors": evaluation.confident_errors(paths),
     }
 
 

@@ -22,6 +22,7 @@ from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
 from cifar10_tl.config import PACKAGE_DIR
 from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
 from cifar10_tl.io import atomic_write_text, csv_text
@@ -47,23 +48,25 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     return results if isinstance(results, dict) else {}
 
 
-def write_results(run_dir: Path, results: Mapping[str, Any], evaluation: Evaluation | None) -> None:
-    """Write results.json, with null for NaN and infinity, and the predictions of an evaluation."""
-    if evaluation is not None:
-        write_predictions(run_dir / "predictions.csv", evaluation)
+def write_results(
+    run_dir: Path, results: Mapping[str, Any], evaluation: Evaluation | None = None, split: Split | None = None
+) -> None:
+    """Write results.json, with null for NaN and infinity, and the predictions of an evaluation of ``split``."""
+    if evaluation is not None and split is not None:
+        write_predictions(run_dir / "predictions.csv", evaluation, split.paths_of(evaluation.indices))
     finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
     atomic_write_text(run_dir / "results.json", json.dumps(finite, indent=2) + "\n")
 
 
-def write_predictions(path: Path, evaluation: Evaluation) -> None:
-    """Write one row per image: index, true and predicted label, its probability, and one column per class."""
+def write_predictions(file: Path, evaluation: Evaluation, paths: Sequence[str | None]) -> None:
+    """Write one row per image: index, true and predicted label, its probability, one column per class, and its path."""
     names = evaluation.class_names
     columns = (evaluation.indices, evaluation.labels, evaluation.predictions, evaluation.probabilities)
     rows = (
-        [index, names[true], names[predicted], f"{row[predicted]:.6g}", *(f"{p:.6g}" for p in row)]
-        for index, true, predicted, row in zip(*(column.tolist() for column in columns), strict=True)
+        [index, names[true], names[predicted], f"{row[predicted]:.6g}", *(f"{p:.6g}" for p in row), path]
+        for index, true, predicted, row, path in zip(*(column.tolist() for column in columns), paths, strict=True)
     )
-    atomic_write_text(path, csv_text(["index", "true_label", "predicted_label", "probability", *names], rows))
+    atomic_write_text(file, csv_text(["index", "true_label", "predicted_label", "probability", *names, "path"], rows))
 
 
 def environment(device: torch.device, num_devices: int, precision: str) -> dict[str, Any]:
@@ -121,8 +124,9 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
         rows = [[_confusion(p), str(p["count"]), f"{p['share']:.1%}"] for p in scores["confused_pairs"][:5]]
         parts.append(text_table(["most frequent confusions", "images", "of the class"], rows))
     if scores["confident_errors"]:
-        rows = [[_confusion(e), str(e["index"]), f"{e['probability']:.2%}"] for e in scores["confident_errors"][:5]]
-        parts.append(text_table(["most confident errors", "index", "confidence"], rows))
+        errors = [(e, e["path"] or str(e["index"])) for e in scores["confident_errors"][:5]]
+        rows = [[_confusion(error), image, f"{error['probability']:.2%}"] for error, image in errors]
+        parts.append(text_table(["most confident errors", "image", "confidence"], rows))
     if people := results.get("human_labels"):
         parts.append(
             f"  human labels: agreement with the majority {people['agreement']:.2%}, cross-entropy "

@@ -49,7 +49,7 @@ def write_report(folder: Path, study: optuna.Study, overrides: Sequence[str]) ->
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     importance = optuna.importance.get_param_importances(study) if len(finished) > 1 else {}
     results = {"best": rows[best.number] | {"command": command}, "importance": importance, "trials": rows}
-    write_results(folder, results, None)
+    write_results(folder, results)
     accuracies = {trial.number: trial.value for trial in trials if trial.value is not None}
     pruned = [trial.number for trial in trials if trial.state == TrialState.PRUNED]
     figures = {"history": plots.search_history(accuracies, pruned, heading="Search: val accuracy of the trials")}

@@ -151,11 +151,15 @@ class Evaluation:
                 pairs.append({**names, "count": count, "share": count / int(sizes[i])})
         return pairs
 
-    def confident_errors(self, limit: int = 10) -> list[dict[str, Any]]:
-        """Return the errors with the highest confidence; ``index`` is the index of the image in its source."""
+    def confident_errors(self, paths: Sequence[str | None], limit: int = 10) -> list[dict[str, Any]]:
+        """Return the errors with the highest confidence, given the path of each of the N images.
+
+        ``index`` is the index of the image in its source.
+        """
         return [
             {
                 "index": int(self.indices[position]),
+                "path": paths[position],
                 "true": self.class_names[self.labels[position]],
                 "predicted": self.class_names[self.predictions[position]],
                 "probability": _rounded(self.probabilities[position].max()),

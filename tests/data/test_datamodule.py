@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import write_shapes
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule, stratified
+from cifar10_tl.data.images import decode_image
 
 AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3, "random_resized_crop": [0.5, 1]}
 
@@ -45,6 +48,25 @@ def test_validation_is_stratified_disjoint_and_seeded() -> None:
     assert sorted([*train.indices.tolist(), *val.indices.tolist()]) == list(range(200))
     assert torch.equal(val.indices, datamodule(seed=7).splits["val"].indices), "seed must not move the split"
     assert not torch.equal(val.indices, datamodule(split_seed=1).splits["val"].indices)
+
+
+def test_paths_follow_their_images_into_each_split(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "images", num_classes=2, train=12, test=4)
+    folder = {"source": "folder", "root": str(tmp_path / "images"), "cache_dir": str(tmp_path), "augment": None}
+    data = CIFAR10DataModule(**folder, val_size=4, image_limit=8)
+    data.setup()
+    names = {f"train/class {label}/{i:02d}.png" for label in (0, 1) for i in range(12)}
+    train, val, test = (data.splits[s] for s in ("train", "val", "test"))
+    assert [len(s.paths or ()) for s in (train, val, test)] == [8, 4, 8]
+    assert not {*train.paths} & {*val.paths}
+    assert {*train.paths, *val.paths} <= names
+    for split in (train, val, test, train.to(torch.device("cpu"))):
+        for image, label, path in zip(split.images, split.labels, split.paths or (), strict=True):
+            assert f"/class {int(label)}/" in path
+            assert (decode_image(tmp_path / "images" / path, 32) == image.numpy()).all()
+    chosen = val.indices[[2, 0]]
+    assert val.paths_of(chosen) == [val.paths[2], val.paths[0]]
+    assert datamodule().splits["val"].paths_of(torch.tensor([1, 2])) == [None, None]
 
 
 def test_global_batches_are_the_same_pixel_for_pixel_on_one_and_two_processes() -> None:

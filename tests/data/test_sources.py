@@ -113,6 +113,8 @@ def test_a_folder_is_read_by_class_and_file_name(pictures: Path) -> None:
     assert train.images[1, :, 0, 0].tolist() == [60, 10, 0]  # ant/1.png
     assert (train.images[4, 0].int() - 250).abs().max() <= 3  # ant/large.jpg, resized
     assert (train.images[13] == 77).all()  # wasp/gray.webp as three equal channels
+    paths = [f"train/{name}/{i}.png" for name in ("ant", "bee", "wasp") for i in range(4)]
+    assert train.paths == [*paths[:4], "train/ant/large.jpg", *paths[4:], "train/wasp/gray.webp"]
 
 
 def test_cache_is_used_and_written_again_when_outdated_or_damaged(
@@ -125,6 +127,7 @@ def test_cache_is_used_and_written_again_when_outdated_or_damaged(
     again = folder_of(pictures).load()
     assert len(decoded) == 20
     assert torch.equal(first["train"].images, again["train"].images)
+    assert first["train"].paths == again["train"].paths
 
     Image.new("RGB", (32, 32), (1, 2, 3)).save(pictures / "train" / "ant" / "new.png")
     assert len(folder_of(pictures).load()["train"].labels) == 15
@@ -146,7 +149,8 @@ def test_files_that_are_not_images_are_reported_or_left_out(pictures: Path, capl
         caplog.clear()
         source = folder_of(pictures, skip_bad=True)
         source.prepare()
-        assert len(source.load()["train"].labels) == 14
+        assert len(source.load()["train"].labels) == len(source.load()["train"].paths or ()) == 14
+        assert not {"train/ant/notes.txt", "train/bee/cut.png"} & set(source.load()["train"].paths or ())
         assert caplog.text.count("left out 2 paths in train") == 1
         with pytest.raises(
             UserError, match=r"use 2 paths in train: .*notes\.txt \(not an image.*cut\.png \(.*skip_bad=true"
@@ -167,6 +171,12 @@ def test_links_are_followed_and_hidden_files_skipped(pictures: Path, tmp_path: P
     (ant / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(UserError, match=r"paths in train: .*gone\.png \(No such file"):
         folder_of(pictures).load()
+
+
+def test_paths_are_text_even_if_a_file_name_is_not(pictures: Path) -> None:
+    os.rename(pictures / "test" / "ant" / "0.png", os.fsencode(pictures / "test" / "ant") + b"/\xe9,\n.png")
+    for _ in range(2):  # decoded, and from the cache
+        assert (folder_of(pictures).load()["test"].paths or ())[1] == "test/ant/\\udce9,\n.png"
 
 
 def test_validation_folder_is_used(pictures: Path) -> None:

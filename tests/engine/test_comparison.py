@@ -14,12 +14,14 @@ from cifar10_tl.engine.comparison import compare_runs, describe_sweep, format_ro
 LABELS = ["cat", "dog"] * 4
 
 
-def make_run(folder: Path, correct: str, labels: list[str] = LABELS, **results: object) -> Path:
-    """Write a run whose predictions are correct where ``correct`` has a 1."""
+def make_run(
+    folder: Path, correct: str, labels: list[str] = LABELS, more: tuple[str, ...] = (), **results: object
+) -> Path:
+    """Write a run whose predictions are correct where ``correct`` has a 1, with ``more`` columns."""
     folder.mkdir(parents=True)
-    rows = [[i, label, label if correct[i] == "1" else "frog"] for i, label in enumerate(labels)]
+    rows = [[i, label, label if correct[i] == "1" else "frog", *more] for i, label in enumerate(labels)]
     with (folder / "predictions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["index", "true_label", "predicted_label"], *rows])
+        csv.writer(file).writerows([["index", "true_label", "predicted_label", *more], *rows])
     defaults = {
         "test": {"acc": correct.count("1") / len(correct), "loss": 0.5, "count": len(correct)},
         "val": {"acc": 0.75},
@@ -80,9 +82,16 @@ def test_runs_on_different_images_are_refused(tmp_path: Path) -> None:
     compare_runs([first, read_run(make_run(tmp_path / "older", "11110000"))])
 
 
+def test_runs_with_and_without_paths_and_with_classes_named_like_columns_are_compared(tmp_path: Path) -> None:
+    first = read_run(make_run(tmp_path / "a", "11110000"))
+    other = read_run(make_run(tmp_path / "b", "11111000", more=("probability", "index", "path", "true_label", "path")))
+    assert (other.labels, other.correct) == (first.labels, {0, 1, 2, 3, 4})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("predictions.csv", "", "not the folder of a tested run or an evaluation"),
         ("predictions.csv", "index,true_label\n0\n", "not the folder of a tested run or an evaluation"),
         ("results.json", "{", "not the folder of a tested run or an evaluation"),
         ("predictions.csv", None, r"not the folder .*predictions\.csv"),

@@ -97,7 +97,8 @@ def test_predictions_have_a_row_per_image(full_evaluation: Path) -> None:
     results = results_of(full_evaluation)
     names = results["class_names"]
     rows = list(csv.DictReader((full_evaluation / "predictions.csv").open()))
-    assert list(rows[0]) == ["index", "true_label", "predicted_label", "probability", *names]
+    assert list(rows[0]) == ["index", "true_label", "predicted_label", "probability", *names, "path"]
+    assert {row["path"] for row in rows} == {""}  # the built-in images are not files
     assert [int(row["index"]) for row in rows] == list(range(100))
     assert sum(row["true_label"] == row["predicted_label"] for row in rows) / 100 == results["test"]["acc"]
     for row in rows:
@@ -117,6 +118,7 @@ def test_results_contain_all_metrics(full_evaluation: Path) -> None:
     assert test["confused_pairs"][0]["count"] == off_diagonal.max()
     probabilities = [error["probability"] for error in test["confident_errors"]]
     assert probabilities == sorted(probabilities, reverse=True)
+    assert {error["path"] for error in test["confident_errors"]} == {None}
     assert results["data"]["source"] == "shapes"
     assert results["doubtful_labels"]["count"] == 2
     assert results["human_labels"]["agreement"] == test["acc"]
@@ -228,6 +230,9 @@ def test_other_data_with_ground_truth(
         np.save(tmp_path / f"{name}.npy", 0.9 * one_hot(people, 10).double().numpy() + 0.01)
     options = (*folder, "data.val_size=20", f"doubtful_labels={tmp_path / 'doubtful'}")
     results = run_evaluate(*options, f"human_labels={tmp_path / 'people.npy'}", checkpoint=tmp_path / "sorted.ckpt")
+    rows = list(csv.DictReader((tmp_path / "evaluation" / "predictions.csv").open()))
+    assert [row["path"] for row in rows] == [f"test/{names[labels[i]]}/{i:02d}/00.png" for i in order.tolist()]
+    assert all(error["path"] == rows[error["index"]]["path"] for error in results["test"]["confident_errors"])
     accuracy = float(correct.double().mean())
     assert (results["test"]["acc"], results["test"]["count"]) == (accuracy, 60)
     assert results["test_images"] != results_of(full_evaluation)["test_images"]

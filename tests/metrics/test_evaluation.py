@@ -73,7 +73,8 @@ def test_tables_by_hand(evaluation: Evaluation) -> None:
         {"true": "c", "predicted": "b", "count": 1, "share": 0.5},
     ]
     assert evaluation.confused_pairs(1)[0]["true"] == "b"
-    assert evaluation.confident_errors(1) == [{"index": 1, "true": "c", "predicted": "b", "probability": 0.9}]
+    (error,) = evaluation.confident_errors([None, "b/1.png", None, None, None], limit=1)
+    assert error == {"index": 1, "path": "b/1.png", "true": "c", "predicted": "b", "probability": 0.9}
 
 
 def test_scores_of_random_logits_agree_with_their_definitions() -> None:
