@@ -17,13 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.engine.comparison import settings_of
 from cifar10_tl.engine.results import markdown_table, read_results
+from cifar10_tl.engine.settings import changed_settings, given_overrides
 from cifar10_tl.metrics.intervals import spread, wilson_interval
 from cifar10_tl.plots.accuracy_against_time import Point, accuracy_against_time
 from cifar10_tl.plots.style import to_png
@@ -49,13 +46,12 @@ class Row(NamedTuple):
 
 def digest(folder: Path, data_name: str) -> Run:
     """Return what docs/results.json keeps of a run, without names of the machine's folders."""
-    results, records = read_results(folder), folder / ".hydra" / "overrides.yaml"
-    given = yaml.safe_load(records.read_text()) if records.is_file() else []
+    results = read_results(folder)
     return {
         "data": data_name,
         "seed": results["config"]["seed"],
-        "overrides": [shortened(o) for o in given if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
-        "settings": {key: shortened(value) for key, value in sorted(changed_settings(results).items())},
+        "overrides": [shortened(o) for o in given_overrides(folder) if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
+        "settings": {key: shortened(value) for key, value in sorted(recipe_settings(results["config"]).items())},
         "weights": shortened(results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],
         "test": {key: results["test"][key] for key in ("acc", "loss", "count")},
@@ -63,13 +59,11 @@ def digest(folder: Path, data_name: str) -> Run:
     }
 
 
-def changed_settings(results: Run) -> dict[str, Any]:
+def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that differ from the defaults, except seed, folders, and the epochs chosen by ``budget``."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        usual = settings_of({"config": OmegaConf.to_container(compose("train"))})
-    found = {key: value for key, value in settings_of(results).items() if value != usual.get(key)}
-    left_out = ("seed", "data.root", "data.cache_dir", *["trainer.max_epochs"] * bool(found.get("budget")))
-    return {key: value for key, value in found.items() if key not in left_out}
+    counted = settings_of({"config": config}).keys() - {"seed", "data.root", "data.cache_dir"}
+    counted -= {"trainer.max_epochs"} if config.get("budget") else set()
+    return {key: value for key, value in changed_settings(config).items() if key in counted}
 
 
 def shortened(value: Any) -> Any:

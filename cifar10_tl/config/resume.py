@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -77,11 +78,18 @@ def quoted(text: object) -> str:
     return QuotedString(text=str(text), quote=Quote.double).with_quotes()
 
 
+def as_override(key: str, value: Any) -> str:
+    """Return the Hydra override that sets ``key`` to a plain value, with quotes only where they are needed."""
+    if not isinstance(value, str):
+        return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    is_word = re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_./][\w./-]*", value, re.ASCII | re.I)
+    return f"{key}={value if is_word else quoted(value)}"
+
+
 def resume_command(run_dir: Path) -> str:
     """Return the shell command that resumes the run in this folder."""
-    plain = re.fullmatch(r"(?!(null|true|false|nan|inf)$)[a-z_./][\w./-]*", str(run_dir), re.ASCII | re.I)
-    folder = run_dir if plain else quoted(f".{os.sep}{run_dir}" if str(run_dir).startswith("~") else run_dir)
-    return f"python -m cifar10_tl.train {shlex.quote(f'resume={folder}')}"
+    folder = f".{os.sep}{run_dir}" if str(run_dir).startswith("~") else str(run_dir)
+    return f"python -m cifar10_tl.train {shlex.quote(as_override('resume', folder))}"
 
 
 def _moved(node: Any, old: str, new: str) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.engine.results import flat, text_table
+from cifar10_tl.engine.results import text_table
+from cifar10_tl.engine.settings import flat
 from cifar10_tl.metrics.intervals import spread, wilson_interval
 
 #: Columns of the table and their number formats.

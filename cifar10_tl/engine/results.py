@@ -25,6 +25,7 @@ from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
+from cifar10_tl.engine.settings import flat
 from cifar10_tl.io import atomic_write_text, csv_text
 from cifar10_tl.metrics.calibration import NUM_BINS
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -102,14 +103,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested config as one dict with dotted keys."""
-    settings: dict[str, Any] = {}
-    for key, value in config.items():
-        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return settings
 
 
 def describe(results: Mapping[str, Any], run_dir: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.resume import quoted
+from cifar10_tl.config.resume import as_override
 
 Space = dict[str, BaseDistribution]
 
@@ -60,8 +60,7 @@ def plain_values(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_overrides(params: Mapping[str, Any]) -> list[str]:
     """Return the values of a trial as overrides of the train command."""
-    values = plain_values(params)
-    return [f"{key}={quoted(v) if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
+    return [as_override(key, value) for key, value in plain_values(params).items()]
 
 
 def shared_overrides(overrides: Sequence[str], space: Space) -> list[str]:

@@ -111,9 +111,8 @@ def test_epochs_that_a_budget_has_chosen_do_not_separate_seeds(tmp_path: Path) -
         run["epochs"] = epochs
     (row,) = rows(runs)
     assert dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))["epochs"] == "12,14"
-    with_budget = {"config": {"budget": "1h", "trainer": {"max_epochs": 12}}}
-    assert RESULTS["changed_settings"](with_budget) == {"budget": "1h"}
-    assert RESULTS["changed_settings"]({"config": {"trainer": {"max_epochs": 12}}}) == {"trainer.max_epochs": 12}
+    assert RESULTS["recipe_settings"]({"budget": "1h", "trainer": {"max_epochs": 12}}) == {"budget": "1h"}
+    assert RESULTS["recipe_settings"]({"trainer": {"max_epochs": 12}}) == {"trainer.max_epochs": 12}
 
 
 def test_a_schedule_of_image_sizes_is_listed(tmp_path: Path) -> None:

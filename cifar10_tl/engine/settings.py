@@ -1,0 +1,84 @@
+"""Settings of a run: those that differ from the defaults, and the command that repeats it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from cifar10_tl.config import CONFIG_DIR
+from cifar10_tl.config.resume import as_override
+
+#: Settings of a start or of its folder, not of what is run.
+OF_THE_START = ("paths.output_dir", "resume", "trust")
+_CHOICES = {"data": "data.source", "optimizer": "optimizer.name", "scheduler": "scheduler.name"}
+_CHOICES["model/head"] = "model.head.name"
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested config as one dict with dotted keys."""
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return settings
+
+
+def changed_settings(config: Mapping[str, Any], command: str = "train") -> dict[str, Any]:
+    """Return the settings in the ``config`` of a run that differ from the defaults, with dotted keys.
+
+    Those of its experiment are included, and those that other settings imply, such as the epochs of a time budget.
+    """
+    return _differences(config, _composed(config, command))
+
+
+def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> str:
+    """Return the shell command that repeats a run in another folder.
+
+    It has the overrides of the first start, and the settings that are different since, such as those of a resumed run.
+    """
+    given = [o for o in given_overrides(run_dir) or _choices(config, command) if _key(o) not in OF_THE_START]
+    known = _composed(config, command, given)
+    changed = _differences(config, known)
+    if config.get("budget"):
+        changed.pop("trainer.max_epochs", None)  # chosen by the budget
+    replaced = [o for o in given if _key(o) not in changed]
+    replaced += [as_override(key if key in known else f"++{key}", value) for key, value in changed.items()]
+    return f"python -m cifar10_tl.{command} {shlex.join(replaced)}".rstrip()
+
+
+def given_overrides(run_dir: Path) -> list[str]:
+    """Return the overrides on the command line of the first start of a run, none if it was not started by one."""
+    records = run_dir / ".hydra" / "overrides.yaml"
+    return (yaml.safe_load(records.read_text()) or []) if records.is_file() else []
+
+
+def _key(given: str) -> str:
+    return given.lstrip("+~").split("=")[0]
+
+
+def _choices(config: Mapping[str, Any], command: str) -> list[str]:
+    """Return the options of the config groups that differ from the defaults."""
+    changed = changed_settings(config, command)
+    options = {group: str(changed[key]).lower() for group, key in _CHOICES.items() if key in changed}
+    return [f"{group}={name}" for group, name in options.items() if (CONFIG_DIR / group / f"{name}.yaml").is_file()]
+
+
+def _composed(config: Mapping[str, Any], command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings of a command with these overrides, in the folder of ``config``."""
+    folder = as_override("paths.output_dir", config.get("paths", {}).get("output_dir", ""))
+    is_in_command = GlobalHydra.instance().is_initialized()
+    with nullcontext() if is_in_command else initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed: Any = OmegaConf.to_container(compose(command, [*overrides, folder]), resolve=True)
+    return flat(composed)
+
+
+def _differences(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in flat(config).items() if key not in usual or value != usual[key]}
+    return {key: value for key, value in found.items() if key not in OF_THE_START}
