@@ -37,6 +37,8 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         The content of results.json; None for a ``fast_dev_run``, which writes nothing.
     """
     started, run_dir = time.perf_counter(), Path(cfg.paths.output_dir)
+    if process_rank() == 0 and not cfg.trainer.fast_dev_run:
+        log.info("run folder %s", run_dir)  # before libraries are imported, which takes seconds
     lock = claim(run_dir) if process_rank() == 0 and run_dir.is_dir() else nullcontext(True)
     with SignalHandler() as handler, own_processes(handler), lock as is_only_run:
         if not is_only_run:
@@ -71,7 +73,6 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     earlier = results.read_results(run_dir)
     if trainer.is_global_zero:
         results.begin(cfg, trainer)
-        log.info("%s", builder.describe(cfg, module, trainer))
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if cfg.get("budget"):
@@ -99,7 +100,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         if cfg.test and ("test" not in earlier or earlier["best_epoch"] != module.restored_epoch):
             results.log_settings(trainer, outcome, module.restored_epoch)
         results.write_results(run_dir, outcome, module.evaluation if cfg.test else None, datamodule.splits["test"])
-        log.info("%s", results.summary(outcome, run_dir, best))
+        log.info("%s", results.summary(outcome, run_dir, best, module.evaluation if cfg.test else None))
     return outcome
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import REPOSITORY, compose_train
 
+from cifar10_tl.config.launcher import help_text
 from cifar10_tl.data import sources
 from cifar10_tl.models import heads
 
@@ -25,6 +26,7 @@ SPANS = [
 ]
 SETTINGS = runpy.run_path(str(REPOSITORY / "docs" / "settings.py"))
 RESULTS = runpy.run_path(str(REPOSITORY / "scripts" / "results.py"))
+HELP = help_text("train")
 GROUPS = ("data", "model/head", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
 
 
@@ -137,9 +139,25 @@ def test_the_dataset_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> Non
     assert source.class_names == ("apple", "bear")
 
 
-def test_help_lists_the_options_of_each_group() -> None:
-    text = (REPOSITORY / "conf" / "hydra" / "default.yaml").read_text()
-    listed = {k: set(v.split(" | ")) for k, v in re.findall(r"([\w/]+)=((?:\w+ \| )+\w+)(?=\s{2}|\n)", text)}
-    for group in GROUPS:
-        options = {file.stem for file in (REPOSITORY / "conf" / group).glob("*.yaml")} - {"base", "checkpoint"}
-        assert listed[group] == options, group
+def test_help_lists_the_options_of_each_group_and_the_purpose_of_each_experiment() -> None:
+    listed = {k: set(v.split(" | ")) for k, v in re.findall(r"([\w/]+)=((?:\w+ \| )+\w+)(?=\s{2}|\n)", HELP)}
+    files = {group: sorted((REPOSITORY / "conf" / group).glob("*.yaml")) for group in GROUPS}
+    for group in set(GROUPS) - {"experiment"}:
+        assert listed[group] == {file.stem for file in files[group]} - {"base", "checkpoint"}, group
+    described = dict(re.findall(r"^  (\w+) +(.*)$", HELP.split("Experiments")[1].split("Other groups")[0], flags=re.M))
+    assert next(iter(described)) == "quickstart"
+    assert described.keys() == {file.stem for file in files["experiment"]}
+    for file in files["experiment"]:
+        comment = " ".join(line[2:] for line in file.read_text().splitlines() if re.match("# [^@]", line))
+        assert comment.startswith(f"{described[file.stem]} "), file
+
+
+def test_help_lists_ten_settings_with_their_defaults() -> None:
+    from omegaconf import OmegaConf
+
+    cfg = compose_train()
+    rows = dict(re.findall(r"^  ([\w.]+)=(\S+)", HELP.split("Settings that")[1], flags=re.M))
+    assert len(rows) == 10
+    assert rows.pop("paths.output_dir") == "outputs/runs/<time>"
+    defaults = {key: OmegaConf.select(cfg, key, throw_on_missing=True) for key in rows}
+    assert {key: str(value).replace("None", "null") for key, value in defaults.items()} == rows

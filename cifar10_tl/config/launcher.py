@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -65,6 +66,9 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
     try:
+        if {"-h", "--help"} & {*sys.argv[1:]}:
+            print(help_text(name), end="")
+            return
         run_dir.check_launch_variables()
         run_dir.register_resolvers(command=True)
         sys.argv[1:] = _prepared(sys.argv[1:], name)
@@ -73,6 +77,12 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         report(error)
     except KeyboardInterrupt:  # before the run handles signals
         sys.exit(128 + signal.SIGINT)
+
+
+def help_text(name: str) -> str:
+    """Return the help of a command, which Hydra would print too, but after 0.2 s."""
+    text: str = yaml.safe_load((CONFIG_DIR / f"{name}.yaml").read_text())["hydra"]["help"]["template"]
+    return text
 
 
 def should_print(error: Exception) -> bool:

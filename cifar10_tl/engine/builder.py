@@ -29,7 +29,7 @@ from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import FeatureCache
 from cifar10_tl.engine.checkpoints import RunCheckpointIO
-from cifar10_tl.engine.hardware import choose_compile, choose_precision, tune_for
+from cifar10_tl.engine.hardware import choose_compile, choose_precision, device_name, tune_for
 from cifar10_tl.engine.logistic_regression import LogisticRegression
 from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -118,6 +118,7 @@ def trainer_arguments(cfg: DictConfig) -> dict[str, Any]:
 def build_callbacks(cfg: DictConfig, handler: SignalHandler | None, started: float | None) -> list[Callback]:
     """Build the callbacks of ``cfg.callbacks`` and those of other settings, in the order in which they are called."""
     callbacks: list[Callback] = [*instantiate_all(cfg.get("callbacks"), "callbacks", Callback), NaNGuard()]
+    callbacks.append(RunHeader(cfg))
     if cfg.get("budget") and not cfg.trainer.fast_dev_run:
         started = time.perf_counter() if started is None else started
         callbacks.insert(0, TimeBudget(cfg.budget, started, cfg.test))  # before others that read the number of epochs
@@ -223,12 +224,29 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return container
 
 
-def describe(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> str:
-    """Return a line that describes the run."""
+class RunHeader(Callback):
+    """Callback that logs the header of a run."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Log the header, now that the data are loaded."""
+        if trainer.is_global_zero:
+            log.info("%s", describe(self.cfg, trainer, pl_module))
+
+
+def describe(cfg: DictConfig, trainer: Any, module: LitClassifier) -> str:
+    """Return the header of a run."""
+    images = ", ".join(f"{len(trainer.datamodule.splits[name]):,} {name}" for name in ("train", "val", "test"))
     sizes = " -> ".join(str(size) for _, size in module.image_sizes)
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return (
-        f"{cfg.model.backbone} ({cfg.model.weights or 'random weights'}, {sizes} px), "
-        f"{cfg.model.head.name} head, {trainable / 1e6:.1f} M trainable parameters, data {cfg.data.source}, "
-        f"{trainer.world_size} x {trainer.strategy.root_device.type}, run folder {cfg.paths.output_dir}"
-    )
+    counts = [sum(p.numel() for p in module.parameters() if p.requires_grad is trained) for trained in (True, False)]
+    epochs = f"as many epochs as fit into {cfg.budget}" if cfg.get("budget") else f"{trainer.max_epochs} epochs"
+    lines = {
+        "data": f"{cfg.data.source}: {images} images of {len(module.class_names)} classes",
+        "network": f"{cfg.model.backbone}, {cfg.init_from or cfg.model.weights or 'random weights'}, {sizes} px, "
+        f"{cfg.model.head.name} head: {counts[0]:,} trainable and {counts[1]:,} frozen parameters",
+        "training": f"{epochs}, {cfg.data.batch_size} images per step, {cfg.optimizer.name}, lr {cfg.optimizer.lr:g}",
+        "device": f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}, {trainer.precision}",
+    }
+    return "\n".join(["", *(f"  {name:<12} {line}" for name, line in lines.items())])

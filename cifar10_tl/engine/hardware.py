@@ -6,8 +6,10 @@ import ctypes
 import importlib.util
 import logging
 import platform
+import re
 import shutil
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -39,6 +41,15 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{pattern}")
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return f"{device.type} ({found[1] if found else platform.processor()})"
 
 
 def choose_precision(accelerator: str) -> tuple[str, str]:

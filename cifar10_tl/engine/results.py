@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
+import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -21,9 +21,11 @@ from torch import Tensor
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
 from cifar10_tl.config import PACKAGE_DIR
+from cifar10_tl.config.resume import as_override, resume_command
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.builder import plain
+from cifar10_tl.engine.hardware import device_name
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
 from cifar10_tl.engine.settings import flat
 from cifar10_tl.io import atomic_write_text, csv_text
@@ -80,19 +82,13 @@ def environment(device: torch.device, num_devices: int, precision: str) -> dict[
             "torch": torch.__version__,
             **{p: version(p) for p in packages},
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(device),
+        "device": device_name(device),
         "devices": num_devices,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "git": _git_commit(),
     }
-
-
-def _processor(device: torch.device) -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return f"{device.type} ({found[1] if found else platform.processor()})"
 
 
 def _git_commit() -> str | None:
@@ -227,25 +223,40 @@ def log_settings(trainer: pl.Trainer, results: Mapping[str, Any], epoch: int | N
             logger.log_hyperparams(settings, metrics, step=epoch)
 
 
-def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str:
-    """Return the closing summary of a run."""
-    lines = ["", "  no validation"]
+def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None, evaluation: Evaluation | None) -> str:
+    """Return the closing summary of a run: results, files and next commands."""
+    lines = [""]
+    if (test := results.get("test")) and evaluation is not None:
+        interval = _cell(evaluation.scores()["acc_interval"], "")
+        lines.append(f"  test acc     {test['acc']:.2%} (95% interval {interval}), {test['count']:,} images")
+        for pair in evaluation.confused_pairs(1):
+            share = f"{pair['count']} images, {pair['share']:.1%} of {pair['true']}"
+            lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")
     if (val_acc := results["val"]["acc"]) is not None:
-        lines = ["", f"  best epoch {results['best_epoch']}, val acc {val_acc:.2%}"]
-    if test := results.get("test"):
-        lines.append(f"  test acc {test['acc']:.2%}, loss {test['loss']:.4f}, {test['count']} images")
+        lines.append(f"  val acc      {val_acc:.2%} in epoch {results['best_epoch']}, the best of {results['epochs']}")
     if probe := results.get("logistic_regression"):
         scores = ", ".join(f"{split} acc {probe[split]['acc']:.2%}" for split in ("val", "test") if split in probe)
         lines.append(f"  logistic regression (l2 {probe['l2']:.2g}): {scores}, in {CHECKPOINT}")
-    if (run_dir / "figures").is_dir():
-        lines.append(f"  figures      {run_dir / 'figures'}")
-    lines += [
-        f"  numbers      {run_dir / 'results.json'}, {run_dir / 'metrics.csv'}",
-        f"  checkpoint   {best or 'none'}",
-    ]
+    for name, file in (("report", "report.html"), ("figures", "figures"), ("numbers", "results.json")):
+        if (run_dir / file).exists():
+            lines.append(f"  {name:<12} {run_dir / file}")
+    if best is not None and best.is_relative_to(Path.cwd()):
+        best = best.relative_to(Path.cwd())
+    return "\n".join([*lines, f"  checkpoint   {best or 'none'}", *_next_commands(results["config"], run_dir, best)])
+
+
+def _next_commands(config: Mapping[str, Any], run_dir: Path, best: Path | None) -> list[str]:
+    """Return the commands that a person may want to type after a run."""
+    commands, logdir = [], shlex.quote(str(run_dir))
     if any(run_dir.glob("events.out*")):
-        lines.append(f"  TensorBoard  tensorboard --host localhost --logdir {run_dir} --samples_per_plugin=images=1000")
-    return "\n".join(lines)
+        commands.append(f"tensorboard --host localhost --logdir {logdir} --samples_per_plugin=images=1000")
+    if best is not None:
+        checkpoint = shlex.quote(as_override("checkpoint", str(best)))
+        commands.append(f"python -m cifar10_tl.evaluate {checkpoint}  # calibration, each class")
+    if not config.get("budget"):
+        epochs = f"trainer.max_epochs={2 * config['trainer']['max_epochs']}"
+        commands.append(f"{resume_command(run_dir)} {epochs}  # train further")
+    return ["  next commands", *(f"    {command}" for command in commands)] if commands else []
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "  ") -> str:

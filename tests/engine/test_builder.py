@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -11,7 +13,17 @@ from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
-from cifar10_tl.engine.builder import STEP_HOOKS, build_loggers, check_batch_size, next_epoch, skip_idle_hooks, speed_up
+from cifar10_tl.engine.builder import (
+    STEP_HOOKS,
+    build_datamodule,
+    build_loggers,
+    build_module,
+    check_batch_size,
+    describe,
+    next_epoch,
+    skip_idle_hooks,
+    speed_up,
+)
 from cifar10_tl.models.lit_classifier import LitClassifier
 
 
@@ -41,6 +53,33 @@ def test_indivisible_batch_is_refused(batch_size: int, world_size: int, nearest:
 def test_tensorboard_discards_epochs_after_the_checkpoint(small_cfg: Callable[..., DictConfig]) -> None:
     first_epoch = next_epoch({"callbacks": {"MetricsLogger": {"rows": [{"epoch": 0}, {"epoch": 1}]}}})
     assert build_loggers(small_cfg(), first_epoch)[0]._kwargs["purge_step"] == 2
+
+
+def test_the_header_of_a_run_says_what_is_trained_on_what(
+    small_cfg: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def header(*overrides: str) -> str:
+        cfg = small_cfg("model.head.hidden=[]", *overrides)
+        datamodule = build_datamodule(cfg)
+        datamodule.setup()
+        module = build_module(cfg, datamodule)
+        strategy: Any = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer = SimpleNamespace(datamodule=datamodule, world_size=2, max_epochs=7, precision="x", strategy=strategy)
+        return describe(cfg, trainer, module)
+
+    monkeypatch.setattr("cifar10_tl.engine.builder.device_name", lambda device: f"fast {device.type}")
+    backbone, head = 11_176_512, 5_130  # of torchvision without fc; 512 x 10 + 10
+    total = backbone + head
+    assert header().splitlines() == [
+        "",
+        "  data         shapes: 320 train, 80 val, 100 test images of 10 classes",
+        f"  network      resnet18, random weights, 32 px, dense head: {total:,} trainable and 0 frozen parameters",
+        "  training     7 epochs, 64 images per step, Adam, lr 0.001",
+        "  device       2 x fast cpu, x",
+    ]
+    other = header("model.freeze=backbone", "model.image_size=[[0,32],[0.5,48]]", "budget=10min", "optimizer=sgd")
+    assert f"32 -> 48 px, dense head: {head:,} trainable and {backbone:,} frozen parameters" in other
+    assert "as many epochs as fit into 10min, 64 images per step, SGD, lr 0.01" in other
 
 
 @torch._dynamo.config.patch(recompile_limit=3)  # one graph of training, two of evaluation

@@ -1,6 +1,13 @@
 from __future__ import annotations
 
-from cifar10_tl.engine.results import markdown_table, text_table
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10_tl.engine.results import markdown_table, summary, text_table
+from cifar10_tl.metrics.evaluation import Evaluation
 
 
 def test_a_text_table_has_columns_of_equal_width() -> None:
@@ -10,3 +17,33 @@ def test_a_text_table_has_columns_of_equal_width() -> None:
 def test_markdown_keeps_its_columns_whatever_is_in_a_cell() -> None:
     table = markdown_table(["run", "acc"], [["a|b", "1"]])
     assert table == "| run | acc |\n| --- | ---: |\n| a\\|b | 1 |\n"
+
+
+def test_the_summary_of_a_run_names_results_files_and_next_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("my run")
+    (run / "figures").mkdir(parents=True)
+    for name in ("results.json", "events.out.tfevents.0"):
+        (run / name).touch()
+    labels = torch.tensor([0, 1, 1, 1])
+    evaluation = Evaluation.of(torch.eye(2)[[0, 0, 0, 1]], labels, torch.arange(4), ("cat", "dog"))
+    config = {"budget": None, "trainer": {"max_epochs": 5}}
+    results: dict[str, Any] = {"test": evaluation.metrics(), "val": {"acc": 0.75}, "best_epoch": 3, "epochs": 5}
+    text = summary(results | {"config": config}, run, tmp_path / run / "checkpoints" / "best.ckpt", evaluation)
+    assert text.splitlines() == [
+        "",
+        "  test acc     50.00% (95% interval 15.00 to 85.00%), 4 images",
+        "  confusion    dog -> cat is the most frequent: 2 images, 66.7% of dog",
+        "  val acc      75.00% in epoch 3, the best of 5",
+        "  figures      my run/figures",
+        "  numbers      my run/results.json",
+        "  checkpoint   my run/checkpoints/best.ckpt",
+        "  next commands",
+        "    tensorboard --host localhost --logdir 'my run' --samples_per_plugin=images=1000",
+        "    python -m cifar10_tl.evaluate 'checkpoint=\"my run/checkpoints/best.ckpt\"'  # calibration, each class",
+        "    python -m cifar10_tl.train 'resume=\"my run\"' trainer.max_epochs=10  # train further",
+    ]
+    untested = {"val": {"acc": None}, "best_epoch": None, "epochs": 5, "config": config | {"budget": "10min"}}
+    assert summary(untested, tmp_path / "gone", None, None).splitlines() == ["", "  checkpoint   none"]
