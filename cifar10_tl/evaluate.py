@@ -30,25 +30,39 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.human_labels and cfg.split != "test":
         raise UserError(f"human_labels={cfg.human_labels}: contains labels of the test images; use split=test")
     if cfg.compare:
-        return {"runs": compare(cfg)}
+        return compare(cfg)
     from cifar10_tl.engine.evaluator import evaluate_checkpoint  # imports torch
 
     return evaluate_checkpoint(cfg)
 
 
-def compare(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Compare runs on the terminal, in comparison.csv and in comparison.md, and return one row per run."""
-    from cifar10_tl.engine.comparison import COLUMNS, compare_runs, format_rows, read_run
+def compare(cfg: DictConfig) -> dict[str, Any]:
+    """Compare runs on the terminal, in comparison.csv and in comparison.md, and return rows per run and per setting."""
+    from cifar10_tl.engine.comparison import (
+        COLUMNS,
+        SETTINGS_COLUMNS,
+        compare_runs,
+        compare_settings,
+        format_rows,
+        read_run,
+    )
     from cifar10_tl.engine.results import markdown_table, text_table
 
-    rows = compare_runs([read_run(Path(folder)) for folder in cfg.compare])
-    header, cells, run_dir = list(COLUMNS), format_rows(rows), Path(cfg.paths.output_dir)
+    runs, run_dir = [read_run(Path(folder)) for folder in cfg.compare], Path(cfg.paths.output_dir)
+    rows, settings = compare_runs(runs), compare_settings(runs)
+    header, cells, groups = list(COLUMNS), format_rows(rows), format_rows(settings, SETTINGS_COLUMNS)
+    markdown = [markdown_table(header, cells), *([markdown_table([*SETTINGS_COLUMNS], groups)] if groups else [])]
     atomic_write_text(run_dir / "comparison.csv", csv_text(header, (list(row.values()) for row in rows)))
-    atomic_write_text(run_dir / "comparison.md", markdown_table(header, cells))
-    table = text_table(header[:-1], [row[:-1] for row in cells])
-    settings = "\n".join(f"  {run}: {changed}" for run, *_, changed in cells if changed)  # too long for the table
-    log.info("\n\n%s\n\n%s\n\n  %s, comparison.md", table, settings, run_dir / "comparison.csv")
-    return rows
+    atomic_write_text(run_dir / "comparison.md", "\n".join(markdown))
+    parts = [text_table(header[:-1], [row[:-1] for row in cells])]
+    parts.append("\n".join(f"  {run}: {changed}" for run, *_, changed in cells if changed))  # too long for the table
+    if groups:
+        parts.append(
+            f"{text_table([*SETTINGS_COLUMNS], groups)}\n\n  differences: mean over the seeds of both settings"
+        )
+    parts.append(f"  {run_dir / 'comparison.csv'}, comparison.md")
+    log.info("\n\n%s", "\n\n".join(filter(None, parts)))
+    return {"runs": rows, "settings": settings}
 
 
 def quote_list(argument: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine.results import text_table
 from cifar10_tl.engine.settings import flat
-from cifar10_tl.metrics.intervals import spread, wilson_interval
+from cifar10_tl.metrics.intervals import further_pairs, spread, wilson_interval
 
 #: Columns of the table and their number formats.
 COLUMNS = {
@@ -31,14 +32,31 @@ COLUMNS = {
     "different settings": "",
 }
 
+#: The same for the settings of several seeds. Differences are means over the seeds that both settings have.
+SETTINGS_COLUMNS = {
+    "settings": "",
+    "seeds": "d",
+    "mean test acc": ".2%",
+    "standard deviation": ".2%",
+    "pairs": "d",
+    "vs. first": "+.2%",
+    "95% low": "+.2%",
+    "95% high": "+.2%",
+    "further seeds": "d",
+}
+
+
+NEEDED, OPTIONAL = ("index", "true_label", "predicted_label"), ("probability", "path")  # of predictions.csv
+
 
 class Run(NamedTuple):
-    """Test of a run: true labels by image index, and the indices of the images that are classified correctly."""
+    """Test of a run: by image index, true labels and rows of predictions.csv, and the indices of correct ones."""
 
     folder: Path
     results: Mapping[str, Any]
     labels: Mapping[int, str]
     correct: set[int]
+    predictions: Mapping[int, Mapping[str, str]]
 
 
 def read_run(folder: Path) -> Run:
@@ -48,14 +66,16 @@ def read_run(folder: Path) -> Run:
         with (folder / "predictions.csv").open(newline="") as file:
             header, *table = csv.reader(file)
         # the first column of each name: a class may have the same name
-        index, true, predicted = (header.index(name) for name in ("index", "true_label", "predicted_label"))
-        rows = [(int(row[index]), row[true], row[predicted]) for row in table]
+        columns = [header.index(name) for name in NEEDED] + [header.index(name) for name in OPTIONAL if name in header]
+        rows = [{header[i]: row[i] for i in columns} for row in table]
+        predictions = {int(row["index"]): row for row in rows}
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"compare={folder}: not the folder of a tested run or an evaluation: {error}") from error
     if not rows or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
-    correct = {number for number, label, prediction in rows if label == prediction}
-    return Run(folder, results, {number: label for number, label, _ in rows}, correct)
+    labels = {index: row["true_label"] for index, row in predictions.items()}
+    correct = {index for index, row in predictions.items() if row["true_label"] == row["predicted_label"]}
+    return Run(folder, results, labels, correct, predictions)
 
 
 def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -73,11 +93,44 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
     row += [results.get("val", {}).get("acc"), results.get("epochs"), results.get("seconds", {}).get("fit")]
     if run is not first:
         only_first, only_this = len(first.correct - run.correct), len(run.correct - first.correct)
-        other = settings_of(first.results)
-        settings = [f"{key}={value}" for key, value in settings_of(results).items() if value != other.get(key)]
         row += [(only_this - only_first) / count, only_first, only_this, mcnemar_p_value(only_first, only_this)]
-        row += [" ".join(settings) or None]
+        row += [_changes(settings_of(results), settings_of(first.results)) or None]
     return dict(zip_longest(COLUMNS, row))
+
+
+def compare_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the ``SETTINGS_COLUMNS`` of each group of runs that differ in the seed alone, none if all are alone."""
+    settings: list[dict[str, Any]] = []
+    groups: list[dict[Any, float]] = []  # accuracies by seed
+    for run in runs:
+        own = settings_of(run.results)
+        seed = own.pop("seed", None)
+        if own.get("budget"):
+            own.pop("trainer.max_epochs", None)  # chosen by the budget
+        if own not in settings:
+            settings.append(own)
+            groups.append({})
+        groups[settings.index(own)][seed] = len(run.correct) / len(run.labels)
+    if max(map(len, groups)) == 1:
+        return []
+    return [_settings_row(own, group, settings[0], groups[0]) for own, group in zip(settings, groups, strict=True)]
+
+
+def _settings_row(
+    settings: Mapping[str, Any], group: Mapping[Any, float], other: Mapping[str, Any], first: Mapping[Any, float]
+) -> dict[str, Any]:
+    """Return a row about the accuracies of a group by seed, compared with those of the first group."""
+    found = spread(list(group.values()))
+    row: list[Any] = [_changes(settings, other) or "the first", found.n, found.mean, found.deviation]
+    if group is not first and (pairs := [acc - first[seed] for seed, acc in group.items() if seed in first]):
+        difference = spread(pairs)
+        row += [difference.n, difference.mean, difference.low, difference.high, further_pairs(difference)]
+    finite = [None if isinstance(value, float) and math.isnan(value) else value for value in row]
+    return dict(zip_longest(SETTINGS_COLUMNS, finite))
+
+
+def _changes(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items() if value != other.get(key))
 
 
 def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,9 +155,9 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def format_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the rows as text, with the formats of ``COLUMNS``."""
-    return [["" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()] for row in rows]
+def format_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> list[list[str]]:
+    """Return the rows as text, with the formats of ``columns``."""
+    return [["" if row[name] is None else format(row[name], form) for name, form in columns.items()] for row in rows]
 
 
 def describe_sweep(folder: Path) -> str:

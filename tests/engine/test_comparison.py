@@ -7,9 +7,20 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from helpers import compose_command
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.engine.comparison import compare_runs, describe_sweep, format_rows, mcnemar_p_value, read_run
+from cifar10_tl.engine.comparison import (
+    SETTINGS_COLUMNS,
+    Run,
+    compare_runs,
+    compare_settings,
+    describe_sweep,
+    format_rows,
+    mcnemar_p_value,
+    read_run,
+)
+from cifar10_tl.evaluate import evaluate, quote_list
 
 LABELS = ["cat", "dog"] * 4
 
@@ -67,6 +78,46 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     assert format_rows(rows)[1][1:] == (
         ["75.00%", "40.93%", "92.85%", "0.5000", "75.00%", "3", "12", "+25.00%", "1", "3", "0.625", "optimizer.lr=0.01"]
     )
+
+
+def test_settings_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    def run(lr: float, seed: int, num_correct: int, budget: str | None = None, epochs: int = 3) -> Run:
+        config = {"seed": seed, "optimizer": {"lr": lr}, "budget": budget, "trainer": {"max_epochs": epochs}}
+        correct = "1" * num_correct + "0" * (8 - num_correct)
+        return read_run(make_run(tmp_path / f"{lr}-{seed}-{budget}", correct, config=config))
+
+    runs = [run(0.1, 0, 4), run(0.1, 1, 5), run(0.2, 1, 6), run(0.2, 0, 6), run(0.2, 2, 4)]
+    runs += [run(0.3, 0, 8), run(0.3, 1, 2, "5min", 7), run(0.3, 2, 3, "5min", 8)]
+    rows = compare_settings(runs)
+    columns = {name: [row[name] for row in rows] for name in SETTINGS_COLUMNS}
+    assert columns["settings"] == ["the first", "optimizer.lr=0.2", "optimizer.lr=0.3", "optimizer.lr=0.3 budget=5min"]
+    assert columns["seeds"] == [2, 3, 1, 2]
+    assert columns["mean test acc"] == pytest.approx([4.5 / 8, 16 / 24, 1, 2.5 / 8])
+    deviations = [0.5**0.5 / 8, (4 / 3) ** 0.5 / 8, math.nan, 0.5**0.5 / 8]
+    assert [row["standard deviation"] or math.nan for row in rows] == pytest.approx(deviations, nan_ok=True)
+    assert columns["pairs"] == [None, 2, 1, 1]
+    assert columns["vs. first"] == [None, 1.5 / 8, 0.5, -3 / 8]  # of 2 and 1 images; of 4; of -3
+    half = 12.7062 * 0.5**0.5 / 8 / 2**0.5
+    assert columns["95% low"] == [None, pytest.approx(1.5 / 8 - half, rel=1e-5), None, None]
+    assert columns["95% high"] == [None, pytest.approx(1.5 / 8 + half, rel=1e-5), None, None]
+    assert columns["further seeds"] == [None, 2, None, None]  # 2.8016^2 (0.7071 / 1.5)^2 + 1.92 = 3.67
+    assert format_rows(rows, SETTINGS_COLUMNS)[1][:6] == ["optimizer.lr=0.2", "3", "66.67%", "14.43%", "2", "+18.75%"]
+    assert compare_settings(runs[1:3]) == [], "no setting has several seeds"
+
+
+def test_the_command_shows_and_writes_both_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def config(lr: float, seed: int) -> dict[str, object]:
+        return {"seed": seed, "optimizer": {"lr": lr}}
+
+    corrects = {(0.1, 0): "11100000", (0.1, 1): "11110000", (0.2, 0): "11111000", (0.2, 1): "11111110"}
+    runs = [make_run(tmp_path / f"{lr}-{seed}", c, config=config(lr, seed)) for (lr, seed), c in corrects.items()]
+    folders = quote_list(f"compare={','.join(map(str, runs))}")
+    with caplog.at_level("INFO", "cifar10_tl"):
+        found = evaluate(compose_command("evaluate", folders, f"paths.output_dir={tmp_path / 'out'}"))
+    assert [row["vs. first"] for row in found["settings"]] == [None, 2.5 / 8]
+    row = ["optimizer.lr=0.2", "2", "75.00%", "17.68%", "2", "+31.25%", "-48.16%", "+110.66%", "1"]
+    assert " ".join(row) in " ".join(caplog.text.split())
+    assert f"| {' | '.join(row)} |" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_runs_on_different_images_are_refused(tmp_path: Path) -> None:

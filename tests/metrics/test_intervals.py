@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cifar10_tl.metrics.intervals import spread, t_quantile, wilson_interval
+from cifar10_tl.metrics.intervals import Spread, further_pairs, spread, t_quantile, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,18 @@ def test_spread_of_three_values_by_hand() -> None:
 
 def test_one_value_has_no_spread() -> None:
     assert spread([0.5]) == pytest.approx((1, 0.5, math.nan, math.nan, math.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_pairs_for_a_power_of_80_percent_against_the_exact_numbers(effect: float, pairs: int) -> None:
+    """The exact numbers of the paired t test (two-sided, 5 %) are those of G*Power."""
+    assert further_pairs(Spread(3, effect, 1.0, -1.0, 9.0)) == pairs - 3
+    assert further_pairs(Spread(3, -effect, 1.0, -9.0, 1.0)) == pairs - 3
+
+
+def test_a_settled_difference_needs_no_more_pairs_and_none_at_all_is_never_settled() -> None:
+    assert further_pairs(spread([0.01, 0.011, 0.012])) == 0
+    assert further_pairs(spread([-0.01, -0.01])) == 0
+    assert further_pairs(spread([0.01, -0.01])) is None
+    assert further_pairs(spread([0.01])) is None
+    assert further_pairs(Spread(9, 1.0, 1.0, -0.1, 2.1)) == 1
