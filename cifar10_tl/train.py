@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
 def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
-    from cifar10_tl.engine import builder, checkpoints, hardware, logistic_regression, results
+    from cifar10_tl.engine import builder, checkpoints, hardware, logistic_regression, report, results
 
     hardware.quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -92,15 +92,18 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         clock = time.perf_counter()
         trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
         outcome["seconds"]["test"] = time.perf_counter() - clock
-        outcome |= results.test_results(cfg, module, datamodule.splits["test"].images)
+        outcome |= results.test_results(cfg, module, datamodule.splits["test"])
     if cfg.trainer.fast_dev_run:
         log.info("fast_dev_run: all stages ran, nothing was written")
         return None
     if trainer.is_global_zero:
         if cfg.test and ("test" not in earlier or earlier["best_epoch"] != module.restored_epoch):
             results.log_settings(trainer, outcome, module.restored_epoch)
-        results.write_results(run_dir, outcome, module.evaluation if cfg.test else None, datamodule.splits["test"])
-        log.info("%s", results.summary(outcome, run_dir, best, module.evaluation if cfg.test else None))
+        tested = (module.evaluation if cfg.test else None, datamodule.splits["test"])
+        results.write_results(run_dir, outcome, *tested)
+        if cfg.get("report", "none") != "none":
+            report.write_report(run_dir, *tested)
+        log.info("%s", results.summary(outcome, run_dir, best, tested[0]))
     return outcome
 
 

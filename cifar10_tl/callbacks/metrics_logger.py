@@ -44,7 +44,7 @@ class MetricsLogger(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({"train and val": charts})
-        for name in ("results.json", "predictions.csv"):
+        for name in ("results.json", "predictions.csv", "report.html"):
             (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

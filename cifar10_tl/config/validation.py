@@ -154,6 +154,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of("auto", "cpu", "cuda", "mps"), "device"),
     (one_of("onnx", "torch_export"), "format"),
     (one_of("test", "val", "train"), "split"),
+    (one_of("short", "none"), "report"),
     (one_of("none", "flip", "flip_shift"), "tta"),
 ]
 RULES = {

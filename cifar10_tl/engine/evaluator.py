@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.checkpoints import read_checkpoint, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
-from cifar10_tl.engine.results import describe, environment, images_checksum, read_results, write_results
+from cifar10_tl.engine.report import write_report
+from cifar10_tl.engine.results import all_metrics, describe, environment, images_checksum, read_results, write_results
 from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics import ground_truth
 from cifar10_tl.metrics.calibration import fit_temperature
@@ -50,7 +51,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         "checkpoint": str(cfg.checkpoint),
         "epoch": module.restored_epoch,
         "split": cfg.split,
-        cfg.split: all_metrics(evaluation, temperature, split.paths_of(evaluation.indices)),
+        cfg.split: all_metrics(evaluation, split, temperature),
         "confusion_matrix": evaluation.confusion_matrix.tolist(),
         "class_names": list(module.class_names),
         "data": dict(datamodule.hparams),
@@ -71,20 +72,10 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
             file.write(to_png(figure))
     results["seconds"] = {"evaluate": time.perf_counter() - start}
     write_results(run_dir, results, evaluation, split)
+    if cfg.report != "none":
+        write_report(run_dir, evaluation, split)
     log.info("%s", describe(results, run_dir))
     return results
-
-
-def all_metrics(evaluation: Evaluation, temperature: float, paths: Sequence[str | None]) -> dict[str, Any]:
-    """Return all metrics of an evaluation of images with these ``paths``, and its calibration at ``temperature``."""
-    calibrated = evaluation.scaled(temperature)
-    return {
-        **evaluation.scores(),
-        "calibrated": {"temperature": temperature, "nll": calibrated.loss, **calibrated.calibration()},
-        "per_class": evaluation.per_class(),
-        "confused_pairs": evaluation.confused_pairs(),
-        "confident_errors": evaluation.confident_errors(paths),
-    }
 
 
 class Evaluator:

@@ -33,6 +33,8 @@ from cifar10_tl.metrics.calibration import NUM_BINS
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.lit_classifier import LitClassifier
 
+REPORT = "report.html"
+
 
 def begin(cfg: DictConfig, trainer: pl.Trainer) -> None:
     """Write the config to the run folder and to TensorBoard."""
@@ -127,8 +129,9 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
             f"  {doubtful['count']} doubtful labels: accuracy {doubtful['acc_with']:.2%} with these images, "
             f"{without} without, {doubtful['acc_on_doubtful']:.2%} on them alone"
         )
+    page = f"  report       {run_dir / REPORT}\n" if (run_dir / REPORT).is_file() else ""
     parts.append(
-        f"  figures      {run_dir / 'figures'}\n"
+        f"{page}  figures      {run_dir / 'figures'}\n"
         f"  numbers      {run_dir / 'results.json'}, {run_dir / 'predictions.csv'}"
     )
     return "\n\n".join(["", *parts])
@@ -195,17 +198,31 @@ def fit_results(
     }
 
 
-def test_results(cfg: DictConfig, module: LitClassifier, images: Tensor) -> dict[str, Any]:
-    """Return the results of the test on ``images``, after checking that each of them was counted once."""
+def test_results(cfg: DictConfig, module: LitClassifier, split: Split) -> dict[str, Any]:
+    """Return the results of the test on ``split``, after checking that each of its images was counted once."""
     assert module.evaluation is not None
     count, is_limited = len(module.evaluation), cfg.trainer.limit_test_batches is not None or cfg.trainer.fast_dev_run
-    if count != len(images) and not is_limited:
-        raise RuntimeError(f"the test counted {count} of {len(images)} images")
+    if count != len(split) and not is_limited:
+        raise RuntimeError(f"the test counted {count} of {len(split)} images")
     return {
-        "test": module.evaluation.metrics(),
+        "test": all_metrics(module.evaluation, split),
         "confusion_matrix": module.evaluation.confusion_matrix.tolist(),
-        "test_images": images_checksum(images),
+        "test_images": images_checksum(split.images),
     }
+
+
+def all_metrics(evaluation: Evaluation, split: Split, temperature: float | None = None) -> dict[str, Any]:
+    """Return all metrics of an evaluation of images in ``split``, and its calibration at ``temperature``."""
+    metrics = {
+        **evaluation.scores(),
+        "per_class": evaluation.per_class(),
+        "confused_pairs": evaluation.confused_pairs(),
+        "confident_errors": evaluation.confident_errors(split.paths_of(evaluation.indices)),
+    }
+    if temperature is not None:
+        scaled = evaluation.scaled(temperature)
+        metrics["calibrated"] = {"temperature": temperature, "nll": scaled.loss, **scaled.calibration()}
+    return metrics
 
 
 def images_checksum(images: Tensor) -> str:
@@ -237,7 +254,7 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None, evalua
     if probe := results.get("logistic_regression"):
         scores = ", ".join(f"{split} acc {probe[split]['acc']:.2%}" for split in ("val", "test") if split in probe)
         lines.append(f"  logistic regression (l2 {probe['l2']:.2g}): {scores}, in {CHECKPOINT}")
-    for name, file in (("report", "report.html"), ("figures", "figures"), ("numbers", "results.json")):
+    for name, file in (("report", REPORT), ("figures", "figures"), ("numbers", "results.json")):
         if (run_dir / file).exists():
             lines.append(f"  {name:<12} {run_dir / file}")
     if best is not None and best.is_relative_to(Path.cwd()):

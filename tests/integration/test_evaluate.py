@@ -54,9 +54,8 @@ def run_evaluate(tmp_path: Path, best: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("cifar10_tl.engine.evaluator.evaluation_figures", lambda *_: {})
 
     def run(*overrides: str, checkpoint: Path = best) -> dict[str, Any]:
-        folder = f"paths.output_dir={tmp_path / 'evaluation'}"
-        cfg = compose_command("evaluate", f"checkpoint={checkpoint}", folder, "trainer.accelerator=cpu", *overrides)
-        return evaluate(cfg)
+        usual = (f"paths.output_dir={tmp_path / 'evaluation'}", "trainer.accelerator=cpu", "report=none")
+        return evaluate(compose_command("evaluate", f"checkpoint={checkpoint}", *usual, *overrides))
 
     return run
 
@@ -90,7 +89,8 @@ def test_numbers_are_those_of_the_run(full_evaluation: Path, finished_run: Path)
         assert (full_evaluation / file).read_bytes() == (finished_run / file).read_bytes()
     assert (full_evaluation / "predictions.csv").read_text() == (finished_run / "predictions.csv").read_text()
     files = {str(p.relative_to(full_evaluation)) for p in full_evaluation.rglob("*") if p.is_file()}
-    assert files == {"results.json", "predictions.csv"} | {f"figures/{name}_test.png" for name in FIGURES}
+    figures = {f"figures/{name}_test.png" for name in FIGURES}
+    assert files == {"results.json", "predictions.csv", "report.html"} | figures
 
 
 def test_predictions_have_a_row_per_image(full_evaluation: Path) -> None:

@@ -31,8 +31,8 @@ Small = Callable[..., DictConfig]
 FIGURES = {"inputs_train", "curves"} | {
     f"{kind}_{stage}" for kind in ("confusion_matrix", "correct", "incorrect") for stage in ("val", "test")
 }
-#: Without figures and logger.
-PLAIN = ("callbacks=minimal", "logger=none")
+#: Without figures, logger and report.
+PLAIN = ("callbacks=minimal", "logger=none", "report=none")
 #: One epoch of three steps.
 QUICK = (*TINY, *PLAIN, "data.train_size=80", "data.batch_size=16", "trainer.max_epochs=1")
 EARLY_STOPPING = "_target_: lightning.pytorch.callbacks.EarlyStopping"
@@ -55,7 +55,7 @@ def modified(folder: Path) -> dict[Path, int]:
 
 def test_run_folder_is_complete(finished_run: Path) -> None:
     files = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
-    expected = {RUN_CONFIG, "metrics.csv", "results.json", "predictions.csv"}
+    expected = {RUN_CONFIG, "metrics.csv", "results.json", "predictions.csv", "report.html"}
     expected |= {"checkpoints/best.ckpt", "checkpoints/last.ckpt", *(f"figures/{name}.png" for name in FIGURES)}
     assert files >= expected
     assert not [name for name in files if name.endswith(".tmp")]

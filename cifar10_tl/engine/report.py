@@ -1,0 +1,292 @@
+"""The page report.html of a run or an evaluation: charts and images in one self-contained file."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import logging
+import math
+import shlex
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+from jinja2 import Environment, PackageLoader
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from cifar10_tl.config.resume import as_override
+from cifar10_tl.data.batch import Split
+from cifar10_tl.engine.results import REPORT, read_results
+from cifar10_tl.engine.settings import changed_settings, repeat_command
+from cifar10_tl.io import atomic_write_text
+from cifar10_tl.metrics.evaluation import Evaluation
+
+log = logging.getLogger(__name__)
+
+GALLERY, PER_CELL = 48, 60  # largest numbers of images in a gallery and behind a cell of the confusion matrix
+PIXELS = 4_500_000  # of all images behind the confusion matrix: below 6 MB, together with the text
+SIDE, COLUMNS, QUALITY = 64, 64, 80  # largest side of a thumbnail in pixels, thumbnails per row, quality of WebP
+MATRIX_LIMIT, PAIR_LIMIT = 30, 100  # classes of a matrix of numbers; confused pairs that are listed instead
+
+
+class Neighbors(NamedTuple):
+    """The k training images that are most similar to each of the N images of an evaluation."""
+
+    train: Split
+    positions: Tensor  # in ``train``, the most similar first, int64 [N, k]
+    similarities: Tensor  # float [N, k]
+
+
+class Gallery(NamedTuple):
+    """Section of the page with images of an evaluation."""
+
+    key: str
+    title: str
+    note: str
+    positions: Tensor  # in the evaluation, int64 [n]
+
+
+class Sprite:
+    """Thumbnails in one image, each stored once."""
+
+    def __init__(self) -> None:
+        self.images: dict[Hashable, tuple[int, Tensor]] = {}
+
+    def place(self, key: Hashable, image: Tensor) -> str:
+        """Return the CSS that selects ``image``, uint8 [3, S, S], which ``key`` identifies."""
+        number, _ = self.images.setdefault(key, (len(self.images), image))
+        return f"--x:{number % COLUMNS};--y:{number // COLUMNS}"
+
+    @property
+    def columns(self) -> int:
+        """Number of thumbnails in a row."""
+        return min(COLUMNS, len(self.images))
+
+    def uri(self) -> str:
+        """Return the thumbnails as the data URI of a WebP image."""
+        images, file = thumbnails(torch.stack([image for _, image in self.images.values()])), io.BytesIO()
+        pixels = make_grid(images, nrow=COLUMNS, padding=0).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(file, "webp", quality=QUALITY)
+        return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Return images, uint8 [N, 3, S, S], with sides of at most ``SIDE`` pixels."""
+    return images if images.shape[-1] <= SIDE else F.interpolate(images, (SIDE, SIDE), mode="bicubic", antialias=True)
+
+
+def overlay(image: Tensor, heatmap: Tensor) -> Tensor:
+    """Return an image, uint8 [3, S, S], with a map of values from 0 to 1, float [h, w], as uint8 [3, SIDE, SIDE]."""
+    pixels = F.interpolate(thumbnails(image[None]).float() / 255, (SIDE, SIDE))[0]
+    heat = F.interpolate(heatmap[None, None].float(), (SIDE, SIDE), mode="bilinear")[0, 0]
+    colors = torch.from_numpy(mpl.colormaps["turbo"](heat.numpy())).float().permute(2, 0, 1)[:3]
+    return (255 * torch.lerp(pixels, colors, 0.6 * heat)).round().byte()
+
+
+class Pictures:
+    """Images of an evaluation as they are shown on the page; see :func:`write_report` for the arguments."""
+
+    def __init__(
+        self, evaluation: Evaluation, split: Split, neighbors: Neighbors | None, heatmaps: Mapping[int, Tensor]
+    ) -> None:
+        self.evaluation, self.neighbors, self.heatmaps = evaluation, neighbors, heatmaps
+        self.images, self.paths = split.by_index(evaluation.indices), split.paths_of(evaluation.indices)
+        self.probabilities, self.predictions = evaluation.probabilities.tolist(), evaluation.predictions.tolist()
+        self.labels, self.indices = evaluation.labels.tolist(), evaluation.indices.tolist()
+        self.sprite, self.overlays = Sprite(), Sprite()
+
+    def thumbnail(self, position: int) -> dict[str, Any]:
+        """Return an image for the template, without details."""
+        row, true, predicted = (x[position] for x in (self.probabilities, self.labels, self.predictions))
+        names = {"index": self.indices[position], "path": self.paths[position]}
+        place = self.sprite.place(position, self.images[position])
+        return {**names, "place": place, "true": true, "predicted": predicted, "probabilities": row}
+
+    def card(self, position: int) -> dict[str, Any]:
+        """Return an image for the template, with its most likely classes, Grad-CAM and neighbors."""
+        card, row = self.thumbnail(position), self.probabilities[position]
+        likely = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:3]
+        card["classes"] = dict.fromkeys([*likely, card["true"]])
+        if position in self.heatmaps:
+            card["overlay"] = self.overlays.place(position, overlay(self.images[position], self.heatmaps[position]))
+        if self.neighbors is not None:
+            _, found, similarities = self.neighbors
+            pairs = zip(found[position].tolist(), similarities[position].tolist(), strict=True)
+            card["neighbors"] = [{**self._training_image(n), "similarity": similarity} for n, similarity in pairs]
+        return card
+
+    def _training_image(self, position: int) -> dict[str, Any]:
+        assert self.neighbors is not None
+        train = self.neighbors.train
+        names = {"index": int(train.indices[position]), "path": train.paths[position] if train.paths else None}
+        place = self.sprite.place(("train", position), train.images[position])
+        return {**names, "place": place, "label": int(train.labels[position])}
+
+    def cells(self) -> dict[tuple[int, int], list[dict[str, Any]]]:
+        """Return the first images of each cell of the confusion matrix that has a link."""
+        cells: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for position in self.evaluation.probabilities.max(1).values.argsort(descending=True, stable=True).tolist():
+            cells[self.labels[position], self.predictions[position]].append(position)
+        # the errors first, and of these the most frequent
+        cells = dict(sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1]))))
+        if self.evaluation.num_classes > MATRIX_LIMIT:
+            cells = dict(list(cells.items())[:PAIR_LIMIT])
+        budget, sizes = PIXELS // min(SIDE, self.images.shape[-1]) ** 2, [len(cell) for cell in cells.values()]
+        limit = max((n for n in range(1, PER_CELL + 1) if sum(min(size, n) for size in sizes) <= budget), default=1)
+        ordered = {(i, j): cell[::-1] if i == j else cell for (i, j), cell in cells.items()}  # the least sure hits
+        return {ij: [self.thumbnail(position) for position in cell[:limit]] for ij, cell in ordered.items()}
+
+
+def standard_galleries(evaluation: Evaluation) -> list[Gallery]:
+    """Return the galleries of every page: confident errors, and correct predictions that are not sure."""
+    errors = evaluation.incorrect(len(evaluation))
+    correct = (evaluation.predictions == evaluation.labels).nonzero().flatten()
+    unsure = correct[evaluation.probabilities.max(1).values[correct].argsort(stable=True)]
+    return [
+        Gallery("errors", "Errors", _note("most confident", errors), errors[:GALLERY]),
+        Gallery("unsure", "Correct, but unsure", _note("least confident", unsure), unsure[:GALLERY]),
+    ]
+
+
+def _note(first: str, found: Tensor) -> str:
+    return f"{min(GALLERY, len(found)):,} of {len(found):,} shown, the {first} first."
+
+
+def write_report(
+    run_dir: Path,
+    evaluation: Evaluation | None = None,
+    split: Split | None = None,
+    *,
+    neighbors: Neighbors | None = None,
+    heatmaps: Mapping[int, Tensor] | None = None,
+    galleries: Sequence[Gallery] = (),
+) -> None:
+    """Write report.html from results.json and metrics.csv of a run or an evaluation, and its images.
+
+    A failure is logged and raises no error, because the results are complete without the page.
+
+    Args:
+        run_dir: Folder of results.json, which contains all numbers.
+        evaluation: Evaluation of the images in ``split``; None if there was none.
+        split: Images of the evaluation.
+        neighbors: Nearest training images of all images of the evaluation.
+        heatmaps: Grad-CAM, float [h, w], of positions in the evaluation, such as those of :func:`standard_galleries`.
+        galleries: More sections with images.
+    """
+    try:
+        page = _page(run_dir)
+        if evaluation is not None and split is not None:
+            pictures = Pictures(evaluation, split, neighbors, heatmaps or {})
+            page |= _evaluation(pictures, page["scores"], [*standard_galleries(evaluation), *galleries])
+        atomic_write_text(run_dir / REPORT, render("report.html.jinja", page))
+    except Exception as error:
+        log.warning("%s was not written: %s: %s", run_dir / REPORT, type(error).__name__, error)
+        log.debug("", exc_info=True)
+
+
+def _page(run_dir: Path) -> dict[str, Any]:
+    """Return what the page shows without images."""
+    results = read_results(run_dir)
+    checkpoint = Path(results.get("checkpoint", run_dir / "checkpoints" / "best.ckpt"))
+    training_dir = checkpoint.resolve().parent.parent if "checkpoint" in results else run_dir
+    split, training = results.get("split", "test" if "test" in results else "val"), read_results(training_dir)
+    runs = [("train", training, training_dir)]
+    if "checkpoint" in results:
+        runs.append(("evaluate", results, run_dir))
+    return {
+        "results": results,
+        "training": training,
+        "split": split,
+        "scores": results[split],
+        "charts": curves(training_dir / "metrics.csv"),
+        "changed": changed_settings(training["config"]) if "config" in training else {},
+        "commands": [repeat_command(run["config"], folder, name) for name, run, folder in runs if "config" in run],
+        "evaluate": f"python -m cifar10_tl.evaluate {shlex.quote(as_override('checkpoint', str(checkpoint)))}",
+    }
+
+
+def _evaluation(pictures: Pictures, scores: Mapping[str, Any], galleries: Sequence[Gallery]) -> dict[str, Any]:
+    """Return what the page shows of an evaluation."""
+    evaluation, cells = pictures.evaluation, pictures.cells()
+    errors = [(i, j) for i, j in cells if i != j]
+    has_matrix = evaluation.num_classes <= MATRIX_LIMIT
+    scaled = [evaluation.scaled(scores["calibrated"]["temperature"])] if "calibrated" in scores else []
+    return {
+        "names": evaluation.class_names,
+        "has_matrix": has_matrix,
+        "cells": cells,
+        "pairs": errors[: 10 if has_matrix else PAIR_LIMIT],
+        "bins": [list(zip(*map(Tensor.tolist, e.reliability_bins()), strict=True)) for e in (evaluation, *scaled)],
+        "galleries": [(gallery, [pictures.card(p) for p in gallery.positions.tolist()]) for gallery in galleries],
+        "pictures": pictures,
+        "sprites": {"t": pictures.sprite, "g": pictures.overlays},
+    }
+
+
+class Axis:
+    """Axis of an SVG chart from pixel ``start`` to ``end``, for one value or more in "%", "epochs" or no unit."""
+
+    def __init__(self, values: Iterable[float], start: float, end: float, unit: str = "", margin: float = 0.05) -> None:
+        low, high = min(values := list(values)), max(values)
+        spare = margin * (high - low) or 0.5 * (low == high)  # centers a single value
+        self.low, self.high, self.start, self.end, self.unit = low - spare, high + spare, start, end, unit
+        ticks = MaxNLocator(6, integer=unit == "epochs", min_n_ticks=1).tick_values(self.low, self.high)
+        self.ticks = [float(tick) for tick in ticks if self.low <= tick <= self.high]
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of ``value``."""
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+    def text(self, value: float) -> str:
+        """Return ``value`` as a label."""
+        return f"{100 * value:.4g}%" if self.unit == "%" else f"{value:.4g}"
+
+
+def curves(metrics_csv: Path) -> list[dict[str, Any]]:
+    """Return the charts of accuracy and loss in metrics.csv, none if there is no such file."""
+    rows = list(csv.DictReader(metrics_csv.read_text().splitlines())) if metrics_csv.is_file() else []
+    charts = []
+    for metric, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", "")):
+        keys = {split: f"{split}/{metric}" for split in ("train", "val")}
+        lines = {name: [(float(r["epoch"]), float(r[key])) for r in rows if r.get(key)] for name, key in keys.items()}
+        charts.append(line_chart(title, lines, unit))
+    return [chart for chart in charts if chart]
+
+
+def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> dict[str, Any]:
+    """Return a chart for the macro of this name: the finite points (epoch, value) of each line, empty without any."""
+    finite = {name: [point for point in line if math.isfinite(point[1])] for name, line in lines.items()}
+    finite = {name: line for name, line in finite.items() if line}
+    if not finite:
+        return {}
+    x, y = zip(*(point for line in finite.values() for point in line), strict=True)
+    return {"title": title, "lines": finite, "x": Axis(x, 44, 412, "epochs", 0.02), "y": Axis(y, 200, 8, unit)}
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Return the page of a template in the folder ``templates``, in which all text is escaped."""
+    environment = Environment(loader=PackageLoader("cifar10_tl.engine"), autoescape=True, trim_blocks=True)
+    environment.filters |= {"percent": percent, "at": at, "spec": format}
+    written = time.strftime("%Y-%m-%d %H:%M")
+    return environment.get_template(template).render(context, Axis=Axis, written=written)
+
+
+def percent(fraction: float) -> str:
+    """Return a percentage with the digits that matter: 0.4%, 3%, 99.7%."""
+    return f"{fraction:.1%}" if fraction < 0.01 or 0.99 <= fraction < 1 else f"{fraction:.0%}"
+
+
+def at(results: Any, key: str) -> Any:
+    """Return the value of a dotted key, such as ``test.acc_interval.0``."""
+    for part in key.split("."):
+        results = results[int(part) if isinstance(results, list) else part]
+    return results

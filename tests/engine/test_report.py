@@ -1,0 +1,321 @@
+"""The page report.html: its numbers, images, links and texts, read from the file and in a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import compose_train
+from PIL import Image
+
+from cifar10_tl.data.batch import Split
+from cifar10_tl.engine import report
+from cifar10_tl.engine.builder import plain
+from cifar10_tl.engine.report import Axis, Gallery, Neighbors, standard_galleries, write_report
+from cifar10_tl.engine.results import all_metrics, write_results
+from cifar10_tl.metrics.evaluation import Evaluation
+
+HOSTILE = ("<script>alert(1)</script>", "a\"b'c&amp;</style>", "{{ 7 * 7 }}", "plain")
+
+
+class Page(HTMLParser):
+    """Elements of a page: those with a value, links, identifiers, styles of pictures, and the tags of all."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.values: dict[str, str] = {}
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.pictures: list[tuple[str, str, str]] = []  # class, style, title
+        self.tags: Counter[str] = Counter()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found: dict[str, Any] = dict(attrs)
+        self.tags[tag] += 1
+        if tag == "data":
+            self.values[found["data-key"]] = found["value"]
+        self.links += [found["href"]] if "href" in found else []
+        self.ids += [found["id"]] if "id" in found else []
+        if tag == "i" and found.get("class") in ("t", "g"):
+            self.pictures.append((found["class"], found["style"], found["title"]))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def evaluate(num_images: int = 300, names: tuple[str, ...] = HOSTILE, side: int = 32) -> tuple[Evaluation, Split]:
+    """Return an evaluation of noise, in which each class is mistaken for others, and its images."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_images) % len(names)
+    logits = torch.randn(num_images, len(names), generator=generator)
+    logits[torch.arange(num_images), labels] += 1
+    coarse = torch.randint(0, 256, (num_images, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    images = coarse.repeat_interleave(side // 4, 2).repeat_interleave(side // 4, 3)
+    paths = [f'test/{names[label]}/it\'s "{i}".png' for i, label in enumerate(labels.tolist())]
+    return Evaluation(logits, labels, torch.arange(num_images), names), Split(images, labels, paths=paths)
+
+
+def write(
+    folder: Path,
+    evaluation: Evaluation,
+    split: Split,
+    temperature: float | None = 1.5,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Page:
+    """Write results.json, metrics.csv and report.html, and return the page."""
+    results = {
+        "test": all_metrics(evaluation, split, temperature),
+        "confusion_matrix": evaluation.confusion_matrix.tolist(),
+        "near_duplicates": {"count": 2, "acc_with": 0.5, "acc_without": 0.25},
+        **(extra or {}),
+    }
+    write_results(folder, results, evaluation, split)
+    (folder / "metrics.csv").write_text("epoch,train/loss,train/acc,val/loss,val/acc\n0,2,0.25,nan,0.5\n1,1,0.5,1,\n")
+    write_report(folder, evaluation, split, **options)
+    return Page((folder / "report.html").read_text())
+
+
+def sprite(folder: Path, name: str = "t") -> np.ndarray:
+    """Return the pixels of the thumbnails."""
+    source = (folder / "report.html").read_text()
+    (uri,) = re.findall(rf"\.{name} {{ background-image: url\(data:image/webp;base64,([^)]+)\)", source)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
+
+
+def thumbnail(pixels: np.ndarray, style: str, side: int) -> np.ndarray:
+    """Return the pixels that a picture of this style shows."""
+    x, y = (side * int(number) for number in re.fullmatch(r"--x:(\d+);--y:(\d+)", style).groups())
+    return pixels[y : y + side, x : x + side].astype(float)
+
+
+def test_numbers_are_those_of_results_json_to_the_last_digit(tmp_path: Path) -> None:
+    page, results = write(tmp_path, *evaluate()), json.loads((tmp_path / "results.json").read_text())
+    for key, value in page.values.items():
+        assert value == json.dumps(report.at(results, key)), key
+    scores = ("acc", "acc_interval.0", "acc_interval.1", "loss", "top2_acc", "macro_f1", "nll", "brier", "ece", "count")
+    calibrated = ("temperature", "nll", "brier", "ece")
+    classes = [f"per_class.{i}.{score}" for i in range(4) for score in ("precision", "recall", "f1", "count")]
+    expected = {f"test.{key}" for key in (*scores, *(f"calibrated.{key}" for key in calibrated), *classes)}
+    assert expected <= page.values.keys()
+    matrix = {(i, j): n for i, row in enumerate(results["confusion_matrix"]) for j, n in enumerate(row)}
+    assert all(page.values[f"confusion_matrix.{i}.{j}"] == str(count) for (i, j), count in matrix.items() if count)
+    assert f"{results['test']['acc']:.2%}" in page.text
+
+
+def test_cells_open_their_images(tmp_path: Path) -> None:
+    evaluation, split = evaluate()
+    page, matrix = write(tmp_path, evaluation, split), evaluation.confusion_matrix
+    assert {link for link in page.links if link.startswith("#c-")} == {
+        f"#c-{i}-{j}" for i, j in matrix.nonzero().tolist()
+    }
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    source, pixels = (tmp_path / "report.html").read_text(), sprite(tmp_path)
+    for i, j in matrix.nonzero().tolist():
+        (section,) = re.findall(rf'<section class="cell" id="c-{i}-{j}">.*?</section>', source, re.S)
+        shown = min(60, int(matrix[i, j]))
+        assert f"{shown} of {matrix[i, j]} shown" in section
+        found = [int(index) for index in re.findall(r"% #(\d+)</figure>", section)]
+        confidence = evaluation.probabilities.max(1).values[found]
+        assert len(set(found)) == shown
+        assert set(evaluation.labels[found].tolist()) == {i}
+        assert set(evaluation.predictions[found].tolist()) == {j}
+        assert confidence.tolist() == sorted(confidence.tolist(), reverse=i != j)
+        for index, (_, style, title) in zip(found, Page(section).pictures, strict=True):
+            image = split.images[index].permute(1, 2, 0).numpy()
+            assert np.abs(thumbnail(pixels, style, 32) - image).mean() < 20
+            assert title == split.paths[index]
+
+
+def test_galleries_show_each_image_once_in_the_file(tmp_path: Path) -> None:
+    evaluation, split = evaluate()
+    errors, unsure = (gallery.positions for gallery in standard_galleries(evaluation))
+    assert errors.tolist() == evaluation.incorrect(48).tolist()
+    confidence = evaluation.probabilities.max(1).values
+    assert (evaluation.predictions == evaluation.labels)[unsure].all()
+    assert confidence[unsure].tolist() == sorted(confidence[evaluation.predictions == evaluation.labels].tolist())[:48]
+    heatmaps = {int(p): torch.eye(2) for p in errors}
+    neighbors = Neighbors(split, torch.arange(300)[:, None].repeat(1, 5), torch.full((300, 5), 0.5))
+    more = Gallery("near_duplicates", "Near-duplicates", "A hint.", torch.tensor([0, 1]))
+    page = write(tmp_path, evaluation, split, neighbors=neighbors, heatmaps=heatmaps, galleries=[more])
+    assert (page.tags["article"], page.tags["section"]) == (98, 16)
+    places = {(kind, style) for kind, style, _ in page.pictures}
+    assert Counter(kind for kind, _ in places)["g"] == 48
+    assert Counter(kind for kind, *_ in page.pictures) == {"t": 300 + 98 + 98 * 5, "g": 48}
+    shown = {int(p) for positions in (errors, unsure, more.positions) for p in positions}
+    assert len(places) == 300 + 48 + len(shown), "an image of the test, an overlay, a training image"
+    assert page.values["near_duplicates.acc_without"] == "0.25"
+    assert "report=full" not in page.text
+    first = next(style for kind, style, _ in page.pictures if kind == "g")
+    red_and_blue = thumbnail(sprite(tmp_path, "g"), first, 64)[[2, 2], [2, 61]]
+    image = split.images[errors[0]].numpy()[:, [0, 0], [0, 31]].T
+    assert (np.abs(red_and_blue - image).max(1) > 20).tolist() == [True, False], "only where the map is 1"
+
+
+def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
+    evaluation, split = evaluate(20)
+    config = plain(compose_train("optimizer=sgd", "seed=3", f"paths.output_dir={tmp_path}"))
+    run = {"epochs": 5, "best_epoch": 4, "seconds": {"fit": 90}, "images_per_second": 123.4, "config": config}
+    page = write(tmp_path, evaluation, split, extra=run)
+    for text in ("python -m cifar10_tl.train optimizer=sgd seed=3", "seed=3, ", "5 epochs, the best is epoch 4; SGD"):
+        assert text in page.text
+    assert "1.5 min of training, 123 images/s" in page.text
+
+
+def test_without_analysis_the_page_names_the_command(tmp_path: Path) -> None:
+    page = write(tmp_path, *evaluate(), temperature=None)
+    command = f"python -m cifar10_tl.evaluate checkpoint={tmp_path / 'checkpoints' / 'best.ckpt'}"
+    assert f"{command} report=full" in page.text
+    assert "temperature scaling is in the report of" in page.text
+
+
+def test_texts_stay_texts_and_nothing_is_loaded(tmp_path: Path) -> None:
+    page, source = write(tmp_path, *evaluate()), (tmp_path / "report.html").read_text()
+    assert (page.tags["script"], page.tags["style"]) == (1, 1)
+    assert "49" not in re.findall(r"<th[^>]*>([^<]*)</th>", source)
+    assert page.text.count("<script>alert(1)</script>") > 5
+    assert 'test/{{ 7 * 7 }}/it\'s "2".png' in {title for *_, title in page.pictures}
+    assert not re.findall(r"https?:|\bsrc=|@import|<link", source)
+    assert set(re.findall(r"url\(([^,;)]*)", source)) == {"data:image/webp"}
+
+
+def test_curves_leave_out_what_is_missing(tmp_path: Path) -> None:
+    write(tmp_path, *evaluate())
+    accuracy, loss = report.curves(tmp_path / "metrics.csv")
+    assert accuracy["lines"] == {"train": [(0, 0.25), (1, 0.5)], "val": [(0, 0.5)]}
+    assert loss["lines"] == {"train": [(0, 2.0), (1, 1.0)], "val": [(1, 1.0)]}
+    assert report.curves(tmp_path / "none.csv") == []
+    assert (tmp_path / "report.html").read_text().count("<circle") == 6
+
+
+def test_axes_map_values_to_pixels() -> None:
+    axis = Axis([0, 10], 100, 0, margin=0.1)
+    assert [axis(value) for value in (-1, 5, 11)] == [100, 50, 0]
+    assert axis.ticks == [0, 2, 4, 6, 8, 10]
+    assert Axis([3], 0, 100, "epochs").ticks == [3]
+    assert [Axis([0.5], 0, 1, unit).text(0.125) for unit in ("%", "")] == ["12.5%", "0.125"]
+
+
+def test_a_run_without_test_has_a_page(tmp_path: Path) -> None:
+    write_results(tmp_path, {"val": {"acc": 0.75, "loss": 1.0, "count": 80}})
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.values == {"val.acc": "0.75", "val.count": "80"}
+    assert not page.pictures
+
+
+def test_many_classes_are_listed_by_pair(tmp_path: Path) -> None:
+    evaluation, split = evaluate(200, tuple(f"class {i}" for i in range(31)))
+    page = write(tmp_path, evaluation, split)
+    pairs = [tuple(map(int, link.split("-")[1:])) for link in page.links if link.startswith("#c-")]
+    counts = [int(evaluation.confusion_matrix[pair]) for pair in pairs]
+    assert len(pairs) == page.tags["section"] == 100
+    assert all(i != j for i, j in pairs)
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_a_failure_is_logged_and_keeps_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> str:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(report, "render", fail)
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path, *evaluate(20))
+    assert caplog.messages == [f"{tmp_path / 'report.html'} was not written: MemoryError: too large"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "predictions.csv", "metrics.csv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [32, 96])
+def test_ten_thousand_images_fit_into_six_megabytes(side: int, tmp_path: Path) -> None:
+    """Noise of the worst kind, for WebP as for the network: all cells of the confusion matrix are about equal."""
+    evaluation, _ = evaluate(10_000, tuple(f"a rather long class name {i}" for i in range(10)))
+    evaluation.logits[:] = torch.randn(evaluation.logits.shape)
+    images = torch.randint(0, 256, (10_000, 3, side, side), dtype=torch.uint8)
+    split = Split(
+        images, evaluation.labels, paths=[f"test/a rather long class name/image {i}.jpg" for i in range(10_000)]
+    )
+    write(tmp_path, evaluation, split)
+    assert (tmp_path / "report.html").stat().st_size <= 6_000_000
+
+
+def open_page(browser: Any, file: Path, width: int, theme: str) -> None:
+    """Open a file in a window of this width, on a phone if it is narrow, in a light or dark theme."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(file.as_uri())
+
+
+#: Texts with less contrast to their background than 4.5 to 1 (WCAG 2.2, success criterion 1.4.3).
+PALE = """
+const mixed = colors => colors.reduce(
+  (under, over) => over.slice(0, 3).map((c, i) => c * over[3] + under[i] * (1 - over[3])));
+const parse = text => { const c = text.match(/[\\d.]+/g).map(Number); return c.length > 3 ? c : [...c, 1]; };
+const light = color => color.map(c => c / 255).map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const pale = [];
+for (const element of document.querySelectorAll("body *")) {
+  const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+  if (!hasText || !element.getClientRects().length) continue;
+  const layers = [];
+  for (let e = element; e; e = e.parentElement) layers.unshift(parse(getComputedStyle(e).backgroundColor));
+  const style = getComputedStyle(element), svg = element.closest("svg");
+  const [a, b] = [mixed(layers), mixed([mixed(layers), parse(svg ? style.fill : style.color)])].map(light);
+  const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  if (ratio < 4.5) pale.push(`${element.tagName} ${element.textContent.slice(0, 40)} ${ratio}`);
+}
+return pale;
+"""
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    evaluation, split = evaluate()
+    heatmaps = {int(p): torch.eye(2) for p in evaluation.incorrect(10)}
+    neighbors = Neighbors(split, torch.arange(300)[:, None].repeat(1, 5), torch.full((300, 5), 0.5))
+    write(tmp_path, evaluation, split, neighbors=neighbors, heatmaps=heatmaps)
+    for width, theme in ((1200, "light"), (375, "light"), (375, "dark"), (1200, "dark")):
+        open_page(browser, tmp_path / "report.html", width, theme)
+        page = "document.documentElement"
+        assert browser.execute_script(f"return {page}.scrollWidth - {page}.clientWidth") == 0
+        assert browser.execute_script(PALE) == []
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('.matrix thead span')].map(e => e.textContent)"
+    )
+    assert tuple(names) == HOSTILE
+
+    def visible() -> list[str]:
+        script = "return [...document.querySelectorAll('.cell')].filter(e => e.getClientRects().length).map(e => e.id)"
+        return browser.execute_script(script)
+
+    i, j = next((i, j) for i, j in evaluation.confusion_matrix.nonzero().tolist() if i != j)
+    assert visible() == []
+    browser.find_element("css selector", f".matrix a[href='#c-{i}-{j}']").click()
+    assert visible() == [f"c-{i}-{j}"]
+    painted = "return getComputedStyle(document.querySelector('.cell:target .t')).backgroundImage.slice(0, 20)"
+    assert browser.execute_script(painted) == 'url("data:image/webp'
+    browser.find_element("css selector", ".cell:target a").click()
+    assert visible() == []
+
+    recall = [row["recall"] for row in evaluation.per_class()]
+    browser.find_elements("css selector", ".sortable th")[3].click()
+    shown = "return [...document.querySelectorAll('.sortable tbody tr')].map(row => +row.cells[3].firstChild.value)"
+    assert browser.execute_script(shown) == sorted(recall, reverse=True)
