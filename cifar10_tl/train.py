@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
 def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str, Any] | None:
     import lightning.pytorch as pl
 
-    from cifar10_tl.engine import builder, checkpoints, hardware, logistic_regression, report, results
+    from cifar10_tl.engine import analysis, builder, checkpoints, hardware, logistic_regression, report, results
 
     hardware.quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -102,7 +103,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         tested = (module.evaluation if cfg.test else None, datamodule.splits["test"])
         results.write_results(run_dir, outcome, *tested)
         if cfg.get("report", "none") != "none":
-            report.write_report(run_dir, *tested)
+            report.write_report(run_dir, *tested, explain=partial(analysis.heatmaps, module, trainer))
         log.info("%s", results.summary(outcome, run_dir, best, tested[0]))
     return outcome
 

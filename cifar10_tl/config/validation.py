@@ -154,7 +154,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of("auto", "cpu", "cuda", "mps"), "device"),
     (one_of("onnx", "torch_export"), "format"),
     (one_of("test", "val", "train"), "split"),
-    (one_of("short", "none"), "report"),
+    (one_of("short", "full", "none"), "report"),
     (one_of("none", "flip", "flip_shift"), "tta"),
 ]
 RULES = {
@@ -200,6 +200,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError(
             "model.stem=cifar has no published weights: use model.weights=null, a FILE, or model.stem=imagenet"
         )
+    if config.get("report") == "full":
+        if "optimizer.name" in config:
+            raise UserError("report=full is a setting of the evaluate command: use report=short or report=none")
+        if config["split"] == "train":
+            raise UserError("report=full compares images with those of training: use split=test or split=val")
     size = config.get("data.native_size", 32)
     for key in ("data.augment.random_crop_padding", "data.augment.cutout"):
         if type(size) is int and config.get(key, 0) >= size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cifar10_tl.callbacks import RunProgressBar
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.engine.analysis import analyze, find_neighbors, heatmaps
 from cifar10_tl.engine.checkpoints import read_checkpoint, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
 from cifar10_tl.engine.report import write_report
@@ -66,16 +68,30 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         results["human_labels"] = ground_truth.compare_with_people(evaluation, people)
     if doubtful is not None:
         results["doubtful_labels"] = ground_truth.accuracy_without(evaluation, doubtful)
-    run_dir, where = Path(cfg.paths.output_dir), f"{SPLIT_NAMES[cfg.split]}, epoch {module.restored_epoch}"
-    for name, figure in evaluation_figures(evaluation, evaluation.scaled(temperature), split, where).items():
-        with atomic_write(run_dir / "figures" / f"{name}_{cfg.split}.png") as file:
-            file.write(to_png(figure))
+    more: dict[str, Any] = {}
+    if cfg.report == "full":
+        train = datamodule.splits["train"]
+        more["neighbors"] = find_neighbors(evaluation, evaluator(train, "train, for nearest neighbors"), train)
+        found, more["galleries"] = analyze(evaluation, split, more["neighbors"])
+        results |= found
+    run_dir = Path(cfg.paths.output_dir)
+    write_figures(run_dir, evaluation, temperature, split, cfg.split, module.restored_epoch)
     results["seconds"] = {"evaluate": time.perf_counter() - start}
     write_results(run_dir, results, evaluation, split)
     if cfg.report != "none":
-        write_report(run_dir, evaluation, split)
+        write_report(run_dir, evaluation, split, explain=partial(heatmaps, module, trainer), **more)
     log.info("%s", describe(results, run_dir))
     return results
+
+
+def write_figures(
+    run_dir: Path, evaluation: Evaluation, temperature: float, split: Split, name: str, epoch: int | None
+) -> None:
+    """Write the figures of an evaluation of the ``split`` with this name."""
+    scaled, where = evaluation.scaled(temperature), f"{SPLIT_NAMES[name]}, epoch {epoch}"
+    for title, figure in evaluation_figures(evaluation, scaled, split, where).items():
+        with atomic_write(run_dir / "figures" / f"{title}_{name}.png") as file:
+            file.write(to_png(figure))
 
 
 class Evaluator:

@@ -10,7 +10,7 @@ import math
 import shlex
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,14 +95,20 @@ def overlay(image: Tensor, heatmap: Tensor) -> Tensor:
 class Pictures:
     """Images of an evaluation as they are shown on the page; see :func:`write_report` for the arguments."""
 
-    def __init__(
-        self, evaluation: Evaluation, split: Split, neighbors: Neighbors | None, heatmaps: Mapping[int, Tensor]
-    ) -> None:
-        self.evaluation, self.neighbors, self.heatmaps = evaluation, neighbors, heatmaps
+    def __init__(self, evaluation: Evaluation, split: Split, neighbors: Neighbors | None) -> None:
+        self.evaluation, self.neighbors = evaluation, neighbors
+        self.heatmaps: dict[int, Tensor] = {}  # by position
         self.images, self.paths = split.by_index(evaluation.indices), split.paths_of(evaluation.indices)
         self.probabilities, self.predictions = evaluation.probabilities.tolist(), evaluation.predictions.tolist()
         self.labels, self.indices = evaluation.labels.tolist(), evaluation.indices.tolist()
         self.sprite, self.overlays = Sprite(), Sprite()
+
+    def explain(self, function: Callable[[Tensor, Tensor], Tensor], positions: Iterable[int]) -> None:
+        """Compute the maps of the images at these positions."""
+        shown = sorted(set(positions))
+        if shown:
+            maps = function(self.images[shown], self.evaluation.predictions[shown])
+            self.heatmaps = dict(zip(shown, maps, strict=True))
 
     def thumbnail(self, position: int) -> dict[str, Any]:
         """Return an image for the template, without details."""
@@ -167,7 +173,7 @@ def write_report(
     split: Split | None = None,
     *,
     neighbors: Neighbors | None = None,
-    heatmaps: Mapping[int, Tensor] | None = None,
+    explain: Callable[[Tensor, Tensor], Tensor] | None = None,
     galleries: Sequence[Gallery] = (),
 ) -> None:
     """Write report.html from results.json and metrics.csv of a run or an evaluation, and its images.
@@ -179,14 +185,17 @@ def write_report(
         evaluation: Evaluation of the images in ``split``; None if there was none.
         split: Images of the evaluation.
         neighbors: Nearest training images of all images of the evaluation.
-        heatmaps: Grad-CAM, float [h, w], of positions in the evaluation, such as those of :func:`standard_galleries`.
+        explain: Function from images and classes to maps of what speaks for the class, see :func:`grad_cam`.
         galleries: More sections with images.
     """
     try:
         page = _page(run_dir)
         if evaluation is not None and split is not None:
-            pictures = Pictures(evaluation, split, neighbors, heatmaps or {})
-            page |= _evaluation(pictures, page["scores"], [*standard_galleries(evaluation), *galleries])
+            galleries = [*standard_galleries(evaluation), *galleries]
+            pictures = Pictures(evaluation, split, neighbors)
+            if explain is not None:
+                pictures.explain(explain, torch.cat([gallery.positions for gallery in galleries]).tolist())
+            page |= _evaluation(pictures, page["scores"], galleries)
         atomic_write_text(run_dir / REPORT, render("report.html.jinja", page))
     except Exception as error:
         log.warning("%s was not written: %s: %s", run_dir / REPORT, type(error).__name__, error)

@@ -129,6 +129,12 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
             f"  {doubtful['count']} doubtful labels: accuracy {doubtful['acc_with']:.2%} with these images, "
             f"{without} without, {doubtful['acc_on_doubtful']:.2%} on them alone"
         )
+    for key in ("near_duplicates", "probable_label_errors"):
+        if found := results.get(key):
+            without = "n/a" if found["acc_without"] is None else f"{found['acc_without']:.2%}"
+            parts.append(
+                f"  {found['count']} {key.replace('_', ' ')} (a hint): accuracy {without} without these images"
+            )
     page = f"  report       {run_dir / REPORT}\n" if (run_dir / REPORT).is_file() else ""
     parts.append(
         f"{page}  figures      {run_dir / 'figures'}\n"

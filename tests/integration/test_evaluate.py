@@ -88,6 +88,10 @@ def test_numbers_are_those_of_the_run(full_evaluation: Path, finished_run: Path)
         file = f"figures/{name}_test.png"
         assert (full_evaluation / file).read_bytes() == (finished_run / file).read_bytes()
     assert (full_evaluation / "predictions.csv").read_text() == (finished_run / "predictions.csv").read_text()
+    num_correct = round(100 * own["test"]["acc"])
+    for folder in (full_evaluation, finished_run):
+        overlays = (folder / "report.html").read_text().count('<i class="g"')
+        assert overlays == min(num_correct, 48) + min(100 - num_correct, 48)
     files = {str(p.relative_to(full_evaluation)) for p in full_evaluation.rglob("*") if p.is_file()}
     figures = {f"figures/{name}_test.png" for name in FIGURES}
     assert files == {"results.json", "predictions.csv", "report.html"} | figures
@@ -228,7 +232,7 @@ def test_other_data_with_ground_truth(
     (tmp_path / "doubtful").write_text("\n".join(f"{i} {sorted(names)[sorted_labels[order][i]]}" for i in incorrect))
     for name, people in (("people", sorted_labels[order]), ("official", sorted_labels)):
         np.save(tmp_path / f"{name}.npy", 0.9 * one_hot(people, 10).double().numpy() + 0.01)
-    options = (*folder, "data.val_size=20", f"doubtful_labels={tmp_path / 'doubtful'}")
+    options = (*folder, "data.val_size=20", f"doubtful_labels={tmp_path / 'doubtful'}", "report=full")
     results = run_evaluate(*options, f"human_labels={tmp_path / 'people.npy'}", checkpoint=tmp_path / "sorted.ckpt")
     rows = list(csv.DictReader((tmp_path / "evaluation" / "predictions.csv").open()))
     assert [row["path"] for row in rows] == [f"test/{names[labels[i]]}/{i:02d}/00.png" for i in order.tolist()]
@@ -239,6 +243,10 @@ def test_other_data_with_ground_truth(
     assert results["human_labels"]["agreement"] == accuracy
     parts = {"acc_with": accuracy, "acc_without": 1.0, "acc_on_doubtful": 0.0}
     assert results["doubtful_labels"] == {"count": len(incorrect), **parts}
+    assert results["near_duplicates"]["count"] == 40, "those of the 60 images that are in train, not in val"
+    for row in results["near_duplicates"]["images"]:
+        assert (row["nearest_path"], row["similarity"]) == (row["path"].replace("test/", "train/"), 1.0)
+    assert 'id="near_duplicates"' in (tmp_path / "evaluation" / "report.html").read_text()
     with pytest.raises(UserError, match="rows must be in the order of the test images"):
         run_evaluate(*options, f"human_labels={tmp_path / 'official.npy'}", checkpoint=tmp_path / "sorted.ckpt")
 

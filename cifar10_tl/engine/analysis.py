@@ -1,0 +1,95 @@
+"""Why a prediction is wrong: Grad-CAM, the nearest training images, near-duplicates and probable label errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from cifar10_tl.data.batch import Split
+from cifar10_tl.engine.report import GALLERY, Gallery, Neighbors
+from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.metrics.ground_truth import accuracy_without
+from cifar10_tl.metrics.neighbors import (
+    DUPLICATE_CORRELATION,
+    NUM_NEIGHBORS,
+    nearest_neighbors,
+    pixel_correlations,
+    probable_label_errors,
+)
+from cifar10_tl.models.grad_cam import grad_cam
+from cifar10_tl.models.lit_classifier import LitClassifier
+
+TITLES = {
+    "near_duplicates": (
+        "Near-duplicates of training images",
+        f"Pixels of one of the {NUM_NEIGHBORS} nearest training images correlate above {DUPLICATE_CORRELATION}. The "
+        "network may know the answer by heart. A hint, the most similar first.",
+    ),
+    "probable_label_errors": (
+        "Probable label errors",
+        "The prediction is at least as confident as for most images of the predicted class, and all "
+        f"{NUM_NEIGHBORS} nearest training images have that class. A hint, the most confident first: look at them. "
+        "As all of them are errors of the network, accuracy without them can only be higher.",
+    ),
+}
+
+
+def heatmaps(module: LitClassifier, trainer: pl.Trainer, images: Tensor, classes: Tensor) -> Tensor:
+    """Return Grad-CAM in the precision and on the device of the trainer, see :func:`grad_cam`."""
+    module.to(trainer.strategy.root_device)  # after a fit, Lightning moves it to the CPU
+    with trainer.precision_plugin.forward_context():
+        return grad_cam(module.network, images, classes)
+
+
+def find_neighbors(evaluation: Evaluation, trained: Evaluation, train: Split) -> Neighbors:
+    """Return the nearest images of ``train``, whose evaluation is ``trained``, for each image of an evaluation."""
+    assert evaluation.features is not None
+    assert trained.features is not None
+    return Neighbors(train, *nearest_neighbors(evaluation.features, trained.features))
+
+
+def analyze(evaluation: Evaluation, split: Split, neighbors: Neighbors) -> tuple[dict[str, Any], list[Gallery]]:
+    """Return entries of results.json, and galleries of the report, about copies of training images and wrong labels.
+
+    Args:
+        evaluation: Evaluation of the images in ``split``.
+        split: Images of the evaluation.
+        neighbors: Nearest training images of the same images.
+    """
+    train, positions, similarities = neighbors
+    correlations, columns = pixel_correlations(split.by_index(evaluation.indices), train.images, positions).max(1)
+    num_copies = int((correlations > DUPLICATE_CORRELATION).sum())
+    copies = correlations.argsort(descending=True, stable=True)[:num_copies]
+    errors = probable_label_errors(evaluation, train.labels[positions])
+    lists = {
+        "near_duplicates": (copies, positions.gather(1, columns[:, None])[:, 0], correlations),
+        "probable_label_errors": (errors, positions[:, 0], similarities[:, 0]),
+    }
+    found = {
+        name: {
+            **accuracy_without(evaluation, evaluation.indices[chosen]),
+            "images": _rows(evaluation, split, chosen, train, nearest[chosen], similarity[chosen].tolist()),
+        }
+        for name, (chosen, nearest, similarity) in lists.items()
+    }
+    return found, [Gallery(name, *TITLES[name], chosen[:GALLERY]) for name, (chosen, *_) in lists.items()]
+
+
+def _rows(
+    evaluation: Evaluation, split: Split, chosen: Tensor, train: Split, nearest: Tensor, similarities: list[float]
+) -> list[dict[str, Any]]:
+    """Return a row for each chosen image, with the training image beside it."""
+    names, indices, nearest_indices = evaluation.class_names, evaluation.indices[chosen], train.indices[nearest]
+    columns = {
+        "index": indices.tolist(),
+        "path": split.paths_of(indices),
+        "true": [names[label] for label in evaluation.labels[chosen]],
+        "predicted": [names[label] for label in evaluation.predictions[chosen]],
+        "nearest_index": nearest_indices.tolist(),
+        "nearest_path": train.paths_of(nearest_indices),
+        "nearest_true": [names[label] for label in train.labels[nearest]],
+        "similarity": [round(similarity, 4) for similarity in similarities],
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
