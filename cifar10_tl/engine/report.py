@@ -66,11 +66,6 @@ class Sprite:
         number, _ = self.images.setdefault(key, (len(self.images), image))
         return f"--x:{number % COLUMNS};--y:{number // COLUMNS}"
 
-    @property
-    def columns(self) -> int:
-        """Number of thumbnails in a row."""
-        return min(COLUMNS, len(self.images))
-
     def uri(self) -> str:
         """Return the thumbnails as the data URI of a WebP image."""
         images, file = thumbnails(torch.stack([image for _, image in self.images.values()])), io.BytesIO()
@@ -112,10 +107,14 @@ class Pictures:
 
     def thumbnail(self, position: int) -> dict[str, Any]:
         """Return an image for the template, without details."""
-        row, true, predicted = (x[position] for x in (self.probabilities, self.labels, self.predictions))
-        names = {"index": self.indices[position], "path": self.paths[position]}
-        place = self.sprite.place(position, self.images[position])
-        return {**names, "place": place, "true": true, "predicted": predicted, "probabilities": row}
+        return {
+            "place": self.sprite.place(position, self.images[position]),
+            "index": self.indices[position],
+            "path": self.paths[position],
+            "true": self.labels[position],
+            "predicted": self.predictions[position],
+            "probabilities": self.probabilities[position],
+        }
 
     def card(self, position: int) -> dict[str, Any]:
         """Return an image for the template, with its most likely classes, Grad-CAM and neighbors."""
@@ -125,31 +124,31 @@ class Pictures:
         if position in self.heatmaps:
             card["overlay"] = self.overlays.place(position, overlay(self.images[position], self.heatmaps[position]))
         if self.neighbors is not None:
-            _, found, similarities = self.neighbors
-            pairs = zip(found[position].tolist(), similarities[position].tolist(), strict=True)
-            card["neighbors"] = [{**self._training_image(n), "similarity": similarity} for n, similarity in pairs]
+            train, found, similarities = self.neighbors
+            card["neighbors"] = [
+                {
+                    "place": self.sprite.place(("train", near), train.images[near]),
+                    "index": int(train.indices[near]),
+                    "path": train.paths[near] if train.paths else None,
+                    "label": int(train.labels[near]),
+                    "similarity": similarity,
+                }
+                for near, similarity in zip(found[position].tolist(), similarities[position].tolist(), strict=True)
+            ]
         return card
-
-    def _training_image(self, position: int) -> dict[str, Any]:
-        assert self.neighbors is not None
-        train = self.neighbors.train
-        names = {"index": int(train.indices[position]), "path": train.paths[position] if train.paths else None}
-        place = self.sprite.place(("train", position), train.images[position])
-        return {**names, "place": place, "label": int(train.labels[position])}
 
     def cells(self) -> dict[tuple[int, int], list[dict[str, Any]]]:
         """Return the first images of each cell of the confusion matrix that has a link."""
         cells: dict[tuple[int, int], list[int]] = defaultdict(list)
         for position in self.evaluation.probabilities.max(1).values.argsort(descending=True, stable=True).tolist():
             cells[self.labels[position], self.predictions[position]].append(position)
-        # the errors first, and of these the most frequent
-        cells = dict(sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1]))))
-        if self.evaluation.num_classes > MATRIX_LIMIT:
-            cells = dict(list(cells.items())[:PAIR_LIMIT])
-        budget, sizes = PIXELS // min(SIDE, self.images.shape[-1]) ** 2, [len(cell) for cell in cells.values()]
+        # errors first, and of these the most frequent; of correct predictions, the least confident
+        found = sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1])))
+        found = found[: None if self.evaluation.num_classes <= MATRIX_LIMIT else PAIR_LIMIT]
+        budget, sizes = PIXELS // min(SIDE, self.images.shape[-1]) ** 2, [len(positions) for _, positions in found]
         limit = max((n for n in range(1, PER_CELL + 1) if sum(min(size, n) for size in sizes) <= budget), default=1)
-        ordered = {(i, j): cell[::-1] if i == j else cell for (i, j), cell in cells.items()}  # the least sure hits
-        return {ij: [self.thumbnail(position) for position in cell[:limit]] for ij, cell in ordered.items()}
+        shown = {(i, j): (positions[::-1] if i == j else positions)[:limit] for (i, j), positions in found}
+        return {cell: [self.thumbnail(position) for position in positions] for cell, positions in shown.items()}
 
 
 def standard_galleries(evaluation: Evaluation) -> list[Gallery]:
@@ -217,8 +216,9 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "split": split,
         "scores": results[split],
         "charts": curves(training_dir / "metrics.csv"),
-        "changed": changed_settings(training["config"]) if "config" in training else {},
+        "changed": [as_override(*item) for item in changed_settings(training.get("config", {})).items()],
         "commands": [repeat_command(run["config"], folder, name) for name, run, folder in runs if "config" in run],
+        "folder": run_dir,
         "evaluate": f"python -m cifar10_tl.evaluate {shlex.quote(as_override('checkpoint', str(checkpoint)))}",
     }
 
@@ -263,11 +263,14 @@ class Axis:
 def curves(metrics_csv: Path) -> list[dict[str, Any]]:
     """Return the charts of accuracy and loss in metrics.csv, none if there is no such file."""
     rows = list(csv.DictReader(metrics_csv.read_text().splitlines())) if metrics_csv.is_file() else []
-    charts = []
-    for metric, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", "")):
-        keys = {split: f"{split}/{metric}" for split in ("train", "val")}
-        lines = {name: [(float(r["epoch"]), float(r[key])) for r in rows if r.get(key)] for name, key in keys.items()}
-        charts.append(line_chart(title, lines, unit))
+
+    def line(key: str) -> list[tuple[float, float]]:
+        return [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
+
+    charts = [
+        line_chart(title, {split: line(f"{split}/{metric}") for split in ("train", "val")}, unit)
+        for metric, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", ""))
+    ]
     return [chart for chart in charts if chart]
 
 
