@@ -33,8 +33,8 @@ from cifar10_tl.io import atomic_write_text
 
 log = logging.getLogger(__name__)
 
-#: Seconds of Python and Hydra before the start of the run, and of the process after its end.
-PROCESS_SECONDS = 3.5
+#: Seconds of Python and Hydra before the start of the run, of report.html, and of the process after its end.
+PROCESS_SECONDS = 5.5
 #: Estimate of the seconds per epoch for figures and checkpoints before the first epoch.
 FILES_SECONDS = 2.0
 #: Fraction of the time that a new plan leaves unused; the plan is kept until that is used, too.

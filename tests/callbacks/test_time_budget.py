@@ -89,7 +89,7 @@ def test_all_epochs_are_validated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_budget_for_less_than_an_epoch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"budget=26.4s: .* about 26 s .* budget=29s"):
+    with pytest.raises(UserError, match=r"budget=28.4s: .* about 28 s .* budget=31s"):
         Plan(monkeypatch, 8 + 15 - 0.1).after(0, seconds=0)
 
 
