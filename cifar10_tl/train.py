@@ -56,6 +56,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     import lightning.pytorch as pl
 
     from cifar10_tl.engine import analysis, builder, checkpoints, hardware, logistic_regression, report, results
+    from cifar10_tl.engine.tensorboard import log_start, log_test
 
     hardware.quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -73,7 +74,8 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         datamodule.feature_cache = builder.build_feature_cache(cfg, module, trainer)
     earlier = results.read_results(run_dir)
     if trainer.is_global_zero:
-        results.begin(cfg, trainer)
+        results.begin(cfg)
+        log_start(cfg, trainer, builder.next_epoch(resumed))
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if cfg.get("budget"):
@@ -99,7 +101,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         return None
     if trainer.is_global_zero:
         if cfg.test and ("test" not in earlier or earlier["best_epoch"] != module.restored_epoch):
-            results.log_settings(trainer, outcome, module.restored_epoch)
+            log_test(trainer, module, outcome, datamodule.splits["test"])
         tested = (module.evaluation if cfg.test else None, datamodule.splits["test"])
         results.write_results(run_dir, outcome, *tested)
         if cfg.get("report", "none") != "none":

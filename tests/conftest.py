@@ -58,8 +58,9 @@ def browser() -> Iterator[Any]:
         pytest.skip("install Chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
+    flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "enable-unsafe-swiftshader")  # WebGL
+    for flag in flags:
+        options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     window = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield window

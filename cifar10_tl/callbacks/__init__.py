@@ -14,6 +14,7 @@ from cifar10_tl.callbacks.gradient_flow import GradientFlow
 from cifar10_tl.callbacks.metrics_logger import MetricsLogger
 from cifar10_tl.callbacks.nan_guard import NaNGuard
 from cifar10_tl.callbacks.progress_bar import RunProgressBar
+from cifar10_tl.callbacks.step_logger import StepLogger
 from cifar10_tl.callbacks.throughput import Throughput
 from cifar10_tl.callbacks.time_budget import TimeBudget
 
@@ -29,6 +30,7 @@ __all__ = [
     "RunCheckpoint",
     "RunProgressBar",
     "SampleInputs",
+    "StepLogger",
     "Throughput",
     "TimeBudget",
     "WeightEMA",

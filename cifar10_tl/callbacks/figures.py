@@ -29,11 +29,12 @@ def wants_figures(trainer: pl.Trainer) -> bool:
     return trainer.is_global_zero and not trainer.sanity_checking and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
 
-def publish(trainer: pl.Trainer, tag: str, figure: Figure, step: int) -> None:
+def publish(trainer: pl.Trainer, tag: str, figure: Figure, step: int, to_file: bool = True) -> None:
     """Write ``figure`` to ``<run folder>/figures/<tag>.png`` ("/" becomes "_") and to TensorBoard under ``tag``."""
     png = plots.to_png(figure)
-    with atomic_write(Path(trainer.default_root_dir) / "figures" / f"{tag.replace('/', '_')}.png") as file:
-        file.write(png)
+    if to_file:
+        with atomic_write(Path(trainer.default_root_dir) / "figures" / f"{tag.replace('/', '_')}.png") as file:
+            file.write(png)
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -90,25 +91,35 @@ class Curves(Callback):
 class EvaluationFigure(Callback):
     """Callback that draws the validation of the best epoch as ``<tag>/val`` and the test as ``<tag>/test``.
 
+    TensorBoard has each epoch that was the best so far, of which the first one is always one, and the last epoch.
     ``draw`` is a function of the Evaluation, its Split, and the text that ends the heading.
     """
 
     def __init__(self, tag: str, draw: Callable[[Any, Any, str], Figure]) -> None:
         self.tag, self.draw = tag, draw
+        self._drawn_epoch: int | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if wants_figures(trainer) and _is_best(trainer):
             self._publish(trainer, pl_module, "val", trainer.current_epoch)
+            self._drawn_epoch = trainer.current_epoch
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Add the last epoch to TensorBoard; the file keeps the best one."""
+        last = None if pl_module.evaluation is None else pl_module.restored_epoch
+        has_board = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        if last not in (None, self._drawn_epoch) and has_board and wants_figures(trainer):
+            self._publish(trainer, pl_module, "val", last, to_file=False)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if wants_figures(trainer):
             restored = pl_module.restored_epoch
             self._publish(trainer, pl_module, "test", trainer.current_epoch if restored is None else restored)
 
-    def _publish(self, trainer: pl.Trainer, pl_module: Any, stage: str, epoch: int) -> None:
+    def _publish(self, trainer: pl.Trainer, pl_module: Any, stage: str, epoch: int, to_file: bool = True) -> None:
         split = trainer.datamodule.splits[stage]  # type: ignore[attr-defined]
         where = f"{'validation' if stage == 'val' else stage}, epoch {epoch}"
-        publish(trainer, f"{self.tag}/{stage}", self.draw(pl_module.evaluation, split, where), step=epoch)
+        publish(trainer, f"{self.tag}/{stage}", self.draw(pl_module.evaluation, split, where), epoch, to_file)
 
 
 def _is_best(trainer: pl.Trainer) -> bool:

@@ -40,7 +40,7 @@ class MetricsLogger(Callback):
         """Lay out TensorBoard's custom scalars, and remove the results of a finished run that is trained further."""
         if not trainer.is_global_zero:
             return
-        charts = {name: ["Multiline", [f"train/{name}", f"val/{name}"]] for name in ("loss", "acc")}
+        charts = {n: ["Multiline", [f"train/{n}$", f"val/{n}$"]] for n in ("loss", "acc")}  # not train/loss_step
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({"train and val": charts})
@@ -52,6 +52,9 @@ class MetricsLogger(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         row = self._row(trainer, pl_module)
+        if row["images_per_second"] is not None:
+            epoch = float(trainer.current_epoch)  # the x axis
+            pl_module.log_dict({"images/s": row["images_per_second"], "step": epoch}, batch_size=1)
         self.rows.append(row)
         if trainer.is_global_zero:
             lines = ([row[column] for column in COLUMNS] for row in self.rows)

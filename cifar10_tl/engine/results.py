@@ -1,4 +1,4 @@
-"""Results of runs and evaluations: files, HPARAMS of TensorBoard, and text for the terminal."""
+"""Results of runs and evaluations: files, and text for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.hardware import device_name
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
-from cifar10_tl.engine.settings import flat
 from cifar10_tl.io import atomic_write_text, csv_text
 from cifar10_tl.metrics.calibration import NUM_BINS
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -36,12 +34,11 @@ from cifar10_tl.models.lit_classifier import LitClassifier
 REPORT = "report.html"
 
 
-def begin(cfg: DictConfig, trainer: pl.Trainer) -> None:
-    """Write the config to the run folder and to TensorBoard."""
+def begin(cfg: DictConfig) -> None:
+    """Write the config to the run folder."""
     if not cfg.trainer.fast_dev_run:
         config = OmegaConf.merge(cfg, {"resume": None, "trust": False})
         atomic_write_text(Path(cfg.paths.output_dir) / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
-        log_settings(trainer, {"config": plain(cfg)})
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
@@ -236,16 +233,6 @@ def images_checksum(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 
-def log_settings(trainer: pl.Trainer, results: Mapping[str, Any], epoch: int | None = None) -> None:
-    """Log ``results["config"]`` to TensorBoard, with the metrics of the test of ``epoch`` if there are any."""
-    groups = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "init_from")
-    settings = flat({key: value for key, value in results["config"].items() if key in groups})
-    metrics = {f"test/{key}": results["test"][key] for key in ("acc", "loss") if "test" in results}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(settings, metrics, step=epoch)
-
-
 def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None, evaluation: Evaluation | None) -> str:
     """Return the closing summary of a run: results, files and next commands."""
     lines = [""]
@@ -263,6 +250,7 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None, evalua
     for name, file in (("report", REPORT), ("figures", "figures"), ("numbers", "results.json")):
         if (run_dir / file).exists():
             lines.append(f"  {name:<12} {run_dir / file}")
+    lines += [f"  trace        {path}, for https://ui.perfetto.dev" for path in sorted(run_dir.glob("*.pt.trace.json"))]
     if best is not None and best.is_relative_to(Path.cwd()):
         best = best.relative_to(Path.cwd())
     return "\n".join([*lines, f"  checkpoint   {best or 'none'}", *_next_commands(results["config"], run_dir, best)])

@@ -59,6 +59,14 @@ def given_overrides(run_dir: Path) -> list[str]:
     return (yaml.safe_load(records.read_text()) or []) if records.is_file() else []
 
 
+def experiment_name(run_dir: Path) -> str:
+    """Return the name of a run's experiment, "default" if it has none, "" if it was not started by a command line."""
+    if not (run_dir / ".hydra" / "overrides.yaml").is_file():
+        return ""
+    chosen = [o.partition("=")[2] for o in given_overrides(run_dir) if _key(o) == "experiment"]
+    return "default" if chosen[-1:] in ([], ["null"]) else chosen[-1]
+
+
 def _key(given: str) -> str:
     return given.lstrip("+~").split("=")[0]
 

@@ -60,6 +60,26 @@ def test_the_test_is_drawn_at_the_epoch_of_its_checkpoint(tmp_path: Path, monkey
     assert images == [("incorrect/test", (*file.shape[:2], 3), 7)]
 
 
+@pytest.mark.parametrize(("last", "steps"), [(8, [5, 8]), (5, [5])])
+def test_the_last_epoch_is_added_to_tensorboard_and_the_file_stays(
+    last: int, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[int] = []
+    writer = SimpleNamespace(add_image=lambda tag, pixels, step, dataformats: logged.append(step))
+    monkeypatch.setattr(TensorBoardLogger, "experiment", writer)
+    callback, module = ConfusionMatrix(), SimpleNamespace(**{**vars(MODULE), "restored_epoch": last})
+    trainer = fake_trainer(tmp_path, loggers=[TensorBoardLogger(tmp_path)], current_epoch=5)
+    callback.on_validation_end(trainer, module)
+    file = tmp_path / "figures" / "confusion_matrix_val.png"
+    best = file.read_bytes()
+    callback.on_fit_end(trainer, module)
+    assert logged == steps
+    assert file.read_bytes() == best
+    module.evaluation = None  # resumed with nothing left to train
+    ConfusionMatrix().on_fit_end(trainer, module)
+    assert logged == steps
+
+
 @pytest.mark.parametrize("state", [{"sanity_checking": True}, {"fast_dev_run": True}, {"is_global_zero": False}])
 def test_nothing_is_drawn_on_other_ranks_or_in_rehearsals(tmp_path: Path, state: dict[str, bool]) -> None:
     ConfusionMatrix().on_validation_end(fake_trainer(tmp_path, **state), MODULE)
