@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +40,8 @@ SMALL = (
     "trainer.precision=32-true",
     "trainer.enable_progress_bar=false",
 )
+#: Labels of the eight images that :func:`make_run` tests.
+LABELS = ("cat", "dog", "cat", "dog", "cat", "dog", "cat", "dog")
 #: On top of SMALL: three steps per epoch.
 TINY = ("data.train_size=128", "data.val_size=32", "data.test_size=32", "data.batch_size=32")
 
@@ -110,6 +113,25 @@ def write_shapes(root: Path, num_classes: int, **counts: int) -> None:
         images, labels = draw_shapes(10 * count, seed=0, image_size=32)
         for label in range(num_classes):
             write_png(root / split / f"class {label}", images[labels == label])
+
+
+def make_run(
+    folder: Path, correct: str, labels: Sequence[str] = LABELS, more: tuple[str, ...] = (), **results: object
+) -> Path:
+    """Write a run whose predictions are correct where ``correct`` has a 1, with ``more`` columns."""
+    folder.mkdir(parents=True)
+    rows = [[i, label, label if correct[i] == "1" else "frog", *more] for i, label in enumerate(labels)]
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["index", "true_label", "predicted_label", *more], *rows])
+    defaults = {
+        "test": {"acc": correct.count("1") / len(correct), "loss": 0.5, "count": len(correct)},
+        "val": {"acc": 0.75},
+        "epochs": 3,
+        "seconds": {"fit": 12.3},
+        "config": {"seed": 0, "optimizer": {"lr": 0.001, "betas": [0.9]}, "paths": {"output_dir": str(folder)}},
+    }
+    (folder / "results.json").write_text(json.dumps({**defaults, **results}))
+    return folder
 
 
 def lock(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

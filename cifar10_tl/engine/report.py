@@ -205,9 +205,9 @@ def _page(run_dir: Path) -> dict[str, Any]:
     """Return what the page shows without images."""
     results = read_results(run_dir)
     checkpoint = Path(results.get("checkpoint", run_dir / "checkpoints" / "best.ckpt"))
-    training_dir = checkpoint.resolve().parent.parent if "checkpoint" in results else run_dir
-    split, training = results.get("split", "test" if "test" in results else "val"), read_results(training_dir)
-    runs = [("train", training, training_dir)]
+    train_dir, split = training_dir(run_dir, results), results.get("split", "test" if "test" in results else "val")
+    training = read_results(train_dir)
+    runs = [("train", training, train_dir)]
     if "checkpoint" in results:
         runs.append(("evaluate", results, run_dir))
     return {
@@ -215,12 +215,17 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "training": training,
         "split": split,
         "scores": results[split],
-        "charts": curves(training_dir / "metrics.csv"),
+        "charts": curves(train_dir / "metrics.csv"),
         "changed": [as_override(*item) for item in changed_settings(training.get("config", {})).items()],
         "commands": [repeat_command(run["config"], folder, name) for name, run, folder in runs if "config" in run],
         "folder": run_dir,
         "evaluate": f"python -m cifar10_tl.evaluate {shlex.quote(as_override('checkpoint', str(checkpoint)))}",
     }
+
+
+def training_dir(run_dir: Path, results: Mapping[str, Any]) -> Path:
+    """Return the folder of the training run that the ``results`` in ``run_dir`` belong to."""
+    return Path(results["checkpoint"]).resolve().parent.parent if "checkpoint" in results else run_dir
 
 
 def _evaluation(pictures: Pictures, scores: Mapping[str, Any], galleries: Sequence[Gallery]) -> dict[str, Any]:
@@ -262,16 +267,17 @@ class Axis:
 
 def curves(metrics_csv: Path) -> list[dict[str, Any]]:
     """Return the charts of accuracy and loss in metrics.csv, none if there is no such file."""
-    rows = list(csv.DictReader(metrics_csv.read_text().splitlines())) if metrics_csv.is_file() else []
-
-    def line(key: str) -> list[tuple[float, float]]:
-        return [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
-
     charts = [
-        line_chart(title, {split: line(f"{split}/{metric}") for split in ("train", "val")}, unit)
+        line_chart(title, {split: read_curve(metrics_csv, f"{split}/{metric}") for split in ("train", "val")}, unit)
         for metric, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", ""))
     ]
     return [chart for chart in charts if chart]
+
+
+def read_curve(metrics_csv: Path, key: str) -> list[tuple[float, float]]:
+    """Return the epochs and values of a metric in metrics.csv, none if there is no such file."""
+    rows = csv.DictReader(metrics_csv.read_text().splitlines()) if metrics_csv.is_file() else ()
+    return [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
 
 
 def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import csv
-import json
 import math
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from helpers import compose_command
+from helpers import LABELS, compose_command, make_run
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine.comparison import (
@@ -21,27 +19,6 @@ from cifar10_tl.engine.comparison import (
     read_run,
 )
 from cifar10_tl.evaluate import evaluate, quote_list
-
-LABELS = ["cat", "dog"] * 4
-
-
-def make_run(
-    folder: Path, correct: str, labels: list[str] = LABELS, more: tuple[str, ...] = (), **results: object
-) -> Path:
-    """Write a run whose predictions are correct where ``correct`` has a 1, with ``more`` columns."""
-    folder.mkdir(parents=True)
-    rows = [[i, label, label if correct[i] == "1" else "frog", *more] for i, label in enumerate(labels)]
-    with (folder / "predictions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["index", "true_label", "predicted_label", *more], *rows])
-    defaults = {
-        "test": {"acc": correct.count("1") / len(correct), "loss": 0.5, "count": len(correct)},
-        "val": {"acc": 0.75},
-        "epochs": 3,
-        "seconds": {"fit": 12.3},
-        "config": {"seed": 0, "optimizer": {"lr": 0.001, "betas": [0.9]}, "paths": {"output_dir": str(folder)}},
-    }
-    (folder / "results.json").write_text(json.dumps({**defaults, **results}))
-    return folder
 
 
 @pytest.mark.parametrize(

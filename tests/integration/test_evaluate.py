@@ -286,7 +286,7 @@ def test_runs_and_evaluations_are_compared(finished_run: Path, full_evaluation: 
     table = list(csv.DictReader((tmp_path / "comparison.csv").open()))
     assert [float(row["test acc"]) for row in table] == [first["test acc"]] * 2
     assert (tmp_path / "comparison.md").read_text().count("\n") == 4
-    assert {p.name for p in tmp_path.iterdir()} == {"comparison.csv", "comparison.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"comparison.csv", "comparison.md", "report.html"}
 
 
 def test_runs_to_compare_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
