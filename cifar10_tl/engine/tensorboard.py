@@ -79,6 +79,8 @@ def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int) -> None:
     where = environment(trainer.strategy.root_device, trainer.world_size, str(trainer.precision_plugin.precision))
     for logger in loggers:
         logger.log_hyperparams(_settings(config, run_dir))
+        (Path(logger.log_dir) / logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)  # of an earlier start
+        logger.save()
         logger.experiment.add_text("run/settings", _table("differs from the default", changed_settings(config)), epoch)
         logger.experiment.add_text("run/command", f"`{repeat_command(config, run_dir)}`", epoch)
         logger.experiment.add_text("run/environment", _table("environment", flat(where)), epoch)
@@ -102,7 +104,7 @@ def log_test(trainer: pl.Trainer, module: LitClassifier, results: Mapping[str, A
         for k, name in enumerate(evaluation.class_names):
             truth, probability = evaluation.labels == k, evaluation.probabilities[:, k]
             logger.experiment.add_pr_curve(f"precision_recall/{name}", truth, probability, epoch)
-        if evaluation.features is not None:
+        if evaluation.features is not None and evaluation.features.isfinite().all():
             add_projection(logger, evaluation, evaluation.features, split, epoch)
 
 
@@ -136,7 +138,8 @@ def hparams_summaries(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -
     for column in columns:
         if column.name in front:
             column.display_name, column.differs = column.name[3:], True
-    for key in sorted(_all_settings() - {column.name for column in columns} - set(COLUMNS.values())):
+    others = (_all_settings() | settings.keys()) - {column.name for column in columns} - set(COLUMNS.values())
+    for key in sorted(others):
         columns.add(name=key, type=DATA_TYPE_STRING)
     plugin.content = content.SerializeToString()
     return [experiment, *session]
@@ -178,7 +181,9 @@ def add_projection(
 
     Their principal components are enough, because the projector itself uses at most 200 random projections.
     """
-    for old in Path(logger.log_dir).glob("[0-9]*/test/tensors.tsv"):  # of an earlier test of this run
+    folder = Path(logger.log_dir)
+    (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # names the files of an earlier test of this run
+    for old in folder.glob("[0-9]*/test/tensors.tsv"):
         shutil.rmtree(old.parent)
     rows = torch.linspace(0, len(evaluation) - 1, min(PROJECTED_IMAGES, len(evaluation))).round().long()
     indices, predicted = evaluation.indices[rows], evaluation.predictions[rows]

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
@@ -17,6 +18,7 @@ from helpers import rows
 from PIL import Image
 from tensorboard.program import TensorBoard
 
+from cifar10_tl.callbacks import MetricsLogger, StepLogger
 from cifar10_tl.engine.results import read_results
 from cifar10_tl.engine.tensorboard import COLUMNS, RunTensorBoardLogger
 
@@ -178,10 +180,45 @@ def test_hparams_have_short_columns_first(board: Board, finished_run: Path) -> N
 
 
 @pytest.mark.parametrize("load_fast", [False, True])
+def test_a_resumed_run_has_each_point_and_all_images_once(tmp_path: Path, load_fast: bool) -> None:
+    """Five steps per epoch; resumed from a checkpoint after 38 epochs, and from one in the middle of the next."""
+    rows = [[step, step / 100, 0.1] for step in range(1, 201)]
+
+    def start(epoch: int, num_rows: int, last: int) -> None:
+        logger = RunTensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False, purge_step=epoch)
+        metrics, steps = MetricsLogger(), StepLogger()
+        metrics.rows = [{"epoch": e} for e in range(epoch)]
+        steps.tags, steps.rows = ["train/loss_step", "lr/head"], rows[:num_rows]
+        trainer: Any = SimpleNamespace(loggers=[logger], callbacks=[metrics, steps], strategy=None)
+        steps.on_fit_start(trainer, None)
+        for e in range(epoch, last):
+            steps.rows = rows[: 5 * (e + 1)]
+            steps.on_train_epoch_end(trainer, None)
+            logger.log_metrics({"train/loss": e / 10}, e)
+            logger.experiment.add_image("correct/val", np.full((3, 2, 2), e, np.uint8), e)
+        logger.finalize("success")
+
+    start(epoch=0, num_rows=0, last=39)
+    start(epoch=38, num_rows=190, last=39)
+    start(epoch=38, num_rows=193, last=40)
+    board = Board(tmp_path, load_fast)
+    board.wait(lambda: len(board.get("images/tags").get(".", ())) and len(board.scalars("train/loss_step")) >= 200)
+    assert board.scalars("train/loss") == [(epoch, pytest.approx(epoch / 10)) for epoch in range(40)]
+    assert board.scalars("train/loss_step") == [(step, pytest.approx(step / 100)) for step in range(1, 201)]
+    images = board.get("images/images", run=".", tag="correct/val", sample=0)
+    assert [image["step"] for image in images] == list(range(40))
+
+
+@pytest.mark.parametrize("load_fast", [False, True])
 def test_runs_with_other_settings_share_the_columns(tmp_path: Path, load_fast: bool) -> None:
     runs = {
-        "a": {"optimizer.name": "Adam", "optimizer.betas": [0.9, 0.999], "model.image_size": [[0, 128], [0.5, 224]]},
-        "b": {"optimizer.name": "SGD", "optimizer.momentum": 0.9, "model.weights": "weights/x.pth"},
+        "a": {
+            "optimizer.name": "Adam",
+            "optimizer.betas": [0.9, 0.999],
+            "model.image_size": [[0, 128], [0.5, 224]],
+            "ema_decay": None,
+        },
+        "b": {"optimizer.name": "SGD", "optimizer.momentum": 0.9, "model.weights": "weights/x.pth", "ema_decay": 0.9},
     }
     for name, settings in runs.items():
         logger = RunTensorBoardLogger(tmp_path / name, name="", version="", default_hp_metric=False)
@@ -192,7 +229,7 @@ def test_runs_with_other_settings_share_the_columns(tmp_path: Path, load_fast: b
     columns = {column["name"] for column in board.get("hparams/experiment", {})["hparamInfos"]}
     groups = board.get("hparams/session_groups", HPARAMS)["sessionGroups"]
     found = [{name[3:] if name[:2].isdigit() else name: v for name, v in g["hparams"].items()} for g in groups]
-    assert {"optimizer.betas", "optimizer.momentum"} <= columns
+    assert {"optimizer.betas", "optimizer.momentum", "ema_decay"} <= columns
     assert [(row["optimizer"], row["weights"]) for row in found] == [("Adam", "random"), ("SGD", "x.pth")]
     assert found[0]["image size"] == 224
     assert found[1]["optimizer.momentum"] == 0.9

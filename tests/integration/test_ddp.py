@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, rows, start_python
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from cifar10_tl.data.batch import Batch
@@ -86,6 +87,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_two_processes_train_like_one(runs: dict[str, Path], name: str) -> None:
     one, two = runs["one"], runs[name]
     assert_same_metrics(two, one, rel=1e-4)
+    for tag in ("train/loss_step", "lr/head"):
+        points, others = (
+            [(e.step, e.value) for e in EventAccumulator(str(r)).Reload().Scalars(tag)] for r in (one, two)
+        )
+        assert [step for step, _ in points] == list(range(1, int(rows(one)[-1]["step"]) + 1))
+        assert others == [(step, pytest.approx(value, rel=1e-4)) for step, value in points]
     expected, actual = (
         torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)
     )
