@@ -38,30 +38,21 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def compare(cfg: DictConfig) -> dict[str, Any]:
     """Compare runs on the terminal and in files, and return one row per run, and per setting with several seeds."""
-    from cifar10_tl.engine.comparison import (
-        COLUMNS,
-        SETTINGS_COLUMNS,
-        compare_runs,
-        compare_settings,
-        format_rows,
-        read_run,
-    )
+    from cifar10_tl.engine import comparison
     from cifar10_tl.engine.comparison_report import write_comparison
     from cifar10_tl.engine.results import REPORT, markdown_table, text_table
 
-    runs, run_dir = [read_run(Path(folder)) for folder in cfg.compare], Path(cfg.paths.output_dir)
-    rows, settings = compare_runs(runs), compare_settings(runs)
-    header, cells, groups = list(COLUMNS), format_rows(rows), format_rows(settings, SETTINGS_COLUMNS)
-    markdown = [markdown_table(header, cells), *([markdown_table([*SETTINGS_COLUMNS], groups)] if groups else [])]
+    runs, run_dir = [comparison.read_run(Path(folder)) for folder in cfg.compare], Path(cfg.paths.output_dir)
+    rows, settings = comparison.compare_runs(runs), comparison.compare_settings(runs)
+    header, cells = [*comparison.COLUMNS], comparison.format_rows(rows)
+    seeds = [*comparison.SETTINGS_COLUMNS], comparison.format_rows(settings, comparison.SETTINGS_COLUMNS)
+    markdown = markdown_table(header, cells) + (f"\n{markdown_table(*seeds)}" if settings else "")
     atomic_write_text(run_dir / "comparison.csv", csv_text(header, (list(row.values()) for row in rows)))
-    atomic_write_text(run_dir / "comparison.md", "\n".join(markdown))
+    atomic_write_text(run_dir / "comparison.md", markdown)
     write_comparison(run_dir, runs, rows, settings)
     parts = [text_table(header[:-1], [row[:-1] for row in cells])]
     parts.append("\n".join(f"  {run}: {changed}" for run, *_, changed in cells if changed))  # too long for the table
-    if groups:
-        parts.append(
-            f"{text_table([*SETTINGS_COLUMNS], groups)}\n\n  differences: mean over the seeds of both settings"
-        )
+    parts += [text_table(*seeds), "  differences: mean over the seeds of both settings"] if settings else []
     parts.append(f"  report       {run_dir / REPORT}\n  numbers      {run_dir / 'comparison.csv'}, comparison.md")
     log.info("\n\n%s", "\n\n".join(filter(None, parts)))
     return {"runs": rows, "settings": settings}

@@ -43,22 +43,17 @@ def heatmaps(module: LitClassifier, trainer: pl.Trainer, images: Tensor, classes
         return grad_cam(module.network, images, classes)
 
 
-def find_neighbors(evaluation: Evaluation, trained: Evaluation, train: Split) -> Neighbors:
-    """Return the nearest images of ``train``, whose evaluation is ``trained``, for each image of an evaluation."""
+def analyze(
+    evaluation: Evaluation, split: Split, trained: Evaluation, train: Split
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare the images of an evaluation with the training images; both evaluations have features.
+
+    Returns:
+        Entries of results.json about copies of training images and wrong labels, and arguments of ``write_report``.
+    """
     assert evaluation.features is not None
     assert trained.features is not None
-    return Neighbors(train, *nearest_neighbors(evaluation.features, trained.features))
-
-
-def analyze(evaluation: Evaluation, split: Split, neighbors: Neighbors) -> tuple[dict[str, Any], list[Gallery]]:
-    """Return entries of results.json, and galleries of the report, about copies of training images and wrong labels.
-
-    Args:
-        evaluation: Evaluation of the images in ``split``.
-        split: Images of the evaluation.
-        neighbors: Nearest training images of the same images.
-    """
-    train, positions, similarities = neighbors
+    positions, similarities = nearest_neighbors(evaluation.features, trained.features)
     correlations, columns = pixel_correlations(split.by_index(evaluation.indices), train.images, positions).max(1)
     num_copies = int((correlations > DUPLICATE_CORRELATION).sum())
     copies = correlations.argsort(descending=True, stable=True)[:num_copies]
@@ -74,7 +69,8 @@ def analyze(evaluation: Evaluation, split: Split, neighbors: Neighbors) -> tuple
         }
         for name, (chosen, nearest, similarity) in lists.items()
     }
-    return found, [Gallery(name, *TITLES[name], chosen[:GALLERY]) for name, (chosen, *_) in lists.items()]
+    galleries = [Gallery(name, *TITLES[name], chosen[:GALLERY]) for name, (chosen, *_) in lists.items()]
+    return found, {"neighbors": Neighbors(train, positions, similarities), "galleries": galleries}
 
 
 def _rows(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -46,9 +45,6 @@ SETTINGS_COLUMNS = {
 }
 
 
-NEEDED, OPTIONAL = ("index", "true_label", "predicted_label"), ("probability", "path")  # of predictions.csv
-
-
 class Run(NamedTuple):
     """Test of a run: by image index, true labels and rows of predictions.csv, and the indices of correct ones."""
 
@@ -66,15 +62,14 @@ def read_run(folder: Path) -> Run:
         with (folder / "predictions.csv").open(newline="") as file:
             header, *table = csv.reader(file)
         # the first column of each name: a class may have the same name
-        columns = [header.index(name) for name in NEEDED] + [header.index(name) for name in OPTIONAL if name in header]
-        rows = [{header[i]: row[i] for i in columns} for row in table]
+        rows = (dict(zip(header[::-1], row[::-1], strict=True)) for row in table)
         predictions = {int(row["index"]): row for row in rows}
-    except (OSError, ValueError, IndexError) as error:
+        labels = {index: row["true_label"] for index, row in predictions.items()}
+        correct = {index for index, row in predictions.items() if row["predicted_label"] == labels[index]}
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"compare={folder}: not the folder of a tested run or an evaluation: {error}") from error
-    if not rows or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
+    if not labels or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
-    labels = {index: row["true_label"] for index, row in predictions.items()}
-    correct = {index for index, row in predictions.items() if row["true_label"] == row["predicted_label"]}
     return Run(folder, results, labels, correct, predictions)
 
 
@@ -100,33 +95,25 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
 
 def compare_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the ``SETTINGS_COLUMNS`` of each group of runs that differ in the seed alone, none if all are alone."""
-    settings: list[dict[str, Any]] = []
-    groups: list[dict[Any, float]] = []  # accuracies by seed
+    groups: dict[str, dict[Any, float]] = {}  # accuracies by the seed
     for run in runs:
-        own = settings_of(run.results)
-        seed = own.pop("seed", None)
-        if own.get("budget"):
-            own.pop("trainer.max_epochs", None)  # chosen by the budget
-        if own not in settings:
-            settings.append(own)
-            groups.append({})
-        groups[settings.index(own)][seed] = len(run.correct) / len(run.labels)
-    if max(map(len, groups)) == 1:
-        return []
-    return [_settings_row(own, group, settings[0], groups[0]) for own, group in zip(settings, groups, strict=True)]
+        settings = settings_of(run.results)
+        seed = settings.pop("seed", None)
+        if settings.get("budget"):
+            settings.pop("trainer.max_epochs", None)  # chosen by the budget
+        changes = _changes(settings, settings_of(runs[0].results)) or "the first"
+        groups.setdefault(changes, {})[seed] = len(run.correct) / len(run.labels)
+    has_seeds = max(map(len, groups.values())) > 1
+    return [_settings_row(*group, groups) for group in groups.items()] if has_seeds else []
 
 
-def _settings_row(
-    settings: Mapping[str, Any], group: Mapping[Any, float], other: Mapping[str, Any], first: Mapping[Any, float]
-) -> dict[str, Any]:
-    """Return a row about the accuracies of a group by seed, compared with those of the first group."""
-    found = spread(list(group.values()))
-    row: list[Any] = [_changes(settings, other) or "the first", found.n, found.mean, found.deviation]
+def _settings_row(name: str, group: Mapping[Any, float], groups: Mapping[str, Mapping[Any, float]]) -> dict[str, Any]:
+    first, found = groups["the first"], spread(list(group.values()))
+    row: list[Any] = [name, found.n, found.mean, found.deviation]
     if group is not first and (pairs := [acc - first[seed] for seed, acc in group.items() if seed in first]):
         difference = spread(pairs)
         row += [difference.n, difference.mean, difference.low, difference.high, further_pairs(difference)]
-    finite = [None if isinstance(value, float) and math.isnan(value) else value for value in row]
-    return dict(zip_longest(SETTINGS_COLUMNS, finite))
+    return dict(zip_longest(SETTINGS_COLUMNS, [None if value != value else value for value in row]))  # NaN
 
 
 def _changes(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -137,7 +124,7 @@ def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the content of results.json depends on, with dotted keys."""
     if "checkpoint" in results:  # of the evaluate command
         return {"checkpoint": results["checkpoint"]}
-    ignored = ("paths", "callbacks", "logger", "resume", "test")  # they do not change a result
+    ignored = ("paths", "callbacks", "logger", "resume", "test", "report")  # they do not change a result
     return flat({key: value for key, value in results.get("config", {}).items() if key not in ignored})
 
 

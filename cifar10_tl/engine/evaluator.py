@@ -16,7 +16,7 @@ from cifar10_tl.callbacks import RunProgressBar
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
-from cifar10_tl.engine.analysis import analyze, find_neighbors, heatmaps
+from cifar10_tl.engine.analysis import analyze, heatmaps
 from cifar10_tl.engine.checkpoints import read_checkpoint, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
 from cifar10_tl.engine.report import write_report
@@ -68,18 +68,17 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         results["human_labels"] = ground_truth.compare_with_people(evaluation, people)
     if doubtful is not None:
         results["doubtful_labels"] = ground_truth.accuracy_without(evaluation, doubtful)
-    more: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     if cfg.report == "full":
         train = datamodule.splits["train"]
-        more["neighbors"] = find_neighbors(evaluation, evaluator(train, "train, for nearest neighbors"), train)
-        found, more["galleries"] = analyze(evaluation, split, more["neighbors"])
+        found, sections = analyze(evaluation, split, evaluator(train, "train, for nearest neighbors"), train)
         results |= found
     run_dir = Path(cfg.paths.output_dir)
     write_figures(run_dir, evaluation, temperature, split, cfg.split, module.restored_epoch)
     results["seconds"] = {"evaluate": time.perf_counter() - start}
     write_results(run_dir, results, evaluation, split)
     if cfg.report != "none":
-        write_report(run_dir, evaluation, split, explain=partial(heatmaps, module, trainer), **more)
+        write_report(run_dir, evaluation, split, explain=partial(heatmaps, module, trainer), **sections)
     log.info("%s", describe(results, run_dir))
     return results
 

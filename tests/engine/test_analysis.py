@@ -5,7 +5,7 @@ import torch
 
 from cifar10_tl.data.batch import Split
 from cifar10_tl.data.shapes import draw_shapes
-from cifar10_tl.engine.analysis import analyze, find_neighbors
+from cifar10_tl.engine.analysis import analyze
 from cifar10_tl.metrics.evaluation import Evaluation
 
 NAMES = ["cat", "dog"]
@@ -30,9 +30,8 @@ def test_a_planted_copy_and_a_planted_label_error_are_found() -> None:
     tested = evaluation(split.labels, split.indices, [0, 1, 1], [0.1, 0.7, 0.8])  # 0.8: a cat among dogs
     trained = evaluation(train_labels, train_indices, [0] * 5 + [1] * 5 + [2] * 5, [0.5] * 15)
 
-    neighbors = find_neighbors(tested, trained, train)
-    assert neighbors.positions.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9]]
-    found, galleries = analyze(tested, split, neighbors)
+    found, sections = analyze(tested, split, trained, train)
+    assert sections["neighbors"].positions.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9]]
     (copy,) = found["near_duplicates"].pop("images")
     assert copy.pop("similarity") == pytest.approx(0.99, abs=0.01)
     assert copy == {
@@ -57,7 +56,7 @@ def test_a_planted_copy_and_a_planted_label_error_are_found() -> None:
         "similarity": 1.0,
     }
     assert found["probable_label_errors"] == {"count": 1, "acc_with": 2 / 3, "acc_without": 1, "acc_on_doubtful": 0}
-    assert {gallery.key: gallery.positions.tolist() for gallery in galleries} == {
+    assert {gallery.key: gallery.positions.tolist() for gallery in sections["galleries"]} == {
         "near_duplicates": [1],
         "probable_label_errors": [2],
     }

@@ -103,3 +103,22 @@ def test_curves_of_all_runs_and_seeds_are_on_the_page(tmp_path: Path) -> None:
     ]
     assert '<h2 id="settings">' in page
     assert "62.50%" in page  # the mean of three seeds
+
+
+@pytest.mark.slow
+def test_page_fits_a_phone_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f'<b>"{seed}', "1" * (4 + seed) + "0" * (4 - seed), {"seed": seed}) for seed in (0, 1)]
+    (runs[0] / "metrics.csv").write_text("epoch,val/acc,val/loss\n0,0.5,1\n1,0.75,0.5\n")
+    compare(tmp_path / "out", *runs)
+    for width in (375, 1200):
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get((tmp_path / "out" / "report.html").as_uri())
+        page = "document.documentElement"
+        assert browser.execute_script(f"return {page}.scrollWidth - {page}.clientWidth") == 0
+        assert browser.execute_script("return [...document.querySelectorAll('dd')].map(e => e.firstChild.data)") == [
+            str(run) for run in runs
+        ]
+        (picture,) = browser.execute_script("return [...document.querySelectorAll('i.t')].map(e => e.offsetWidth)")
+        assert picture == 96
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
