@@ -103,7 +103,8 @@ class Pictures:
         shown = sorted(set(positions))
         if shown:
             maps = function(self.images[shown], self.evaluation.predictions[shown])
-            self.heatmaps = dict(zip(shown, maps, strict=True))
+            if maps[0].numel() > 1:  # else it says nothing
+                self.heatmaps = dict(zip(shown, maps, strict=True))
 
     def thumbnail(self, position: int) -> dict[str, Any]:
         """Return an image for the template, without details."""
