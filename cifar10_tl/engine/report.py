@@ -29,10 +29,11 @@ from cifar10_tl.engine.results import REPORT, read_results
 from cifar10_tl.engine.settings import changed_settings, repeat_command
 from cifar10_tl.io import atomic_write_text
 from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.plots.style import as_percent
 
 log = logging.getLogger(__name__)
 
-GALLERY, PER_CELL = 48, 60  # largest numbers of images in a gallery and behind a cell of the confusion matrix
+GALLERY, PER_CELL = 48, 100  # largest numbers of images in a gallery and behind a cell of the confusion matrix
 PIXELS = 4_500_000  # of all images behind the confusion matrix: below 6 MB, together with the text
 SIDE, COLUMNS, QUALITY = 64, 64, 80  # largest side of a thumbnail in pixels, thumbnails per row, quality of WebP
 MATRIX_LIMIT, PAIR_LIMIT = 30, 100  # classes of a matrix of numbers; confused pairs that are listed instead
@@ -294,14 +295,9 @@ def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], u
 def render(template: str, context: Mapping[str, Any]) -> str:
     """Return the page of a template in the folder ``templates``, in which all text is escaped."""
     environment = Environment(loader=PackageLoader("cifar10_tl.engine"), autoescape=True, trim_blocks=True)
-    environment.filters |= {"percent": percent, "at": at, "spec": format}
+    environment.filters |= {"percent": as_percent, "at": at, "spec": format}
     written = time.strftime("%Y-%m-%d %H:%M")
     return environment.get_template(template).render(context, Axis=Axis, written=written)
-
-
-def percent(fraction: float) -> str:
-    """Return a percentage with the digits that matter: 0.4%, 3%, 99.7%."""
-    return f"{fraction:.1%}" if fraction < 0.01 or 0.99 <= fraction < 1 else f"{fraction:.0%}"
 
 
 def at(results: Any, key: str) -> Any:

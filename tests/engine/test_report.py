@@ -131,7 +131,7 @@ def test_cells_open_their_images(tmp_path: Path) -> None:
     source, pixels = (tmp_path / "report.html").read_text(), sprite(tmp_path)
     for i, j in matrix.nonzero().tolist():
         (section,) = re.findall(rf'<section class="cell" id="c-{i}-{j}">.*?</section>', source, re.S)
-        shown = min(60, int(matrix[i, j]))
+        shown = min(100, int(matrix[i, j]))
         assert f"{shown} of {matrix[i, j]} shown" in section
         found = [int(index) for index in re.findall(r"% #(\d+)</figure>", section)]
         confidence = evaluation.probabilities.max(1).values[found]
@@ -180,7 +180,9 @@ def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
 
 
 def test_without_analysis_the_page_names_the_command(tmp_path: Path) -> None:
-    page = write(tmp_path, *evaluate(), temperature=None)
+    page = write(tmp_path, *evaluate(), temperature=None, explain=lambda images, _: torch.ones(len(images), 1, 1))
+    assert "g" not in {kind for kind, *_ in page.pictures}, "a map of one value says nothing"
+    assert "Without Grad-CAM" in page.text
     command = f"python -m cifar10_tl.evaluate checkpoint={tmp_path / 'checkpoints' / 'best.ckpt'}"
     assert f"{command} report=full" in page.text
     assert "temperature scaling is in the report of" in page.text
@@ -289,13 +291,19 @@ return pale;
 """
 
 
+VIEWS = ((1200, "light"), (375, "light"), (375, "dark"))
+
+
 @pytest.mark.slow
 def test_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
     evaluation, split = evaluate()
     neighbors = Neighbors(split, torch.arange(300)[:, None].repeat(1, 5), torch.full((300, 5), 0.5))
     write(tmp_path, evaluation, split, neighbors=neighbors, explain=explain)
-    for width, theme in ((1200, "light"), (375, "light"), (375, "dark"), (1200, "dark")):
-        open_page(browser, tmp_path / "report.html", width, theme)
+    many = evaluate(names=("W" * 80, *(f"class {i}" for i in range(19))))
+    write(tmp_path / "many", *many)
+    pages = [(folder, width, theme) for folder in (tmp_path, tmp_path / "many") for width, theme in VIEWS]
+    for folder, width, theme in (*pages, (tmp_path, 1200, "dark")):
+        open_page(browser, folder / "report.html", width, theme)
         page = "document.documentElement"
         assert browser.execute_script(f"return {page}.scrollWidth - {page}.clientWidth") == 0
         assert browser.execute_script(PALE) == []
