@@ -106,7 +106,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         results.write_results(run_dir, outcome, *tested)
         if cfg.get("report", "none") != "none":
             report.write_report(run_dir, *tested, explain=partial(analysis.heatmaps, module, trainer))
-        log.info("%s", results.summary(outcome, run_dir, best, tested[0]))
+        log.info("%s", results.summary(outcome, run_dir, best))
     return outcome
 
 

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.launcher import run_command
+from cifar10_tl.config.launcher import config_dir_flags, run_command
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.io import claim
@@ -36,7 +36,7 @@ def tune(cfg: DictConfig) -> dict[str, Any]:
         if not is_only_search:
             raise UserError(f"{run_dir}: another process is running in this folder; wait for it or stop it")
         try:
-            search = Search(cfg, HydraConfig.get().overrides.task)
+            search = Search(cfg, [*config_dir_flags(), *HydraConfig.get().overrides.task])
             search.run(cfg.trials, handler)
         except Stopped:
             log.info("stopped; the same command with paths.output_dir=%s continues the search", run_dir)

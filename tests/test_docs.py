@@ -6,20 +6,15 @@ import json
 import re
 import runpy
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import numpy as np
+import documented
 import pytest
-import torch
 from helpers import REPOSITORY, compose_train
 
 from cifar10_tl.config.launcher import help_text
-from cifar10_tl.data import sources
-from cifar10_tl.models import heads
 
 README = (REPOSITORY / "README.md").read_text()
-PAGES = {page: page.read_text() for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
+PAGES = {page: page.read_text() for page in documented.PAGES}
 SHELL = "\n".join(block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S))
 SPANS = [
     span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
@@ -79,10 +74,11 @@ def test_every_default_in_the_readme_is_the_default() -> None:
 
 
 def test_every_train_command_composes() -> None:
-    commands = set(re.findall(r"python -m cifar10_tl\.train([^#`\n]*)", SHELL.replace("\\\n", " ")))
+    commands = [words[3:] for page in PAGES for words in documented.commands(page) if "cifar10_tl.train" in words]
     assert len(commands) >= 6
     for command in commands:
-        compose_train(*(word for word in command.split() if "=" in word and "<" not in word and "," not in word))
+        if "--config-dir" not in command:
+            compose_train(*(word for word in command if "=" in word and "@" not in word and "," not in word))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -92,7 +88,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
     paths += [
         REPOSITORY / path
         for path in re.findall(r"`((?:cifar10_tl|conf|scripts|tests|docs)/[\w/.]+)`", PAGES[page])
-        if "cosine" not in path and "cifar100" not in path and "two_machines" not in path
+        if "two_machines" not in path
     ]
     assert [path for path in paths if not path.exists()] == []
 
@@ -112,34 +108,6 @@ def test_every_tensorboard_command_shows_all_images() -> None:
     lines = [line for file in files for line in file.read_text().splitlines() if "tensorboard --" in line]
     assert len(lines) >= 3, "README, Makefile and the end of a run"
     assert [line for line in lines if "--samples_per_plugin=images=1000" not in line] == []
-
-
-def readme_class(name: str, module: ModuleType) -> Any:
-    """Return a class of a README example, executed at the end of ``module``."""
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if f"class {name}" in b)
-    namespace = dict(vars(module))
-    exec(block, namespace)
-    return namespace[name]
-
-
-def test_the_head_of_the_readme_works() -> None:
-    assert readme_class("CosineHead", heads)(16, 3)(torch.randn(2, 16, 4, 4)).shape == (2, 3)
-
-
-def test_the_dataset_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    class FewImages:
-        classes = ("apple", "bear")
-
-        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-            self.data = np.zeros((20 if train else 10, 32, 32, 3), np.uint8)
-            self.targets = [0, 1] * (len(self.data) // 2)
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR100", FewImages)
-    source = readme_class("Cifar100", sources)("data")
-    source.prepare()
-    shapes = {name: tuple(split.images.shape) for name, split in source.load().items()}
-    assert shapes == {"train": (20, 3, 32, 32), "test": (10, 3, 32, 32)}
-    assert source.class_names == ("apple", "bear")
 
 
 def test_help_lists_the_options_of_each_group_and_the_purpose_of_each_experiment() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +56,9 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         is_new = _holds_only(folder, records)
         os.environ["HYDRA_FULL_ERROR"] = full_error  # for processes that the task starts
         try:
-            return task(_checked(cfg))
+            cfg = _checked(cfg)
+            import_modules(cfg.get("imports") or [])
+            return task(cfg)
         except (Exception, SystemExit) as error:
             if is_new and run_dir.process_rank() == 0 and _holds_only(folder, (*records, *_FIRST_FILES)):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -100,9 +103,12 @@ def should_print(error: Exception) -> bool:
 def _prepared(arguments: list[str], name: str = "train") -> list[str]:
     """Return the arguments as Hydra parses them: flags first, and a value such as ``~/data`` expanded and quoted."""
     is_first = run_dir.process_rank() == 0
-    prepared = []
+    prepared: list[str] = []
     for argument in arguments:
         key, _, value = argument.partition("=")
+        if prepared and prepared[-1] in _FLAGS_WITH_VALUE and not argument.startswith("-"):
+            prepared[-1] += f"={argument}"
+            continue
         if argument.startswith("-") and key not in _FLAGS | _FLAGS_WITH_VALUE:
             raise UserError(f"{argument}: no such flag; write settings as key=value, such as seed=1 (see --help)")
         if is_first and key.lstrip("+") in _FIXED:  # Lightning gives them to the processes that it starts
@@ -118,7 +124,7 @@ def _prepared(arguments: list[str], name: str = "train") -> list[str]:
         prepared.append(argument)
     if not is_first:  # only the first process writes the records of the run
         prepared += ["hydra.output_subdir=null", "hydra/job_logging=none"]
-    return sorted(prepared, key=lambda argument: argument not in _FLAGS)
+    return sorted(prepared, key=lambda argument: not argument.startswith("-"))
 
 
 def _holds_only(folder: Path, patterns: tuple[str, ...]) -> bool:
@@ -132,12 +138,28 @@ def _checked(cfg: DictConfig) -> DictConfig:
         cfg.paths.output_dir = hydra_config.runtime.output_dir
         with read_write(hydra_config), open_dict(hydra_config):
             hydra_config.run.dir = cfg.paths.output_dir
-        sys.argv[1:] = [*hydra_config.overrides.task, f"paths.output_dir={quoted(cfg.paths.output_dir)}"]
+        given = [*config_dir_flags(), *hydra_config.overrides.task]
+        sys.argv[1:] = [*given, f"paths.output_dir={quoted(cfg.paths.output_dir)}"]
     if cfg.get("resume"):
         cfg = resumed_config(cfg, hydra_config.overrides.task)
     check_config(cfg)
     check_nodes(cfg)
     return cfg
+
+
+def config_dir_flags() -> list[str]:
+    """Return ``--config-dir`` of this command, for the processes that it starts."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+
+
+def import_modules(names: str | Sequence[str]) -> None:
+    """Import modules that add heads and datasets to the registries of this package."""
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"imports={name}: {error} in the current folder or on PYTHONPATH") from error
 
 
 def check_nodes(cfg: DictConfig) -> None:

@@ -34,7 +34,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved = _read_run_config(run_dir)
     if "trust=true" not in (override.lower() for override in overrides):
         for key, target in walk(saved):
-            if f".{key}".endswith("._target_") and not is_trusted(target):
+            if (f".{key}".endswith("._target_") and not is_trusted(target)) or (key == "imports" and target):
                 raise UserError(
                     f"{run_dir / RUN_CONFIG} names code from outside this project and Lightning: {key}={target}; read "
                     "it, and add trust=true if you trust it"

@@ -116,6 +116,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (list_of(text), "data.mirrors"),
     (list_of(text, 2), "compare?"),
     (either(text, list_of(text, 1)), "images"),
+    (either(text, list_of(text)), "imports"),
     (Rule("a group of objects by name", lambda value: isinstance(value, dict)), "callbacks? logger?"),
     (whole(0, 2**32 - 1), "seed data.split_seed data.drawing_seed"),
     (whole(0), "data.augment.random_crop_padding trainer.num_sanity_val_steps scheduler.head_only_epochs"),

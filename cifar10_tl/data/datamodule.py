@@ -53,7 +53,10 @@ class CIFAR10DataModule(pl.LightningDataModule):
         augment = asdict(self.augment)  # with the defaults
         self.save_hyperparameters(logger=False)
         if source not in SOURCES:
-            raise UserError(f"data.source={source}: choose one of {', '.join(SOURCES)}")
+            raise UserError(
+                f"data.source={source}: choose from {', '.join(SOURCES)}, or first import the module that adds it to "
+                "SOURCES (on the command line: imports=MODULE)"
+            )
         self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}  # "train", "val" and "test", after setup

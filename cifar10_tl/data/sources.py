@@ -1,6 +1,6 @@
 """Sources of images: CIFAR-10, a folder of images, and the built-in shapes.
 
-To add a source, write a class with the members of :class:`Source` and add it to ``SOURCES``.
+To add a source, write a class with the members of :class:`Source` and add it to ``SOURCES`` (CONTRIBUTING.md).
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def describe(cfg: DictConfig, trainer: Any, module: LitClassifier) -> str:
     images = ", ".join(f"{len(trainer.datamodule.splits[name]):,} {name}" for name in ("train", "val", "test"))
     sizes = " -> ".join(str(size) for _, size in module.image_sizes)
     counts = [sum(p.numel() for p in module.parameters() if p.requires_grad is trained) for trained in (True, False)]
-    epochs = f"as many epochs as fit into {cfg.budget}" if cfg.get("budget") else f"{trainer.max_epochs} epochs"
+    epochs = f"as many epochs as fit into {cfg.budget}" if cfg.get("budget") else f"epochs: {trainer.max_epochs}"
     lines = {
         "data": f"{cfg.data.source}: {images} images of {len(module.class_names)} classes",
         "network": f"{cfg.model.backbone}, {cfg.init_from or cfg.model.weights or 'random weights'}, {sizes} px, "

@@ -124,7 +124,7 @@ def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the content of results.json depends on, with dotted keys."""
     if "checkpoint" in results:  # of the evaluate command
         return {"checkpoint": results["checkpoint"]}
-    ignored = ("paths", "callbacks", "logger", "resume", "test", "report")  # they do not change a result
+    ignored = ("paths", "callbacks", "logger", "resume", "test", "report", "imports")  # they do not change a result
     return flat({key: value for key, value in results.get("config", {}).items() if key not in ignored})
 
 

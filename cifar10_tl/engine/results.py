@@ -233,13 +233,13 @@ def images_checksum(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 
-def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None, evaluation: Evaluation | None) -> str:
+def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str:
     """Return the closing summary of a run: results, files and next commands."""
-    lines = [""]
-    if (test := results.get("test")) and evaluation is not None:
-        interval = _cell(evaluation.scores()["acc_interval"], "")
+    lines, run_dir, best = [""], _relative(run_dir), best and _relative(best)
+    if test := results.get("test"):
+        interval = _cell(test["acc_interval"], "")
         lines.append(f"  test acc     {test['acc']:.2%} (95% interval {interval}), {test['count']:,} images")
-        for pair in evaluation.confused_pairs(1):
+        for pair in test["confused_pairs"][:1]:
             share = f"{pair['count']} images, {pair['share']:.1%} of {pair['true']}"
             lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")
     if (val_acc := results["val"]["acc"]) is not None:
@@ -251,9 +251,12 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None, evalua
         if (run_dir / file).exists():
             lines.append(f"  {name:<12} {run_dir / file}")
     lines += [f"  trace        {path}, for https://ui.perfetto.dev" for path in sorted(run_dir.glob("*.pt.trace.json"))]
-    if best is not None and best.is_relative_to(Path.cwd()):
-        best = best.relative_to(Path.cwd())
     return "\n".join([*lines, f"  checkpoint   {best or 'none'}", *_next_commands(results["config"], run_dir, best)])
+
+
+def _relative(path: Path) -> Path:
+    """Return a path in the current folder without it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _next_commands(config: Mapping[str, Any], run_dir: Path, best: Path | None) -> list[str]:
@@ -263,7 +266,7 @@ def _next_commands(config: Mapping[str, Any], run_dir: Path, best: Path | None) 
         commands.append(f"tensorboard --host localhost --logdir {logdir} --samples_per_plugin=images=1000")
     if best is not None:
         checkpoint = shlex.quote(as_override("checkpoint", str(best)))
-        commands.append(f"python -m cifar10_tl.evaluate {checkpoint}  # calibration, each class")
+        commands.append(f"python -m cifar10_tl.evaluate {checkpoint} report=full  # calibration, label errors")
     if not config.get("budget"):
         epochs = f"trainer.max_epochs={2 * config['trainer']['max_epochs']}"
         commands.append(f"{resume_command(run_dir)} {epochs}  # train further")

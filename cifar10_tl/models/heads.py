@@ -1,4 +1,4 @@
-"""Classification heads. To add one, write a module like these and list it in ``HEADS``."""
+"""Classification heads. To add one, write a module like these and add it to ``HEADS`` (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -79,6 +79,9 @@ def build_head(settings: Mapping[str, Any], num_features: int, num_classes: int)
     options = dict(settings)
     name = options.pop("name", None)
     if name not in HEADS:
-        raise UserError(f"model.head.name={name}: choose from {', '.join(HEADS)}")
+        raise UserError(
+            f"model.head.name={name}: choose from {', '.join(HEADS)}, or first import the module that adds it to HEADS "
+            "(on the command line: imports=MODULE)"
+        )
     known_arguments(HEADS[name], options, "model.head", taken=("num_features", "num_classes"))
     return HEADS[name](num_features, num_classes, **options)

@@ -101,6 +101,12 @@ def test_paths_expand_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert launcher._prepared(["seed=1", "data.root=~/d", "-m"]) == ["-m", "seed=1", f'data.root="{tmp_path}/d"']
 
 
+def test_flags_may_stand_anywhere_between_the_settings() -> None:
+    """Python's argparse refuses settings on both sides of a flag."""
+    given = ["seed=1", "--config-dir", "own", "data=shapes", "-c", "job", "--resolve"]
+    assert launcher._prepared(given) == ["--config-dir=own", "-c=job", "--resolve", "seed=1", "data=shapes"]
+
+
 def test_an_unwritable_run_folder_is_one_line() -> None:
     handlers = {"file": {"class": "logging.FileHandler", "filename": "/proc/train.log"}}
     with pytest.raises(ValueError, match="file") as raised:

@@ -165,7 +165,7 @@ def test_hyperparameters_are_plain_and_complete() -> None:
 
 
 def test_unknown_source_is_rejected() -> None:
-    with pytest.raises(UserError, match="choose one of cifar10, folder, shapes"):
+    with pytest.raises(UserError, match="choose from cifar10, folder, shapes, or first import"):
         CIFAR10DataModule(source="mnist")
 
 

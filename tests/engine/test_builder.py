@@ -74,7 +74,7 @@ def test_the_header_of_a_run_says_what_is_trained_on_what(
         "",
         "  data         shapes: 320 train, 80 val, 100 test images of 10 classes",
         f"  network      resnet18, random weights, 32 px, dense head: {total:,} trainable and 0 frozen parameters",
-        "  training     7 epochs, 64 images per step, Adam, lr 0.001",
+        "  training     epochs: 7, 64 images per step, Adam, lr 0.001",
         "  device       2 x fast cpu, x",
     ]
     other = header("model.freeze=backbone", "model.image_size=[[0,32],[0.5,48]]", "budget=10min", "optimizer=sgd")

@@ -30,8 +30,9 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
     labels = torch.tensor([0, 1, 1, 1])
     evaluation = Evaluation.of(torch.eye(2)[[0, 0, 0, 1]], labels, torch.arange(4), ("cat", "dog"))
     config = {"budget": None, "trainer": {"max_epochs": 5}}
-    results: dict[str, Any] = {"test": evaluation.metrics(), "val": {"acc": 0.75}, "best_epoch": 3, "epochs": 5}
-    text = summary(results | {"config": config}, run, tmp_path / run / "checkpoints" / "best.ckpt", evaluation)
+    test = evaluation.scores() | {"confused_pairs": evaluation.confused_pairs()}
+    results: dict[str, Any] = {"test": test, "val": {"acc": 0.75}, "best_epoch": 3, "epochs": 5, "config": config}
+    text = summary(results, run, tmp_path / run / "checkpoints" / "best.ckpt")
     assert text.splitlines() == [
         "",
         "  test acc     50.00% (95% interval 15.00 to 85.00%), 4 images",
@@ -42,8 +43,9 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
         "  checkpoint   my run/checkpoints/best.ckpt",
         "  next commands",
         "    tensorboard --host localhost --logdir 'my run' --samples_per_plugin=images=1000",
-        "    python -m cifar10_tl.evaluate 'checkpoint=\"my run/checkpoints/best.ckpt\"'  # calibration, each class",
+        "    python -m cifar10_tl.evaluate 'checkpoint=\"my run/checkpoints/best.ckpt\"' report=full"
+        "  # calibration, label errors",
         "    python -m cifar10_tl.train 'resume=\"my run\"' trainer.max_epochs=10  # train further",
     ]
     untested = {"val": {"acc": None}, "best_epoch": None, "epochs": 5, "config": config | {"budget": "10min"}}
-    assert summary(untested, tmp_path / "gone", None, None).splitlines() == ["", "  checkpoint   none"]
+    assert summary(untested, tmp_path / "gone", None).splitlines() == ["", "  checkpoint   none"]

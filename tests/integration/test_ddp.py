@@ -193,11 +193,14 @@ def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
 
 def test_sweep_has_one_folder_per_job(tmp_path: Path) -> None:
     overrides = (*FIXED, *TWO, "callbacks=minimal", "trainer.max_epochs=1")
-    finish(*TRAIN, *overrides, "-m", "seed=1,2", cwd=tmp_path)
+    (tmp_path / "own" / "scheduler").mkdir(parents=True)
+    (tmp_path / "own" / "scheduler" / "mine.yaml").write_text("defaults: [cosine]\nwarmup: 0.25\n")
+    finish(*TRAIN, *overrides, "--config-dir", "own", "scheduler=mine", "-m", "seed=1,2", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps"}
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
-    assert [read_results(sweep / job)["config"]["seed"] for job in ("0", "1")] == [1, 2]
+    configs = [read_results(sweep / job)["config"] for job in ("0", "1")]
+    assert [(config["seed"], config["scheduler"]["warmup"]) for config in configs] == [(1, 0.25), (2, 0.25)]
 
 
 def test_indivisible_batch_is_reported_once(tmp_path: Path) -> None:
