@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_imports_point_strictly_downward() -> None:
         if top(module) != top(other) and LEVEL[top(module)] <= LEVEL[top(other)]
     ]
     assert not sorted(upward)
+
+
+def test_the_diagram_shows_the_imports() -> None:
+    """Each arrow is an import that no other path implies, and each import follows the arrows."""
+    package = {module: "commands" if top(module) in COMMANDS else top(module) for module in MODULES}
+    edges = {(package[module], package[other]) for module, others in GRAPH.items() for other in others}
+    direct = {(a, b) for a, b in edges if a != b}
+    nodes = set(package.values())
+
+    def below(name: str) -> set[str]:
+        return set().union(*({b} | below(b) for a, b in direct if a == name))
+
+    needed = {(a, b) for a, b in direct if not any(b in below(other) for x, other in direct if x == a)}
+    (diagram,) = re.findall(r"```mermaid\n(.*?)```", (REPOSITORY / "docs" / "architecture.md").read_text(), flags=re.S)
+    arrows = re.findall(r"^ *(\w+)(?:\[[^]]*\])? --> (\w+)$", diagram, flags=re.M)
+    assert set(arrows) == needed
+    assert {name for arrow in arrows for name in arrow} == nodes
+    assert ", ".join(COMMANDS) in diagram
 
 
 def test_imports_have_no_cycle() -> None:
