@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar10_tl.models.network import TransferResNet
 
@@ -13,7 +13,7 @@ def grad_cam(network: TransferResNet, images: Tensor, classes: Tensor, batch_siz
     """Return the map of the last stage for each image, float32 [N, h, w] between 0 and 1, on the CPU.
 
     Source: https://arxiv.org/abs/1610.02391, equations 1 and 2. Each map is divided by its maximum; it is 0 if no part
-    speaks for the class. The network runs in eval mode, not compiled, and is left as it was.
+    speaks for the class. The network runs without dropout, not compiled, and is left as it was.
 
     Args:
         network: Network on any device.
@@ -23,6 +23,8 @@ def grad_cam(network: TransferResNet, images: Tensor, classes: Tensor, batch_siz
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
+    for module in network.head.modules():
+        module.training = isinstance(module, nn.RNNBase)  # cuDNN computes its gradient in train mode only
     try:
         with torch.inference_mode(False):
             batches = zip(torch.split(images, batch_size), torch.split(classes, batch_size), strict=True)
@@ -35,8 +37,7 @@ def grad_cam(network: TransferResNet, images: Tensor, classes: Tensor, batch_siz
 def _maps(network: TransferResNet, images: Tensor, classes: Tensor) -> Tensor:
     with torch.no_grad():
         feature_map = network.features(images)
-    # cuDNN computes gradients of an LSTM in train mode only
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+    with torch.enable_grad():
         logits = network.head(feature_map.requires_grad_())
         (gradient,) = torch.autograd.grad(logits, feature_map, F.one_hot(classes, logits.shape[1]).to(logits.dtype))
     maps = (gradient.float().mean((2, 3), keepdim=True) * feature_map.detach().float()).sum(1).relu()
