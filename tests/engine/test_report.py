@@ -172,7 +172,11 @@ def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
     evaluation, split = evaluate(20)
     config = plain(compose_train("optimizer=sgd", "seed=3", f"paths.output_dir={tmp_path}"))
     run = {"epochs": 5, "best_epoch": 4, "seconds": {"fit": 90}, "images_per_second": 123.4, "config": config}
-    page = write(tmp_path, evaluation, split, extra=run)
+    also = {"tta": {"acc": 0.875}, "doubtful_labels": {"acc_without": None}}
+    also["logistic_regression"] = {"test": {"acc": 1.0}}
+    page = write(tmp_path, evaluation, split, extra=run | also)
+    assert (page.values["tta.acc"], page.values["logistic_regression.test.acc"]) == ("0.875", "1.0")
+    assert "n/a accuracy without images of doubtful labels" in page.text
     texts = ("python -m cifar10_tl.train optimizer=sgd seed=3", "seed=3 optimizer.name=SGD ", "best is epoch 4; SGD")
     for text in texts:
         assert text in page.text
@@ -221,6 +225,13 @@ def test_a_run_without_test_has_a_page(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     assert page.values == {"val.acc": "0.75", "val.count": "80"}
     assert not page.pictures
+
+
+def test_another_split_is_named(tmp_path: Path) -> None:
+    evaluation, split = evaluate(20)
+    page = write(tmp_path, evaluation, split, extra={"split": "val", "val": all_metrics(evaluation, split)})
+    assert "of 20 validation images are classified correctly" in " ".join(page.text.split())
+    assert {key.split(".")[0] for key in page.values} == {"val", "confusion_matrix"}
 
 
 def test_many_classes_are_listed_by_pair(tmp_path: Path) -> None:
