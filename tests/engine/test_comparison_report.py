@@ -13,6 +13,7 @@ from cifar10_tl.engine.comparison import read_run
 from cifar10_tl.engine.comparison_report import load_images
 from cifar10_tl.engine.results import images_checksum
 from cifar10_tl.evaluate import evaluate, quote_list
+from cifar10_tl.plots.style import as_percent
 
 DATA = {"source": "shapes", "train_size": 40, "val_size": 10, "test_size": 8}
 PROBABILITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.75, 0.5, 0.65)
@@ -59,7 +60,7 @@ def test_images_that_only_one_run_gets_correct_are_shown_by_the_confidence_of_th
     assert sections(page) == {"A-B": only_a, "B-A": only_b, "A-C": [], "C-A": []}
     assert page.count('<i class="t"') == 6
     assert "3 of 3 images shown, the most confident errors of B first" in page
-    assert "A: dog 80%, B: frog 80%" in page
+    assert f"A: dog {as_percent(0.8)}, B: frog {as_percent(0.8)}" in page
     assert "+12.50%" not in page
     assert "0.00%" in page  # of b, with 5 of 8 correct like a
     assert "<1>" not in page
