@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from cifar10_tl.config.resume import as_override
 from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.results import REPORT, read_results
-from cifar10_tl.engine.settings import changed_settings, repeat_command
+from cifar10_tl.engine.settings import changed_options, repeat_command
 from cifar10_tl.io import atomic_write_text
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.plots.style import as_percent
@@ -218,7 +218,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "split": split,
         "scores": results[split],
         "charts": curves(train_dir / "metrics.csv"),
-        "changed": [as_override(*item) for item in changed_settings(training.get("config", {})).items()],
+        "changed": [as_override(*item) for item in changed_options(training.get("config", {})).items()],
         "commands": [repeat_command(run["config"], folder, name) for name, run, folder in runs if "config" in run],
         "folder": run_dir,
         "evaluate": f"python -m cifar10_tl.evaluate {shlex.quote(as_override('checkpoint', str(checkpoint)))}",

@@ -38,6 +38,16 @@ def changed_settings(config: Mapping[str, Any], command: str = "train") -> dict[
     return _differences(config, _composed(config, command))
 
 
+def changed_options(config: Mapping[str, Any], command: str = "train") -> dict[str, Any]:
+    """Return :func:`changed_settings` in short, for people.
+
+    These are the options of config groups, such as ``{"optimizer": "sgd"}``, and what differs from the settings of
+    these options.
+    """
+    choices = _choices(config, command)
+    return dict(choice.split("=") for choice in choices) | _differences(config, _composed(config, command, choices))
+
+
 def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> str:
     """Return the shell command that repeats a run in another folder.
 

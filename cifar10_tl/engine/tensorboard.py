@@ -23,7 +23,7 @@ from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.comparison import settings_of
 from cifar10_tl.engine.results import environment, markdown_table
-from cifar10_tl.engine.settings import changed_settings, experiment_name, flat, repeat_command
+from cifar10_tl.engine.settings import changed_options, experiment_name, flat, repeat_command
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.lit_classifier import LitClassifier
 
@@ -81,7 +81,7 @@ def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int) -> None:
         logger.log_hyperparams(_settings(config, run_dir))
         (Path(logger.log_dir) / logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)  # of an earlier start
         logger.save()
-        logger.experiment.add_text("run/settings", _table("differs from the default", changed_settings(config)), epoch)
+        logger.experiment.add_text("run/settings", _table("differs from the default", changed_options(config)), epoch)
         logger.experiment.add_text("run/command", f"`{repeat_command(config, run_dir)}`", epoch)
         logger.experiment.add_text("run/environment", _table("environment", flat(where)), epoch)
 

@@ -177,7 +177,7 @@ def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
     page = write(tmp_path, evaluation, split, extra=run | also)
     assert (page.values["tta.acc"], page.values["logistic_regression.test.acc"]) == ("0.875", "1.0")
     assert "n/a accuracy without images of doubtful labels" in page.text
-    texts = ("python -m cifar10_tl.train optimizer=sgd seed=3", "seed=3 optimizer.name=SGD ", "best is epoch 4; SGD")
+    texts = ("python -m cifar10_tl.train optimizer=sgd seed=3", "optimizer=sgd seed=3 ", "best is epoch 4; SGD")
     for text in texts:
         assert text in page.text
     assert "1.5 min of training, 123 images/s" in page.text

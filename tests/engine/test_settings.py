@@ -11,7 +11,7 @@ from hydra import initialize_config_dir
 
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.engine.builder import plain
-from cifar10_tl.engine.settings import changed_settings, flat, repeat_command
+from cifar10_tl.engine.settings import changed_options, changed_settings, flat, repeat_command
 
 
 def composed(folder: Path, *overrides: str, command: str = "train") -> dict[str, Any]:
@@ -26,6 +26,14 @@ def test_settings_of_the_experiment_and_the_command_line_differ_from_the_default
     assert changed_settings(composed(tmp_path)) == {}
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):  # as within a command
         assert changed_settings(config) == found
+
+
+def test_options_of_groups_are_named_instead_of_their_settings(tmp_path: Path) -> None:
+    config = composed(tmp_path, "data=folder", "data.root=pets", "optimizer=sgd", "optimizer.lr=0.5", "model/head=lstm")
+    found = changed_options(config)
+    expected = {"data": "folder", "optimizer": "sgd", "model/head": "lstm", "data.root": "pets", "optimizer.lr": 0.5}
+    assert found == expected
+    assert changed_settings(config).keys() >= {"data.source", "optimizer.momentum", "model.head.lstm_size"}
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])
