@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from hydra.errors import HydraException
 from jinja2 import Environment, PackageLoader
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -209,20 +210,29 @@ def _page(run_dir: Path) -> dict[str, Any]:
     checkpoint = Path(results.get("checkpoint", run_dir / "checkpoints" / "best.ckpt"))
     train_dir, split = training_dir(run_dir, results), results.get("split", "test" if "test" in results else "val")
     training = read_results(train_dir)
-    runs = [("train", training, train_dir)]
+    config = training.get("config", {}) if "epochs" in training else {}  # else the folder is not that of a run
+    runs = {"train": (config, train_dir)}
     if "checkpoint" in results:
-        runs.append(("evaluate", results, run_dir))
+        runs["evaluate"] = (results.get("config"), run_dir)
     return {
         "results": results,
         "training": training,
+        "config": config,
         "split": split,
         "scores": results[split],
         "charts": curves(train_dir / "metrics.csv"),
-        "changed": [as_override(*item) for item in changed_options(training.get("config", {})).items()],
-        "commands": [repeat_command(run["config"], folder, name) for name, run, folder in runs if "config" in run],
+        "changed": [as_override(*item) for item in changed_options(config).items()],
+        "commands": [_repeat(name, *run) for name, run in runs.items() if run[0]],
         "folder": run_dir,
         "evaluate": f"python -m cifar10_tl.evaluate {shlex.quote(as_override('checkpoint', str(checkpoint)))}",
     }
+
+
+def _repeat(command: str, config: Mapping[str, Any], run_dir: Path) -> str:
+    try:
+        return repeat_command(config, run_dir, command)
+    except HydraException as error:  # such as an experiment that exists no more
+        return f"# {command} cannot be repeated: {str(error).splitlines()[0]}"
 
 
 def training_dir(run_dir: Path, results: Mapping[str, Any]) -> Path:

@@ -227,6 +227,19 @@ def test_a_run_without_test_has_a_page(tmp_path: Path) -> None:
     assert not page.pictures
 
 
+def test_a_page_needs_neither_the_run_of_a_checkpoint_nor_its_experiment(tmp_path: Path) -> None:
+    evaluation, split = evaluate(20)
+    write_results(tmp_path / "a", {"config": {"images": 3}})  # of something else
+    of_checkpoint = {"checkpoint": str(tmp_path / "a" / "b" / "best.ckpt"), "epoch": 3, "data": {"source": "shapes"}}
+    page = write(tmp_path / "evaluation", evaluation, split, extra=of_checkpoint)
+    assert "best.ckpt, epoch 3, on shapes" in page.text
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("[experiment=gone]")
+    run = {"epochs": 5, "best_epoch": None, "seconds": {"fit": 90}, "config": plain(compose_train())}
+    page = write(tmp_path / "run", evaluation, split, extra=run)
+    assert re.search(r"# train cannot be repeated: .*experiment/gone", page.text)
+
+
 def test_another_split_is_named(tmp_path: Path) -> None:
     evaluation, split = evaluate(20)
     page = write(tmp_path, evaluation, split, extra={"split": "val", "val": all_metrics(evaluation, split)})
