@@ -100,7 +100,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         log.info("fast_dev_run: all stages ran, nothing was written")
         return None
     if trainer.is_global_zero:
-        if cfg.test and ("test" not in earlier or earlier["best_epoch"] != module.restored_epoch):
+        if cfg.test:
             log_test(trainer, module, outcome, datamodule.splits["test"])
         tested = (module.evaluation if cfg.test else None, datamodule.splits["test"])
         results.write_results(run_dir, outcome, *tested)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.api_pb2 import DATA_TYPE_STRING
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
@@ -24,6 +26,7 @@ from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.comparison import settings_of
 from cifar10_tl.engine.results import environment, markdown_table
 from cifar10_tl.engine.settings import changed_options, experiment_name, flat, repeat_command
+from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.lit_classifier import LitClassifier
 
@@ -43,15 +46,21 @@ COLUMNS = {
     "data": "data.source",
     "seed": "seed",
 }
+_OF_A_TEST = r"_hparams_/|test/|precision_recall/|run/result|\w+/test$"  # tags
 PROJECTED_IMAGES, PROJECTED_FEATURES, THUMBNAIL_SIZE = 2000, 64, 32
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoardLogger with one event file per start of a run, and one point per test.
+    """TensorBoardLogger with one event file per start of a run, and with one test.
 
     A test is logged by ``log_hyperparams`` alone, when its results are complete: a run that is killed before that
-    tests again when it is resumed.
+    tests again when it is resumed. A test replaces that of an earlier start, for example of a run that is made longer,
+    because TensorBoard would keep the first HPARAMS.
     """
+
+    def __init__(self, save_dir: str, **options: Any) -> None:
+        super().__init__(save_dir, **options)
+        self._earlier_files = sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics, except those that :meth:`log_hyperparams` logs."""
@@ -61,6 +70,11 @@ class RunTensorBoardLogger(TensorBoardLogger):
         """Log settings with dotted keys: in hparams.yaml, and in HPARAMS if there are the metrics of a test."""
         super().log_hyperparams(params)
         if metrics:
+            for file in self._earlier_files:
+                kept = without_test(events := file.read_bytes())
+                if kept != events:
+                    with atomic_write(file) as target:
+                        target.write(kept)
             super().log_metrics(metrics, step)
             for summary in hparams_summaries(params, metrics):
                 self.experiment.file_writer.add_summary(summary, step)
@@ -69,6 +83,20 @@ class RunTensorBoardLogger(TensorBoardLogger):
         """Flush the event file; Lightning would close it after ``fit`` and start another one for ``test``."""
         if self._experiment is not None:
             self.save()
+
+
+def without_test(events: bytes) -> bytes:
+    """Return the content of an event file without the events of a test and without an incomplete event.
+
+    Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details.
+    """
+    kept, start = [], 0
+    while (end := start + 16 + int.from_bytes(events[start : start + 8], "little")) <= len(events):
+        values = Event.FromString(events[start + 12 : end - 4]).summary.value
+        if not any(re.match(_OF_A_TEST, value.tag) for value in values):
+            kept.append(events[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int) -> None:

@@ -196,6 +196,8 @@ def test_a_resumed_run_has_each_point_and_all_images_once(tmp_path: Path, load_f
             steps.on_train_epoch_end(trainer, None)
             logger.log_metrics({"train/loss": e / 10}, e)
             logger.experiment.add_image("correct/val", np.full((3, 2, 2), e, np.uint8), e)
+        logger.experiment.add_image("correct/test", np.full((3, 2, 2), last, np.uint8), last)
+        logger.log_hyperparams({"trainer.max_epochs": last}, {"test/acc": last / 100}, step=last)
         logger.finalize("success")
 
     start(epoch=0, num_rows=0, last=39)
@@ -207,6 +209,10 @@ def test_a_resumed_run_has_each_point_and_all_images_once(tmp_path: Path, load_f
     assert board.scalars("train/loss_step") == [(step, pytest.approx(step / 100)) for step in range(1, 201)]
     images = board.get("images/images", run=".", tag="correct/val", sample=0)
     assert [image["step"] for image in images] == list(range(40))
+    assert board.scalars("test/acc") == [(40, pytest.approx(0.4))], "the latest test"
+    assert [image["step"] for image in board.get("images/images", run=".", tag="correct/test", sample=0)] == [40]
+    (group,) = board.get("hparams/session_groups", HPARAMS)["sessionGroups"]
+    assert group["hparams"]["07 epochs"] == 40
 
 
 @pytest.mark.parametrize("load_fast", [False, True])
