@@ -127,7 +127,7 @@ def test_texts_describe_the_run(board: Board, finished_run: Path) -> None:
     assert set(texts) == {"run/settings", "run/command", "run/environment", "run/result"}
     results = read_results(finished_run)
     assert "<td>model.backbone</td>\n<td>resnet18</td>" in texts["run/settings"]
-    assert "data.source" in texts["run/settings"]
+    assert "<td>data</td>\n<td>shapes</td>" in texts["run/settings"], "the option of a config group"
     assert "data.batch_size" in texts["run/settings"]
     assert "interpolation" not in texts["run/settings"], "the default"
     assert "<code>python -m cifar10_tl.train" in texts["run/command"]
