@@ -93,6 +93,11 @@ def test_links_and_named_files_exist(page: Path) -> None:
     assert [path for path in paths if not path.exists()] == []
 
 
+def test_every_picture_is_shown() -> None:
+    shown = {Path(name).name for text in PAGES.values() for name in re.findall(r"images/\w+\.png", text)}
+    assert {file.name for file in (REPOSITORY / "docs" / "images").iterdir()} == shown
+
+
 def test_make_targets_exist() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = {target for text in PAGES.values() for target in re.findall(r"`make ([\w-]+)|^make ([\w-]+)", text, re.M)}

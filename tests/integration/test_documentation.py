@@ -15,6 +15,8 @@ NOT_RUN = {
     "source .venv/bin/activate": "needs what make creates",
     "pip install": "downloads packages",
     "pre-commit install": "changes the checkout",
+    "tensorboard": "is a server; tests/engine/test_tensorboard.py starts one",
+    "python scripts/screenshots.py": "needs a browser and changes docs/images",
     "python scripts/benchmark.py": "measures for minutes; tests/scripts/test_benchmark.py runs it",
 }
 COMMANDS = {page: commands(page) for page in PAGES}
