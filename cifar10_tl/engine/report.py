@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from hydra.errors import HydraException
 from jinja2 import Environment, PackageLoader
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -222,17 +221,10 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "scores": results[split],
         "charts": curves(train_dir / "metrics.csv"),
         "changed": [as_override(*item) for item in changed_options(config).items()],
-        "commands": [_repeat(name, *run) for name, run in runs.items() if run[0]],
+        "commands": [repeat_command(*run, name) for name, run in runs.items() if run[0]],
         "folder": run_dir,
         "evaluate": f"python -m cifar10_tl.evaluate {shlex.quote(as_override('checkpoint', str(checkpoint)))}",
     }
-
-
-def _repeat(command: str, config: Mapping[str, Any], run_dir: Path) -> str:
-    try:
-        return repeat_command(config, run_dir, command)
-    except HydraException as error:  # such as an experiment that exists no more
-        return f"# {command} cannot be repeated: {str(error).splitlines()[0]}"
 
 
 def training_dir(run_dir: Path, results: Mapping[str, Any]) -> Path:

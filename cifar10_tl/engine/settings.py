@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from cifar10_tl.config import CONFIG_DIR
@@ -52,13 +53,19 @@ def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "tra
     """Return the shell command that repeats a run in another folder.
 
     It has the overrides of the first start, and the settings that are different since, such as those of a resumed run.
+    If they cannot be composed any more, the reason is returned as a comment.
     """
     given = [o for o in given_overrides(run_dir) or _choices(config, command) if _key(o) not in OF_THE_START]
-    known = _composed(config, command, given)
+    folders = _config_dirs(run_dir)
+    searched = as_override("hydra.searchpath", [f"file://{folder}" for folder in folders])
+    try:
+        known = _composed(config, command, [*given, searched])
+    except HydraException as error:  # such as an experiment that exists no more
+        return f"# {command} cannot be repeated: {str(error).splitlines()[0]}"
     changed = _differences(config, known)
     if config.get("budget"):
         changed.pop("trainer.max_epochs", None)  # chosen by the budget
-    replaced = [o for o in given if _key(o) not in changed]
+    replaced = [f"--config-dir={folder}" for folder in folders] + [o for o in given if _key(o) not in changed]
     replaced += [as_override(key if key in known else f"++{key}", value) for key, value in changed.items()]
     return f"python -m cifar10_tl.{command} {shlex.join(replaced)}".rstrip()
 
@@ -67,6 +74,14 @@ def given_overrides(run_dir: Path) -> list[str]:
     """Return the overrides on the command line of the first start of a run, none if it was not started by one."""
     records = run_dir / ".hydra" / "overrides.yaml"
     return (yaml.safe_load(records.read_text()) or []) if records.is_file() else []
+
+
+def _config_dirs(run_dir: Path) -> list[str]:
+    """Return the ``--config-dir`` of the first start of a run, in a list, which is empty if there was none."""
+    records = run_dir / ".hydra" / "hydra.yaml"
+    recorded = yaml.safe_load(records.read_text()) if records.is_file() else {}
+    sources = recorded.get("hydra", {}).get("runtime", {}).get("config_sources", [])
+    return [source["path"] for source in sources if source["provider"] == "command-line"]
 
 
 def experiment_name(run_dir: Path) -> str:

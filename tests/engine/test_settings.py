@@ -67,6 +67,21 @@ def test_the_repeat_command_composes_the_same_settings(
         assert [word for word in words[3:] if not word.startswith("trainer.max_epochs=")] == list(overrides)
 
 
+def test_settings_in_a_folder_of_the_user_are_found_again(tmp_path: Path) -> None:
+    folder, run = tmp_path / "my conf", tmp_path / "run"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "gentle.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.0001\n")
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "overrides.yaml").write_text("[experiment=gentle]")
+    config = composed(run, "optimizer.lr=0.0001")
+    assert repeat_command(config, run).startswith("# train cannot be repeated: In 'train': Could not find 'experiment/")
+    sources = [{"provider": "main", "path": "conf"}, {"provider": "command-line", "path": str(folder)}]
+    hydra = {"hydra": {"runtime": {"config_sources": sources}}}
+    (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    words = shlex.split(repeat_command(config, run))
+    assert words == ["python", "-m", "cifar10_tl.train", f"--config-dir={folder}", "experiment=gentle"]
+
+
 def test_epochs_of_a_budget_are_chosen_again(tmp_path: Path) -> None:
     config = composed(tmp_path, "budget=1h")
     config["trainer"]["max_epochs"] = 12
