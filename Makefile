@@ -26,6 +26,7 @@ $(DEV_TOOLS): $(RUN_TOOLS)
 
 demo: $(RUN_TOOLS) ## train on the built-in images: minutes on two CPU cores, downloads packages only
 	$(BIN)/python -m cifar10_tl.train experiment=quickstart
+	@echo "Before other commands: source $(VENV)/bin/activate"
 
 test: $(DEV_TOOLS) ## run all tests
 	$(PYTEST)

@@ -38,8 +38,6 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         The content of results.json; None for a ``fast_dev_run``, which writes nothing.
     """
     started, run_dir = time.perf_counter(), Path(cfg.paths.output_dir)
-    if process_rank() == 0 and not cfg.trainer.fast_dev_run:
-        log.info("run folder %s", run_dir)  # before libraries are imported, which takes seconds
     lock = claim(run_dir) if process_rank() == 0 and run_dir.is_dir() else nullcontext(True)
     with SignalHandler() as handler, own_processes(handler), lock as is_only_run:
         if not is_only_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import platform
 import shutil
@@ -22,6 +23,8 @@ from cifar10_tl.config import CONFIG_DIR, run_dir
 from cifar10_tl.config.errors import UserError, explain, is_connection_loss
 from cifar10_tl.config.resume import quoted, resumed_config
 from cifar10_tl.config.validation import check_config
+
+log = logging.getLogger(__name__)
 
 #: Files in the folder of a run that has not taken a step.
 _FIRST_FILES = (run_dir.RUN_CONFIG, "hparams.yaml", "events.out.*")
@@ -57,6 +60,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         os.environ["HYDRA_FULL_ERROR"] = full_error  # for processes that the task starts
         try:
             cfg = _checked(cfg)
+            if run_dir.process_rank() == 0 and not OmegaConf.select(cfg, "trainer.fast_dev_run"):
+                log.info("run folder %s", cfg.paths.output_dir)  # before libraries are imported, which takes seconds
             import_modules(cfg.get("imports") or [])
             return task(cfg)
         except (Exception, SystemExit) as error:

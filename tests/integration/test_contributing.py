@@ -52,20 +52,15 @@ def test_a_head_is_trained_evaluated_and_resumed(session: Session) -> None:
     assert read_results(session.folder / "evaluation")["test"]["acc"] == read_results(run)["test"]["acc"]
 
     file = run / "checkpoints" / "best.ckpt"
-    needed = (
-        r"model\.head\.name=cosine: choose from .*, or first import the module that adds it to HEADS .*imports=MODULE"
-    )
-    with pytest.raises(UserError, match=needed):
+    with pytest.raises(UserError, match=r"model\.head\.name=cosine: .* first import the module that adds it to HEADS"):
         LitClassifier.load_from_checkpoint(file)
     assert "my_heads" not in sys.modules
     status, printed = session(["-m", "cifar10_tl.evaluate", f"checkpoint={file}"])
-    assert (status, printed.count("\n")) == (2, 1)
-    assert "model.head.name=cosine: choose from linear, dense, lstm, or first import" in printed
+    assert status == 2
+    assert "model.head.name=cosine: choose from linear, dense, lstm, or first import" in printed.splitlines()[-1]
     status, printed = session(["-m", "cifar10_tl.evaluate", f"checkpoint={file}", "imports=gone"])
-    assert (status, printed) == (
-        2,
-        "error: imports=gone: No module named 'gone' in the current folder or on PYTHONPATH\n",
-    )
+    assert status == 2
+    assert printed.endswith("\nerror: imports=gone: No module named 'gone' in the current folder or on PYTHONPATH\n")
 
     trusted = documented("resume=outputs/runs/@time@")
     status, printed = session(["-m", "cifar10_tl.train", f"resume={run}", "trainer.max_epochs=2"])

@@ -188,5 +188,5 @@ def test_command_prints_a_summary_only(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert lines == ["model", "input", "output", "parity"]
-    assert len(done.stdout.splitlines()) == 6, done.stdout
+    assert len(done.stdout.splitlines()) == 7, done.stdout
     assert files_in(tmp_path / "run") == [".hydra", "export.log", "model.onnx"]
