@@ -12,7 +12,7 @@ import torch
 from cifar10_tl.data.batch import Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.comparison import COLUMNS, SETTINGS_COLUMNS, Run, format_rows
-from cifar10_tl.engine.report import GALLERY, Sprite, line_chart, read_curve, render, training_dir
+from cifar10_tl.engine.report import GALLERY, Sprite, curves, render, training_dir
 from cifar10_tl.engine.results import REPORT, images_checksum
 from cifar10_tl.io import atomic_write_text
 
@@ -29,12 +29,13 @@ def write_comparison(
         found = only_correct(named[a], named[b])
         cards = [card(index, named[a], named[b], split, sprite) for index in found[:limit]]
         sections.append({"correct": a, "incorrect": b, "count": len(found), "cards": cards})
+    files = {name: training_dir(run.folder, run.results) / "metrics.csv" for name, run in named.items()}
     page = {
         "columns": [*COLUMNS],
         "runs": dict(zip(named, format_rows(rows), strict=True)),
         "settings_columns": [*SETTINGS_COLUMNS],
         "settings": format_rows(settings, SETTINGS_COLUMNS),
-        "charts": charts(named),
+        "charts": curves({name: (file, "val") for name, file in files.items()}),
         "sections": sections,
         "problem": problem,
         "sprites": {"t": sprite},
@@ -72,14 +73,3 @@ def card(index: int, run: Run, other: Run, split: Split | None, sprite: Sprite) 
     place = None if split is None else sprite.place(index, split.by_index(torch.tensor([index]))[0])
     predictions = [of.predictions[index] for of in (run, other)]
     return {"index": index, "place": place, "path": predictions[1].get("path"), "predictions": predictions}
-
-
-def charts(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
-    """Return the validation curves of all runs with a metrics.csv."""
-    files = {name: training_dir(run.folder, run.results) / "metrics.csv" for name, run in runs.items()}
-    titles = {"val/acc": ("validation accuracy", "%"), "val/loss": ("validation loss", "")}
-    found = [
-        line_chart(title, {name: read_curve(file, key) for name, file in files.items()}, unit)
-        for key, (title, unit) in titles.items()
-    ]
-    return [chart for chart in found if chart]

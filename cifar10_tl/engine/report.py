@@ -219,7 +219,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "config": config,
         "split": split,
         "scores": results[split],
-        "charts": curves(train_dir / "metrics.csv"),
+        "charts": curves({split: (train_dir / "metrics.csv", split) for split in ("train", "val")}),
         "changed": [as_override(*item) for item in changed_options(config).items()],
         "commands": [repeat_command(*run, name) for name, run in runs.items() if run[0]],
         "folder": run_dir,
@@ -269,11 +269,11 @@ class Axis:
         return f"{100 * value:.4g}%" if self.unit == "%" else f"{value:.4g}"
 
 
-def curves(metrics_csv: Path) -> list[dict[str, Any]]:
-    """Return the charts of accuracy and loss in metrics.csv, none if there is no such file."""
+def curves(sources: Mapping[str, tuple[Path, str]]) -> list[dict[str, Any]]:
+    """Return the charts of accuracy and loss, whose lines are each from a metrics.csv and of a split in it."""
     charts = [
-        line_chart(title, {split: read_curve(metrics_csv, f"{split}/{metric}") for split in ("train", "val")}, unit)
-        for metric, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", ""))
+        line_chart(title, {name: read_curve(file, f"{split}/{key}") for name, (file, split) in sources.items()}, unit)
+        for key, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", ""))
     ]
     return [chart for chart in charts if chart]
 

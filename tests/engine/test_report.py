@@ -204,10 +204,10 @@ def test_texts_stay_texts_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 def test_curves_leave_out_what_is_missing(tmp_path: Path) -> None:
     write(tmp_path, *evaluate())
-    accuracy, loss = report.curves(tmp_path / "metrics.csv")
+    accuracy, loss = report.curves({split: (tmp_path / "metrics.csv", split) for split in ("train", "val")})
     assert accuracy["lines"] == {"train": [(0, 0.25), (1, 0.5)], "val": [(0, 0.5)]}
     assert loss["lines"] == {"train": [(0, 2.0), (1, 1.0)], "val": [(1, 1.0)]}
-    assert report.curves(tmp_path / "none.csv") == []
+    assert report.curves({"val": (tmp_path / "none.csv", "val")}) == []
     assert (tmp_path / "report.html").read_text().count("<circle") == 6
 
 
