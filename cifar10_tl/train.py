@@ -84,7 +84,8 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
             "(trainer.max_epochs, max_steps or max_time, or early stopping)",
             trainer.global_step,
         )
-        if "test" in earlier:
+        has_report = cfg.get("report", "none") == "none" or (run_dir / results.REPORT).exists()
+        if "test" in earlier and (has_report or not cfg.test):
             return earlier
     best, best_epoch = checkpoints.best_checkpoint(trainer) or (None, None)
     outcome = results.fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)

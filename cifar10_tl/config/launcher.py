@@ -165,6 +165,9 @@ def import_modules(names: str | Sequence[str]) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise UserError(f"imports={name}: {error} in the current folder or on PYTHONPATH") from error
+        except Exception as error:  # of the module itself
+            where = "(HYDRA_FULL_ERROR=1 shows where)"
+            raise UserError(f"imports={name}: {type(error).__name__}: {error} {where}") from error
 
 
 def check_nodes(cfg: DictConfig) -> None:

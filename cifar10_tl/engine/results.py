@@ -53,7 +53,11 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 def write_results(
     run_dir: Path, results: Mapping[str, Any], evaluation: Evaluation | None = None, split: Split | None = None
 ) -> None:
-    """Write results.json, with null for NaN and infinity, and the predictions of an evaluation of ``split``."""
+    """Write results.json, with null for NaN and infinity, and the predictions of an evaluation of ``split``.
+
+    A report of earlier results is removed.
+    """
+    (run_dir / REPORT).unlink(missing_ok=True)
     if evaluation is not None and split is not None:
         write_predictions(run_dir / "predictions.csv", evaluation, split.paths_of(evaluation.indices))
     finite = json.loads(json.dumps(results), parse_constant=lambda name: None)

@@ -25,6 +25,24 @@ def test_bugs_are_not_explained_as_user_errors() -> None:
     assert explain(OSError(28, "No space left on device"), "train") == "[Errno 28] No space left on device"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import gone_too", "No module named 'gone_too' in the current folder or on PYTHONPATH"),
+        ("def", "SyntaxError: .*broken_heads.py, line 1"),
+        ("from cifar10_tl.models.heads import GONE", "ImportError: cannot import name 'GONE'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_errors_of_imported_modules_name_the_setting(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_heads.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"^imports=broken_heads: {message}"):
+        launcher.import_modules("broken_heads")
+
+
 def test_every_rule_names_an_existing_setting() -> None:
     known: set[str] = set()
     for choice in (["data=folder"], ["data=shapes", "model/head=lstm"], ["data=cifar10", "optimizer=sgd"]):

@@ -153,6 +153,17 @@ def test_finished_run_keeps_its_results_and_is_read_once(
     assert len(list(run.glob("events.out.tfevents*"))) == 2, "one event file per start of the run"
 
 
+def test_finished_run_gets_the_report_that_it_lacks(finished_run: Path, tmp_path: Path) -> None:
+    before, run = read_results(finished_run), shutil.copytree(finished_run, tmp_path / "moved")
+    (run / "report.html").unlink()  # killed between results.json and report.html
+    resume(run)
+    after = read_results(run)
+    assert "Most frequent confusions" in (run / "report.html").read_text()
+    for key in ("test", "val", "best_epoch", "epochs", "confusion_matrix", "images_per_second"):
+        assert after[key] == before[key], key
+    assert read_events(run).Scalars("test/acc")[0].value == pytest.approx(before["test"]["acc"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "steps"),
     [
