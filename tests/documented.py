@@ -75,9 +75,11 @@ SHORT = {
 
 def shortened(words: Sequence[str]) -> list[str]:
     """Return a command with settings that make it quick. Values that are swept or searched are kept."""
+    if words[0] != "-m" or "--help" in words:
+        return list(words)
     flag, module, *given = words
     name = module.removeprefix("cifar10_tl.")
-    if flag != "-m" or "--help" in given or name in ("predict", "export"):
+    if name in ("predict", "export"):
         return list(words)
     if name == "evaluate":
         return [*words, "trainer.accelerator=cpu", "trainer.precision=32-true"]

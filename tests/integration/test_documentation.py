@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documented import PAGES, Session, commands
+from documented import PAGES, Session, blocks, commands
 
 #: Beginnings of commands that are not run.
 NOT_RUN = {
@@ -45,3 +45,8 @@ def test_every_command_runs(page: Path, session: Session) -> None:
     session.runs.clear()
     for words in filter(is_run, COMMANDS[page]):
         session.run(words[1:])
+    shutil.copy(session.folder / "photos" / "00.png", session.folder / "cat.jpg")
+    for block in blocks(page, "python"):
+        if "pl.Trainer(" not in block:  # see test_readme_script.py
+            (session.folder / "example.py").write_text(block)
+            assert "Prediction(path='cat.jpg', label='class " in session.run(["example.py"])
