@@ -50,14 +50,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Headless Chromium; ``browser.get_log("browser")`` returns its console."""
+def chromium() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="install selenium: pip install -e '.[dev]'")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
         pytest.skip("install Chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "enable-unsafe-swiftshader")  # WebGL
     for flag in flags:
         options.add_argument(f"--{flag}")
@@ -65,6 +64,13 @@ def browser() -> Iterator[Any]:
     window = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield window
     window.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """Headless Chromium; ``browser.get_log("browser")`` returns its console."""
+    yield chromium
+    chromium.get("about:blank")  # else a page with an animation uses the CPU until the last test
 
 
 @pytest.fixture(scope="session")

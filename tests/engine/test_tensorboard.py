@@ -62,7 +62,7 @@ class Board:
 
     def wait(self, is_loaded: Callable[[], Any]) -> None:
         """Wait until the event files are read."""
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 180
         while not is_loaded():
             assert time.monotonic() < limit, "the event files are not read"
             time.sleep(0.2)
@@ -242,8 +242,8 @@ def test_runs_with_other_settings_share_the_columns(tmp_path: Path, load_fast: b
 
 
 def looks(browser: Any, is_complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Wait until what is visible on the page is complete, at most a minute, and return it."""
-    limit = time.monotonic() + 60
+    """Wait until what is visible on the page is complete, at most three minutes, and return it."""
+    limit = time.monotonic() + 180
     while not is_complete(seen := browser.execute_script(LOOK)) and time.monotonic() < limit:
         time.sleep(0.5)
     return seen
@@ -295,7 +295,7 @@ def test_the_page_draws_the_projection(finished_run: Path, browser: Any) -> None
         middle = page.crop((400, 150, 1100, 800))
         return len(middle.getcolors(700 * 650) or ())
 
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while num_colors() < 500 and time.monotonic() < limit:  # thumbnails on a white page
         time.sleep(0.5)
     assert num_colors() >= 500
