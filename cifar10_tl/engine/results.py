@@ -124,18 +124,12 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
             f"  human labels: agreement with the majority {people['agreement']:.2%}, cross-entropy "
             f"{people['cross_entropy']:.4f} (minimum {people['lowest_possible']:.4f})"
         )
-    if doubtful := results.get("doubtful_labels"):
-        without = "n/a" if doubtful["acc_without"] is None else f"{doubtful['acc_without']:.2%}"
-        parts.append(
-            f"  {doubtful['count']} doubtful labels: accuracy {doubtful['acc_with']:.2%} with these images, "
-            f"{without} without, {doubtful['acc_on_doubtful']:.2%} on them alone"
-        )
-    for key in ("near_duplicates", "probable_label_errors"):
+    for key in ("doubtful_labels", "near_duplicates", "probable_label_errors"):
         if found := results.get(key):
+            accuracy = f"accuracy {found['acc_with']:.2%} with these images"
             without = "n/a" if found["acc_without"] is None else f"{found['acc_without']:.2%}"
-            parts.append(
-                f"  {found['count']} {key.replace('_', ' ')} (a hint): accuracy {without} without these images"
-            )
+            alone = f", {found['acc_on_doubtful']:.2%} on them alone" if key == "doubtful_labels" else " (a hint)"
+            parts.append(f"  {found['count']} {key.replace('_', ' ')}: {accuracy}, {without} without{alone}")
     page = f"  report       {run_dir / REPORT}\n" if (run_dir / REPORT).is_file() else ""
     parts.append(
         f"{page}  figures      {run_dir / 'figures'}\n"
