@@ -12,14 +12,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import resized_crop
 
 from cifar10_tl import plots
-from cifar10_tl.callbacks.metrics_logger import MetricsLogger
+from cifar10_tl.callbacks.metrics_logger import MetricsLogger, tensorboard_loggers
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.io import atomic_write
 
@@ -36,9 +35,8 @@ def publish(trainer: pl.Trainer, tag: str, figure: Figure, step: int, to_file: b
         with atomic_write(Path(trainer.default_root_dir) / "figures" / f"{tag.replace('/', '_')}.png") as file:
             file.write(png)
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+    for logger in tensorboard_loggers(trainer):
+        logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
 
 
 class SampleInputs(Callback):
@@ -107,8 +105,7 @@ class EvaluationFigure(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Add the last epoch to TensorBoard; the file keeps the best one."""
         last = None if pl_module.evaluation is None else pl_module.restored_epoch
-        has_board = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        if last not in (None, self._drawn_epoch) and has_board and wants_figures(trainer):
+        if last not in (None, self._drawn_epoch) and tensorboard_loggers(trainer) and wants_figures(trainer):
             self._publish(trainer, pl_module, "val", last, to_file=False)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -20,6 +20,11 @@ SPEED = ("seconds", "images_per_second", "step_ms", "data_wait", "peak_memory_gb
 COLUMNS = ("epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "val/count", *SPEED)
 
 
+def tensorboard_loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
+    """Return the loggers of a trainer that write to TensorBoard."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
 class MetricsLogger(Callback):
     """Callback that writes one row per epoch to metrics.csv and to the log.
 
@@ -41,9 +46,8 @@ class MetricsLogger(Callback):
         if not trainer.is_global_zero:
             return
         charts = {n: ["Multiline", [f"train/{n}$", f"val/{n}$"]] for n in ("loss", "acc")}  # not train/loss_step
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars({"train and val": charts})
+        for logger in tensorboard_loggers(trainer):
+            logger.experiment.add_custom_scalars({"train and val": charts})
         for name in ("results.json", "predictions.csv", "report.html"):
             (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
 

@@ -8,10 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from cifar10_tl.callbacks.metrics_logger import MetricsLogger
+from cifar10_tl.callbacks.metrics_logger import MetricsLogger, tensorboard_loggers
 
 
 class StepLogger(Callback):
@@ -45,7 +44,7 @@ class StepLogger(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the points that TensorBoard has discarded, and those of a partial epoch; without it, skip the steps."""
         self._strategy = trainer.strategy
-        if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        if not tensorboard_loggers(trainer):
             self.on_train_batch_end = None  # type: ignore[method-assign, assignment]
         loggers = (c for c in trainer.callbacks if isinstance(c, MetricsLogger))  # type: ignore[attr-defined]
         epochs = next((len(c.rows) for c in loggers), 0)
@@ -80,8 +79,7 @@ class StepLogger(Callback):
         self._totals, self._pending, self._on_device = totals[-1:], [], []
 
     def _log(self, trainer: pl.Trainer) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for step, *values in self.rows[self._num_logged :]:
-                    logger.log_metrics(dict(zip(self.tags, values, strict=True)), int(step))
+        for logger in tensorboard_loggers(trainer):
+            for step, *values in self.rows[self._num_logged :]:
+                logger.log_metrics(dict(zip(self.tags, values, strict=True)), int(step))
         self._num_logged = len(self.rows)

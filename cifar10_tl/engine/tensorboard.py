@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torchvision.transforms.v2.functional import resize
 
+from cifar10_tl.callbacks.metrics_logger import tensorboard_loggers
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.builder import plain
@@ -101,7 +102,7 @@ def without_test(events: bytes) -> bytes:
 
 def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int) -> None:
     """Log the settings, the command and the environment of a run that starts or is resumed at ``epoch``."""
-    if not (loggers := _loggers(trainer)):
+    if not (loggers := tensorboard_loggers(trainer)):
         return
     config, run_dir = plain(cfg), Path(cfg.paths.output_dir)
     where = environment(trainer.strategy.root_device, trainer.world_size, str(trainer.precision_plugin.precision))
@@ -126,7 +127,7 @@ def log_test(trainer: pl.Trainer, module: LitClassifier, results: Mapping[str, A
         **{key: results[key] for key in ("best_epoch", "epochs", "val", "seconds", "images_per_second")},
     }
     settings = _settings(results["config"], Path(trainer.default_root_dir))
-    for logger in _loggers(trainer):
+    for logger in tensorboard_loggers(trainer):
         logger.log_hyperparams(settings, {f"test/{key}": test[key] for key in ("acc", "loss")}, step=epoch)
         logger.experiment.add_text("run/result", _table("test", flat(outcome)), epoch)
         for k, name in enumerate(evaluation.class_names):
@@ -134,10 +135,6 @@ def log_test(trainer: pl.Trainer, module: LitClassifier, results: Mapping[str, A
             logger.experiment.add_pr_curve(f"precision_recall/{name}", truth, probability, epoch)
         if evaluation.features is not None and evaluation.features.isfinite().all():
             add_projection(logger, evaluation, evaluation.features, split, epoch)
-
-
-def _loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _settings(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
