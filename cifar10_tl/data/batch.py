@@ -36,7 +36,7 @@ class Split(Dataset[Batch]):
 
     Images are uint8 [N, 3, H, W], labels and indices in the source (0 to N - 1 by default) are int64 [N], cached
     features of V views of the images are [N, V, ...], and paths are those of the image files relative to ``data.root``,
-    None if the images are not files.
+    None for each image that is not a file.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Split(Dataset[Batch]):
         labels: Tensor,
         indices: Tensor | None = None,
         features: Tensor | None = None,
-        paths: Sequence[str] | None = None,
+        paths: Sequence[str | None] | None = None,
     ) -> None:
         self.images, self.labels, self.features = images, labels, features
-        self.paths = None if paths is None else tuple(paths)
+        self.paths = (None,) * len(labels) if paths is None else tuple(paths)
         self.indices = torch.arange(len(labels)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Split(Dataset[Batch]):
 
     def subset(self, positions: Tensor) -> Split:
         """Return the images at ``positions`` (int64 [n]), with the same indices."""
-        paths = None if self.paths is None else [self.paths[position] for position in positions.tolist()]
+        paths = [self.paths[position] for position in positions.tolist()]
         return Split(self.images[positions], self.labels[positions], self.indices[positions], paths=paths)
 
     def by_index(self, indices: Tensor) -> Tensor:
@@ -76,9 +76,7 @@ class Split(Dataset[Batch]):
         return self.images[torch.searchsorted(self.indices, indices)]
 
     def paths_of(self, indices: Tensor) -> list[str | None]:
-        """Return the paths of the images with these indices (int64 [n]), None for each image that is not a file."""
-        if self.paths is None:
-            return [None] * len(indices)
+        """Return the paths of the images with these indices (int64 [n])."""
         return [self.paths[position] for position in torch.searchsorted(self.indices, indices).tolist()]
 
 

@@ -131,7 +131,7 @@ class Pictures:
                 {
                     "place": self.sprite.place(("train", near), train.images[near]),
                     "index": int(train.indices[near]),
-                    "path": train.paths[near] if train.paths else None,
+                    "path": train.paths[near],
                     "label": int(train.labels[near]),
                     "similarity": similarity,
                 }
