@@ -25,7 +25,7 @@ TITLES = {
     "near_duplicates": (
         "Near-duplicates of training images",
         f"Pixels of one of the {NUM_NEIGHBORS} nearest training images correlate above {DUPLICATE_CORRELATION}. The "
-        "network may know the answer by heart. A hint, the most similar first.",
+        "network may know the answer by heart if it was trained on them. A hint, the most similar first.",
     ),
     "probable_label_errors": (
         "Probable label errors",

@@ -61,8 +61,9 @@ def read_run(folder: Path) -> Run:
         results = json.loads((folder / "results.json").read_text())
         with (folder / "predictions.csv").open(newline="") as file:
             header, *table = csv.reader(file)
-        # the first column of each name: a class may have the same name
-        rows = (dict(zip(header[::-1], row[::-1], strict=True)) for row in table)
+        has_path = header[-1:] == ["path"]
+        # the first column of each name, but the last for the path: a class may have the same name
+        rows = (dict(zip(header[::-1], row[::-1], strict=True)) | {"path": row[-1] * has_path} for row in table)
         predictions = {int(row["index"]): row for row in rows}
         labels = {index: row["true_label"] for index, row in predictions.items()}
         correct = {index for index, row in predictions.items() if row["predicted_label"] == labels[index]}

@@ -259,6 +259,8 @@ class Axis:
         self.low, self.high, self.start, self.end, self.unit = low - spare, high + spare, start, end, unit
         ticks = MaxNLocator(6, integer=unit == "epochs", min_n_ticks=1).tick_values(self.low, self.high)
         self.ticks = [float(tick) for tick in ticks if self.low <= tick <= self.high]
+        texts = {digits: {f"{tick:.{digits}g}" for tick in self.ticks} for digits in range(17, 3, -1)}
+        self.digits = min(digits for digits in texts if len(texts[digits]) == len(texts[17]))  # tells ticks apart
 
     def __call__(self, value: float) -> float:
         """Return the pixel of ``value``."""
@@ -266,7 +268,7 @@ class Axis:
 
     def text(self, value: float) -> str:
         """Return ``value`` as a label."""
-        return f"{100 * value:.4g}%" if self.unit == "%" else f"{value:.4g}"
+        return f"{100 * value:.{self.digits}g}%" if self.unit == "%" else f"{value:.{self.digits}g}"
 
 
 def curves(sources: Mapping[str, tuple[Path, str]]) -> list[dict[str, Any]]:

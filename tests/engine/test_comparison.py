@@ -112,8 +112,13 @@ def test_runs_on_different_images_are_refused(tmp_path: Path) -> None:
 
 def test_runs_with_and_without_paths_and_with_classes_named_like_columns_are_compared(tmp_path: Path) -> None:
     first = read_run(make_run(tmp_path / "a", "11110000"))
-    other = read_run(make_run(tmp_path / "b", "11111000", more=("probability", "index", "path", "true_label", "path")))
+    run = make_run(tmp_path / "b", "11111000", more=("probability", "index", "path", "true_label", "path"))
+    header, *rows = (run / "predictions.csv").read_text().splitlines()
+    rows = [row.removesuffix("path") + "cat.png" for row in rows]
+    (run / "predictions.csv").write_text("\n".join([header, *rows]))
+    other = read_run(run)
     assert (other.labels, other.correct) == (first.labels, {0, 1, 2, 3, 4})
+    assert [first.predictions[0]["path"], other.predictions[0]["path"]] == ["", "cat.png"]
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,8 @@ def test_axes_map_values_to_pixels() -> None:
     assert axis.ticks == [0, 2, 4, 6, 8, 10]
     assert Axis([3], 0, 100, "epochs").ticks == [3]
     assert [Axis([0.5], 0, 1, unit).text(0.125) for unit in ("%", "")] == ["12.5%", "0.125"]
+    near = Axis([2.2985, 2.3012], 0, 1)
+    assert [float(near.text(tick)) for tick in near.ticks] == pytest.approx(near.ticks, abs=1e-9)
 
 
 def test_a_run_without_test_has_a_page(tmp_path: Path) -> None:
