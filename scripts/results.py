@@ -17,13 +17,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.engine.comparison import settings_of
 from cifar10_tl.engine.results import markdown_table, read_results
 from cifar10_tl.engine.settings import changed_settings, given_overrides
 from cifar10_tl.metrics.intervals import spread, wilson_interval
-from cifar10_tl.plots.accuracy_against_time import Point, accuracy_against_time
-from cifar10_tl.plots.style import to_png
+from cifar10_tl.plots import style, to_png
 
 Run = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +36,17 @@ COLUMNS = ("recipe", "weights", "epochs", "image size", "seeds", "test accuracy"
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
 UNCOUNTED = r"seed|paths|hydra|logger|callbacks|resume|test|trainer\.enable_progress_bar"  # no other recipe
+HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and ticks
+
+
+class Point(NamedTuple):
+    """A recipe with its time and its accuracy, which is between ``low`` and ``high``."""
+
+    name: str
+    minutes: float
+    accuracy: float
+    low: float
+    high: float
 
 
 class Row(NamedTuple):
@@ -148,6 +162,37 @@ def filled(text: str, table: str) -> str:
     """Return a page with the text between the comments replaced, if it has them."""
     between = r"(?<=<!-- results -->\n).*(?=\n<!-- end of results -->)"
     return re.sub(between, lambda _: table, text, flags=re.S)
+
+
+@style.default_style
+def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
+    """Plot one panel for each set of test images, with numbered points and bars from the low to the high accuracy."""
+    height = HEIGHT * len(panels)
+    fig, page = style.new_page(9, height, "Test accuracy against training time", "bars: 95 % intervals")
+    for number, (title, points) in enumerate(panels.items()):
+        top = HEIGHT * number
+        style.write(page, 0.8, top + 0.1, title, style.BODY + 1, weight="bold")
+        panel = style.add_panel(page, 0.8, top + 0.25, 4.2, PANEL, ("minutes of training and validation", ""))
+        draw_points(panel, points)
+        step = min(0.2, PANEL / len(points))
+        for i, point in enumerate(points):
+            style.write(page, 5.2, top + 0.35 + i * step, style.fit(f"{i + 1} {point.name}", 3.6))
+    return fig
+
+
+def draw_points(panel: Axes, points: Sequence[Point]) -> None:
+    """Draw numbered points with their bars."""
+    for i, (_, minutes, accuracy, low, high) in enumerate(points):
+        bar = [[accuracy - low], [high - accuracy]]
+        panel.errorbar(minutes, accuracy, bar, fmt="o", color=style.BLUE, capsize=3, markersize=4, linewidth=1)
+        font: dict[str, Any] = {"family": style.FONT, "fontsize": style.TINY + 1, "ha": ("left", "right")[i % 2]}
+        panel.annotate(str(i + 1), (minutes, accuracy), (4 - 8 * (i % 2), 2), textcoords="offset points", **font)
+    panel.set_xscale("log")
+    panel.margins(x=0.1, y=0.1)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def main() -> None:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from helpers import REPOSITORY, compose_train
+from plots.figures import strings
 
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.metrics.intervals import wilson_interval
@@ -136,6 +138,19 @@ def test_tables_are_filled_in_between_the_comments() -> None:
     page = "a\n<!-- results -->\nold\n<!-- end of results -->\nb"
     assert RESULTS["filled"](page, r"new \1") == "a\n<!-- results -->\nnew \\1\n<!-- end of results -->\nb"
     assert RESULTS["filled"]("no comments", "new") == "no comments"
+
+
+def test_each_point_has_its_bar_and_its_name() -> None:
+    point = RESULTS["Point"]
+    points = [point("experiment=cpu", 60, 0.9, 0.88, 0.91), point("$x_1", 10, 0.8, 0.7, 0.9)]
+    fig = RESULTS["accuracy_against_time"]({"photos": points, "drawings": points[:1]})
+    _, first, second = fig.axes
+    assert [text.get_text() for text in first.texts] == ["1", "2"]
+    assert [text.get_text() for text in second.texts] == ["1"]
+    assert {"photos", "1 experiment=cpu", "2 $x_1", "drawings"} <= set(strings(fig))
+    bars = [container.lines[2][0].get_segments()[0] for container in first.containers]
+    assert np.allclose(bars, [[[60, 0.88], [60, 0.91]], [[10, 0.7], [10, 0.9]]])
+    assert first.get_xscale() == "log"
 
 
 def test_runs_are_added_and_everything_is_written(
