@@ -40,6 +40,14 @@ def atomic_write_text(path: Path | str, text: str) -> None:
         file.write(text.encode())
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the temporary files that killed processes left in ``folder`` and below."""
     for path in folder.rglob(".*.tmp"):

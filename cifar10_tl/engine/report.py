@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import logging
 import math
@@ -27,7 +26,7 @@ from cifar10_tl.config.resume import as_override
 from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.results import REPORT, read_results
 from cifar10_tl.engine.settings import changed_options, repeat_command
-from cifar10_tl.io import atomic_write_text
+from cifar10_tl.io import atomic_write_text, read_csv
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.plots.style import as_percent
 
@@ -282,8 +281,7 @@ def curves(sources: Mapping[str, tuple[Path, str]]) -> list[dict[str, Any]]:
 
 def read_curve(metrics_csv: Path, key: str) -> list[tuple[float, float]]:
     """Return the epochs and values of a metric in metrics.csv, none if there is no such file."""
-    rows = csv.DictReader(metrics_csv.read_text().splitlines()) if metrics_csv.is_file() else ()
-    return [(float(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
+    return [(float(row["epoch"]), float(row[key])) for row in read_csv(metrics_csv) if row.get(key)]
 
 
 def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> dict[str, Any]:

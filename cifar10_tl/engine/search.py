@@ -7,7 +7,6 @@ that was killed at any moment therefore continues with the same trial, and resum
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.engine.processes import PARENT_VARIABLE, SignalHandler
 from cifar10_tl.engine.search_report import best_trial, describe
 from cifar10_tl.engine.search_space import Space, as_overrides, read_space, shared_overrides
-from cifar10_tl.io import atomic_write_text, claim
+from cifar10_tl.io import atomic_write_text, claim, read_csv
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Search:
         The result depends on the accuracies alone, not on the time at which they are read.
         """
         seen: dict[int, float] = {}
-        for row in epoch_rows(run_dir):
+        for row in read_csv(run_dir / "metrics.csv"):
             if not row["val/acc"]:
                 continue
             seen[int(row["epoch"])] = float(row["val/acc"])
@@ -108,6 +107,7 @@ class Search:
     def ended_trial(self, run_dir: Path, params: dict[str, Any], status: int) -> FrozenTrial:
         """Return the trial of a run that has ended with this exit status."""
         seen, is_pruned = self.judge(run_dir)
+        seconds = sum(float(row["seconds"] or 0) for row in read_csv(run_dir / "metrics.csv"))
         state, value, error = TrialState.COMPLETE, val_accuracy(run_dir), None
         if is_pruned:
             state, value = TrialState.PRUNED, max(seen.values())
@@ -119,7 +119,7 @@ class Search:
             params=params,
             distributions=self.space,
             intermediate_values=seen,
-            user_attrs={"error": error, "seconds": sum(float(row["seconds"] or 0) for row in epoch_rows(run_dir))},
+            user_attrs={"error": error, "seconds": seconds},
         )
 
     def remove_checkpoints(self) -> None:
@@ -172,15 +172,6 @@ def is_free(run_dir: Path) -> bool:
     """Return whether no process is running in this folder."""
     with claim(run_dir) as claimed:
         return claimed
-
-
-def epoch_rows(run_dir: Path) -> list[dict[str, str]]:
-    """Return the rows of metrics.csv."""
-    path = run_dir / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def val_accuracy(run_dir: Path) -> float | None:
