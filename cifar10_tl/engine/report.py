@@ -291,7 +291,9 @@ def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], u
     if not finite:
         return {}
     x, y = zip(*(point for line in finite.values() for point in line), strict=True)
-    return {"title": title, "lines": finite, "x": Axis(x, 44, 412, "epochs", 0.02), "y": Axis(y, 200, 8, unit)}
+    y_axis = Axis(y, 200, 8, unit)
+    left = 8 + 8 * max(len(y_axis.text(tick)) for tick in y_axis.ticks)  # pixels per character
+    return {"title": title, "lines": finite, "x": Axis(x, left, 412, "epochs", 0.02), "y": y_axis}
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:

@@ -211,6 +211,15 @@ def test_curves_leave_out_what_is_missing(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text().count("<circle") == 6
 
 
+@pytest.mark.parametrize("values", [(0.11667, 0.11721), (0.0, 1.0), (0.5, 0.5), (0.5, 0.5 + 1e-12), (1e-3, 1e12)])
+@pytest.mark.parametrize("unit", ["%", ""])
+def test_labels_of_a_chart_fit_beside_it(values: tuple[float, float], unit: str) -> None:
+    chart = report.line_chart("accuracy", {"val": list(enumerate(values))}, unit)
+    labels = [chart["y"].text(tick) for tick in chart["y"].ticks]
+    assert 7.7 * max(map(len, labels)) <= chart["x"].start - 6  # width of a digit at 12 px
+    assert len({*labels}) == len(labels) > 0
+
+
 def test_axes_map_values_to_pixels() -> None:
     axis = Axis([0, 10], 100, 0, margin=0.1)
     assert [axis(value) for value in (-1, 5, 11)] == [100, 50, 0]
