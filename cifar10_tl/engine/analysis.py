@@ -77,15 +77,11 @@ def _rows(
     evaluation: Evaluation, split: Split, chosen: Tensor, train: Split, nearest: Tensor, similarities: list[float]
 ) -> list[dict[str, Any]]:
     """Return a row for each chosen image, with the training image beside it."""
-    names, indices, nearest_indices = evaluation.class_names, evaluation.indices[chosen], train.indices[nearest]
+    rows, nearest_indices = evaluation.rows(chosen, split.paths_of(evaluation.indices[chosen])), train.indices[nearest]
     columns = {
-        "index": indices.tolist(),
-        "path": split.paths_of(indices),
-        "true": [names[label] for label in evaluation.labels[chosen]],
-        "predicted": [names[label] for label in evaluation.predictions[chosen]],
         "nearest_index": nearest_indices.tolist(),
         "nearest_path": train.paths_of(nearest_indices),
-        "nearest_true": [names[label] for label in train.labels[nearest]],
+        "nearest_true": [evaluation.class_names[label] for label in train.labels[nearest]],
         "similarity": [round(similarity, 4) for similarity in similarities],
     }
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [row | dict(zip(columns, cells, strict=True)) for row, *cells in zip(rows, *columns.values(), strict=True)]

@@ -214,11 +214,12 @@ def test_results(cfg: DictConfig, module: LitClassifier, split: Split) -> dict[s
 
 def all_metrics(evaluation: Evaluation, split: Split, temperature: float | None = None) -> dict[str, Any]:
     """Return all metrics of an evaluation of images in ``split``, and its calibration at ``temperature``."""
+    errors = evaluation.incorrect(10)
     metrics = {
         **evaluation.scores(),
         "per_class": evaluation.per_class(),
         "confused_pairs": evaluation.confused_pairs(),
-        "confident_errors": evaluation.confident_errors(split.paths_of(evaluation.indices)),
+        "confident_errors": evaluation.rows(errors, split.paths_of(evaluation.indices[errors])),
     }
     if temperature is not None:
         scaled = evaluation.scaled(temperature)

@@ -151,20 +151,17 @@ class Evaluation:
                 pairs.append({**names, "count": count, "share": count / int(sizes[i])})
         return pairs
 
-    def confident_errors(self, paths: Sequence[str | None], limit: int = 10) -> list[dict[str, Any]]:
-        """Return the errors with the highest confidence, given the path of each of the N images.
-
-        ``index`` is the index of the image in its source.
-        """
+    def rows(self, positions: Tensor, paths: Sequence[str | None]) -> list[dict[str, Any]]:
+        """Return index, path, classes and probability of the images at ``positions`` (int64 [n]), given their paths."""
         return [
             {
                 "index": int(self.indices[position]),
-                "path": paths[position],
+                "path": path,
                 "true": self.class_names[self.labels[position]],
                 "predicted": self.class_names[self.predictions[position]],
                 "probability": _rounded(self.probabilities[position].max()),
             }
-            for position in self.incorrect(limit)
+            for position, path in zip(positions.tolist(), paths, strict=True)
         ]
 
     def correct(self, limit: int) -> Tensor:

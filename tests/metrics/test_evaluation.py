@@ -73,7 +73,7 @@ def test_tables_by_hand(evaluation: Evaluation) -> None:
         {"true": "c", "predicted": "b", "count": 1, "share": 0.5},
     ]
     assert evaluation.confused_pairs(1)[0]["true"] == "b"
-    (error,) = evaluation.confident_errors([None, "b/1.png", None, None, None], limit=1)
+    (error,) = evaluation.rows(evaluation.incorrect(1), ["b/1.png"])
     assert error == {"index": 1, "path": "b/1.png", "true": "c", "predicted": "b", "probability": 0.9}
 
 
