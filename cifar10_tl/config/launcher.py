@@ -41,6 +41,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     """
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with status 1
+    logging.raiseExceptions = False  # no traceback for each message after the reader of our output ended
 
     def report(error: Exception) -> NoReturn:
         if isinstance(error, BrokenPipeError):  # the reader of our output, such as `| head`, ended

@@ -95,6 +95,20 @@ def test_a_user_error_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_command_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    task = "lambda cfg: [logging.getLogger('a').info('b'), Path('done').touch()]"
+    code = "import logging; from pathlib import Path; from cifar10_tl.config.launcher import run_command"
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-c", f"{code}; run_command('evaluate', {task})", "checkpoint=a"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(program, cwd=tmp_path, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (tmp_path / "done").exists()
+    assert "Logging error" not in done.stderr
+
+
+@pytest.mark.slow
 def test_help_and_cfg_do_not_import_torch(tmp_path: Path) -> None:
     cases = [("train", "--cfg", "job"), ("train", "data.batch_size=abc")]
     for name, *flags in (*cases, *((name, "--help") for name in ("train", "tune", "evaluate", "predict", "export"))):
