@@ -52,7 +52,10 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     write_comparison(run_dir, runs, rows, settings)
     parts = [text_table(header[:-1], [row[:-1] for row in cells])]
     parts.append("\n".join(f"  {run}: {changed}" for run, *_, changed in cells if changed))  # too long for the table
-    parts += [text_table(*seeds), "  differences: mean over the seeds of both settings"] if settings else []
+    if settings:
+        parts.append(text_table(seeds[0], [[str(number), *row[1:]] for number, row in enumerate(seeds[1], 1)]))
+        parts.append("\n".join(f"  {number}: {row[0]}" for number, row in enumerate(seeds[1], 1)))
+        parts.append("  differences: mean over the seeds of both settings")
     parts.append(f"  report       {run_dir / REPORT}\n  numbers      {run_dir / 'comparison.csv'}, comparison.md")
     log.info("\n\n%s", "\n\n".join(filter(None, parts)))
     return {"runs": rows, "settings": settings}
