@@ -49,8 +49,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
+@pytest.fixture(scope="module")  # no settings of other modules, and no animation that goes on drawing
+def browser() -> Iterator[Any]:
+    """Headless Chromium; ``browser.get_log("browser")`` returns its console."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="install selenium: pip install -e '.[dev]'")
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
@@ -64,13 +65,6 @@ def chromium() -> Iterator[Any]:
     window = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield window
     window.quit()
-
-
-@pytest.fixture
-def browser(chromium: Any) -> Iterator[Any]:
-    """Headless Chromium; ``browser.get_log("browser")`` returns its console."""
-    yield chromium
-    chromium.get("about:blank")  # else a page with an animation uses the CPU until the last test
 
 
 @pytest.fixture(scope="session")

@@ -336,7 +336,6 @@ def test_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
     write(tmp_path, evaluation, split, neighbors=neighbors, explain=explain)
     many = evaluate(names=("W" * 80, *(f"class {i}" for i in range(19))))
     write(tmp_path / "many", *many)
-    browser.get_log("browser")  # of earlier tests
     pages = [(folder, width, theme) for folder in (tmp_path, tmp_path / "many") for width, theme in VIEWS]
     for folder, width, theme in (*pages, (tmp_path, 1200, "dark")):
         open_page(browser, folder / "report.html", width, theme)
