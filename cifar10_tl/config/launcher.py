@@ -154,7 +154,7 @@ def _checked(cfg: DictConfig) -> DictConfig:
 
 
 def config_dir_flags() -> list[str]:
-    """Return ``--config-dir`` of this command, for the processes that it starts."""
+    """Return the ``--config-dir`` flag of this command to pass to the processes that it starts."""
     sources = HydraConfig.get().runtime.config_sources
     return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
 

@@ -33,7 +33,7 @@ from cifar10_tl.plots.style import as_percent
 log = logging.getLogger(__name__)
 
 GALLERY, PER_CELL = 48, 100  # largest numbers of images in a gallery and behind a cell of the confusion matrix
-PIXELS = 4_500_000  # of all images behind the confusion matrix: below 6 MB, together with the text
+PIXELS = 4_500_000  # total of the images linked from the confusion matrix; keeps the page below 6 MB
 SIDE, COLUMNS, QUALITY = 64, 64, 80  # largest side of a thumbnail in pixels, thumbnails per row, quality of WebP
 MATRIX_LIMIT, PAIR_LIMIT = 30, 100  # classes of a matrix of numbers; confused pairs that are listed instead
 
@@ -185,7 +185,7 @@ def write_report(
         evaluation: Evaluation of the images in ``split``; None if there was none.
         split: Images of the evaluation.
         neighbors: Nearest training images of all images of the evaluation.
-        explain: Function from images and classes to maps of what speaks for the class, see :func:`grad_cam`.
+        explain: Function from images and classes to maps of the parts that support the class, see :func:`grad_cam`.
         galleries: More sections with images.
     """
     try:

@@ -254,7 +254,7 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
 
 
 def _relative(path: Path) -> Path:
-    """Return a path in the current folder without it."""
+    """Return a path relative to the current folder if it is inside it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

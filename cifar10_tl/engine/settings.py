@@ -40,7 +40,7 @@ def changed_settings(config: Mapping[str, Any], command: str = "train") -> dict[
 
 
 def changed_options(config: Mapping[str, Any], command: str = "train") -> dict[str, Any]:
-    """Return :func:`changed_settings` in short, for people.
+    """Return a short form of :func:`changed_settings` for display.
 
     These are the options of config groups, such as ``{"optimizer": "sgd"}``, and what differs from the settings of
     these options.

@@ -1,4 +1,4 @@
-"""Grad-CAM: which part of an image speaks for a class."""
+"""Grad-CAM: which parts of an image support a class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def grad_cam(network: TransferResNet, images: Tensor, classes: Tensor, batch_siz
     """Return the map of the last stage for each image, float32 [N, h, w] between 0 and 1, on the CPU.
 
     Source: https://arxiv.org/abs/1610.02391, equations 1 and 2. Each map is divided by its maximum; it is 0 if no part
-    speaks for the class. The network runs without dropout, not compiled, and is left as it was.
+    supports the class. The network runs without dropout, not compiled, and is left as it was.
 
     Args:
         network: Network on any device.
