@@ -30,6 +30,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.human_labels and cfg.split != "test":
         raise UserError(f"human_labels={cfg.human_labels}: contains labels of the test images; use split=test")
     if cfg.compare:
+        if Path(cfg.paths.output_dir).resolve() in [Path(folder).resolve() for folder in cfg.compare]:
+            raise UserError(
+                f"paths.output_dir={cfg.paths.output_dir}: is one of the compared runs; choose another folder"
+            )
         return compare(cfg)
     from cifar10_tl.engine.evaluator import evaluate_checkpoint  # imports torch
 

@@ -295,6 +295,12 @@ def test_runs_and_evaluations_are_compared(finished_run: Path, full_evaluation: 
     assert {p.name for p in tmp_path.iterdir()} == {"comparison.csv", "comparison.md", "report.html"}
 
 
+def test_a_comparison_does_not_overwrite_a_compared_evaluation(tmp_path: Path) -> None:
+    cfg = compose_command("evaluate", f"compare=[{tmp_path}/a,{tmp_path}/b]", f"paths.output_dir={tmp_path}/b")
+    with pytest.raises(UserError, match="is one of the compared runs"):
+        evaluate(cfg)
+
+
 def test_runs_to_compare_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quote_list("compare=a/b,it's c") == """compare=["a/b","it's c"]"""
     for unchanged in ("compare=[a,b]", "compare='a,b'", "images=a,b"):
