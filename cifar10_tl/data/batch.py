@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cifar10_tl.data.keyed_rng import hash32
+
+CHUNK = 128  # images that are in memory at once when a whole split is read
 
 
 class Batch(NamedTuple):
@@ -31,53 +33,92 @@ class Batch(NamedTuple):
     boxes: Tensor | None = None
 
 
-class Split(Dataset[Batch]):
-    """Images of one split in memory, indexed by a whole batch at once.
+class ImageStore(Protocol):
+    """Images that are read when they are needed."""
 
-    Images are uint8 [N, 3, H, W], labels and indices in the source (0 to N - 1 by default) are int64 [N], cached
-    features of V views of the images are [N, V, ...], and paths are those of the image files relative to ``data.root``,
-    None for each image that is not a file.
+    @property
+    def shape(self) -> Sequence[int]:
+        """Return (M, 3, H, W)."""
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return the images in these rows (int64 [n]) as uint8 [n, 3, H, W] on the CPU."""
+
+
+class Split(Dataset[Batch]):
+    """Images of one split, indexed by a whole batch at once.
+
+    Args:
+        images: Images, uint8 [M, 3, H, W], of which the split refers to N.
+        labels: Label of each image of the split, int64 [N].
+        indices: Index of each in the source, int64 [N], ascending; 0 to N - 1 by default.
+        features: Cached features of V views of the images, float [N, V, ...].
+        paths: Paths of the image files relative to ``data.root``, None for each image that is not a file.
+        rows: Row of each in ``images``, int64 [N]; 0 to N - 1 by default.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | ImageStore,
         labels: Tensor,
         indices: Tensor | None = None,
         features: Tensor | None = None,
         paths: Sequence[str | None] | None = None,
+        rows: Tensor | None = None,
     ) -> None:
-        self.images, self.labels, self.features = images, labels, features
+        self.store, self.labels, self.features = images, labels, features
         self.paths = (None,) * len(labels) if paths is None else tuple(paths)
         self.indices = torch.arange(len(labels)) if indices is None else indices
+        self.rows = torch.arange(len(labels), device=labels.device) if rows is None else rows
+        self.shape = (len(labels), *images.shape[1:])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, positions: Tensor) -> Batch:
-        positions = positions.to(self.images.device, non_blocking=True)
+        positions = positions.to(self.labels.device, non_blocking=True)
         # Indexing with brackets copies byte by byte: 400 us for 128 images instead of 15.
-        images, labels, indices = (x.index_select(0, positions) for x in (self.images, self.labels, self.indices))
+        labels, indices = self.labels.index_select(0, positions), self.indices.index_select(0, positions)
         features = None if self.features is None else self.features.index_select(0, positions)
-        return Batch(images, labels, indices, features)
+        return Batch(self.take(positions), labels, indices, features)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Return the images at ``positions`` (int64 [n]) as uint8 [n, 3, H, W]."""
+        rows = self.rows.index_select(0, positions)
+        return self.store.index_select(0, rows) if isinstance(self.store, Tensor) else self.store.take(rows)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield all images in order, ``CHUNK`` at a time."""
+        return map(self.take, torch.split(torch.arange(len(self), device=self.labels.device), CHUNK))
+
+    @property
+    def images(self) -> Tensor:
+        """All images as one tensor, uint8 [N, 3, H, W]; for few of them only."""
+        return self.take(torch.arange(len(self), device=self.labels.device))
 
     def to(self, device: torch.device) -> Split:
-        """Return the split with its tensors on ``device``."""
+        """Return the split with copies of its tensors on ``device``."""
+        images = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        for target, chunk in zip(torch.split(images, CHUNK), self.chunks(), strict=True):
+            target.copy_(chunk)
         features = None if self.features is None else self.features.to(device)
-        return Split(self.images.to(device), self.labels.to(device), self.indices.to(device), features, self.paths)
+        return Split(images, self.labels.to(device), self.indices.to(device), features, self.paths)
 
     def subset(self, positions: Tensor) -> Split:
         """Return the images at ``positions`` (int64 [n]), with the same indices."""
         paths = [self.paths[position] for position in positions.tolist()]
-        return Split(self.images[positions], self.labels[positions], self.indices[positions], paths=paths)
+        return Split(self.store, self.labels[positions], self.indices[positions], None, paths, self.rows[positions])
+
+    def positions_of(self, indices: Tensor) -> Tensor:
+        """Return the positions of the images with these indices (int64 [n])."""
+        return torch.searchsorted(self.indices, indices)
 
     def by_index(self, indices: Tensor) -> Tensor:
         """Return the images with these indices (int64 [n]) as uint8 [n, 3, H, W]."""
-        return self.images[torch.searchsorted(self.indices, indices)]
+        return self.take(self.positions_of(indices))
 
     def paths_of(self, indices: Tensor) -> list[str | None]:
         """Return the paths of the images with these indices (int64 [n])."""
-        return [self.paths[position] for position in torch.searchsorted(self.indices, indices).tolist()]
+        return [self.paths[position] for position in self.positions_of(indices).tolist()]
 
 
 class BatchSampler(Sampler[Tensor]):

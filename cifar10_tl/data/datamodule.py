@@ -131,7 +131,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
             return split
         mirrored = name == "train" and self.augment.horizontal_flip
         features = self.feature_cache.features(name, split.images, mirrored=mirrored)
-        return Split(split.images, split.labels, split.indices, features, split.paths)
+        return Split(split.store, split.labels, split.indices, features, split.paths, split.rows)
 
     def _loader(self, name: str) -> BatchLoader:
         split, batch_size, shuffle = self.with_features(name), self.hparams["batch_size"], name == "train"

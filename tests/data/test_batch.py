@@ -1,8 +1,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from cifar10_tl.data.batch import BatchSampler
+from cifar10_tl.data.batch import CHUNK, BatchSampler, Split
+
+IMAGES = torch.randint(0, 256, (2 * CHUNK + 40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+class Store:
+    """Images that are read when they are needed, and how many were read at once."""
+
+    def __init__(self) -> None:
+        self.shape, self.largest = IMAGES.shape, 0
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        self.largest = max(self.largest, len(rows))
+        return IMAGES[rows]
 
 
 def batches(sampler: BatchSampler, epoch: int = 0) -> list[list[int]]:
@@ -72,3 +86,30 @@ def test_stopped_iteration_does_not_shorten_the_next() -> None:
 def test_batch_size_that_cannot_be_divided_is_rejected() -> None:
     with pytest.raises(ValueError, match="batch_size=10 cannot be divided over 3"):
         BatchSampler(100, 10, shuffle=True, world_size=3)
+
+
+def test_a_subset_refers_to_the_same_images() -> None:
+    labels = torch.arange(len(IMAGES)) % 7
+    for images in (IMAGES, Store()):
+        whole = Split(images, labels, 2 * torch.arange(len(IMAGES)), paths=[f"{i}.png" for i in range(len(IMAGES))])
+        some = whole.subset(torch.arange(1, len(IMAGES), 3)).subset(torch.arange(5, 60))  # images 16, 19, ..., 178
+        assert some.store is images
+        assert some.shape == (55, 3, 4, 4)
+        batch = some[torch.tensor([3, 0])]
+        assert torch.equal(batch.images, IMAGES[[25, 16]])
+        assert batch.targets.tolist() == [25 % 7, 16 % 7]
+        assert batch.indices.tolist() == [50, 32]
+        assert torch.equal(some.by_index(torch.tensor([356, 38])), IMAGES[[178, 19]])
+        assert some.paths_of(torch.tensor([38])) == ["19.png"]
+        copy = some.to(torch.device("cpu"))
+        assert torch.equal(copy.images, IMAGES[16:179:3])
+        assert torch.equal(copy.images, some.images)
+        assert torch.equal(copy[torch.tensor([3])].images, IMAGES[[25]])
+
+
+def test_a_whole_split_is_read_in_chunks() -> None:
+    store = Store()
+    split = Split(store, torch.arange(len(IMAGES)))
+    assert torch.equal(torch.cat([*split.chunks()]), IMAGES)
+    assert torch.equal(split.to(torch.device("cpu")).images, IMAGES)
+    assert store.largest == CHUNK
