@@ -86,6 +86,10 @@ class Split(Dataset[Batch]):
         rows = self.rows.index_select(0, positions)
         return self.store.index_select(0, rows) if isinstance(self.store, Tensor) else self.store.take(rows)
 
+    def image(self, position: int) -> Tensor:
+        """Return the image at ``position`` as uint8 [3, H, W]."""
+        return self.take(torch.tensor([position]))[0]
+
     def chunks(self) -> Iterator[Tensor]:
         """Yield all images in order, ``CHUNK`` at a time."""
         return map(self.take, torch.split(torch.arange(len(self), device=self.labels.device), CHUNK))

@@ -130,7 +130,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if self.feature_cache is None:
             return split
         mirrored = name == "train" and self.augment.horizontal_flip
-        features = self.feature_cache.features(name, split.images, mirrored=mirrored)
+        features = self.feature_cache.features(name, split, mirrored=mirrored)
         return Split(split.store, split.labels, split.indices, features, split.paths, split.rows)
 
     def _loader(self, name: str) -> BatchLoader:

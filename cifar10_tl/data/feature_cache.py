@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.batch import CHUNK, Split
 
 log = logging.getLogger(__name__)
 
-CHUNK = 128  # images per call of the backbone
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -45,14 +45,15 @@ class FeatureCache:
     describe: Callable[[], Mapping[str, Any]]
     trainer: pl.Trainer
 
-    def features(self, name: str, images: Tensor, *, mirrored: bool) -> Tensor:
-        """Return memory-mapped features [N, V, ...] of the images and, if ``mirrored``, of their mirror images."""
+    def features(self, name: str, split: Split, *, mirrored: bool) -> Tensor:
+        """Return memory-mapped features [N, V, ...] of all images and, if ``mirrored``, of their mirror images."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        sample = self._views(images[:1], mirrored)
-        shape = [len(images), *sample.shape[1:]]
+        sample = self._views(split.take(torch.arange(1)), mirrored)
+        shape = [len(split), *sample.shape[1:]]
         num_bytes = math.prod(shape) * sample.element_size()
         entry = {"dtype": _DTYPES[sample.dtype], "shape": shape, "data_offsets": [0, num_bytes]}
-        content = {**self.describe(), **entry, "images": tensors_checksum({"": images})}
+        images = json.dumps([("", split.shape, "torch.uint8")])
+        content = {**self.describe(), **entry, "images": checksum(images.encode(), split.chunks())}
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.safetensors"
         free = shutil.disk_usage(self.folder).free
@@ -61,7 +62,7 @@ class FeatureCache:
                 f"data.cache_features=true: the features of {name} need {num_bytes / 1e9:.2f} GB, but {self.folder} "
                 f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit"
             )
-        self._fill(path, name, images, mirrored, _header(entry))
+        self._fill(path, name, split, mirrored, _header(entry))
         features = _read(path)
         assert features is not None
         return features
@@ -69,7 +70,7 @@ class FeatureCache:
     def _views(self, images: Tensor, mirrored: bool) -> Tensor:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
 
-    def _fill(self, path: Path, name: str, images: Tensor, mirrored: bool, header: bytes) -> None:
+    def _fill(self, path: Path, name: str, split: Split, mirrored: bool, header: bytes) -> None:
         """Write the features to a temporary file, each process its chunks, and rename it."""
         strategy, first = self.trainer.strategy, self.trainer.local_rank == 0
         # The first process alone decides whether to compute, so that all processes meet at the same barriers.
@@ -80,7 +81,7 @@ class FeatureCache:
                 temporary.write_bytes(header)
             strategy.barrier()
             if temporary.exists():
-                self._compute(temporary, name, images, mirrored, len(header))
+                self._compute(temporary, name, split, mirrored, len(header))
             strategy.barrier()
             if first and temporary.exists():
                 os.replace(temporary, path)
@@ -89,27 +90,32 @@ class FeatureCache:
             if first:
                 temporary.unlink(missing_ok=True)
 
-    def _compute(self, path: Path, name: str, images: Tensor, mirrored: bool, offset: int) -> None:
+    def _compute(self, path: Path, name: str, split: Split, mirrored: bool, offset: int) -> None:
         rank, count = self.trainer.local_rank, self.trainer.num_devices
-        starts = range(rank * CHUNK, len(images), count * CHUNK)
+        starts = range(rank * CHUNK, len(split), count * CHUNK)
         hidden = None if rank == 0 else True  # None: hidden unless stderr is a terminal
         with path.open("r+b") as file:
             for start in tqdm(starts, desc=f"features of {name}", unit=" batches", disable=hidden):
-                chunk = images[start : start + CHUNK]
+                chunk = split.take(torch.arange(start, min(start + CHUNK, len(split))))
                 data = _bytes(self._views(chunk, mirrored))
                 file.seek(offset + start * (len(data) // len(chunk)))
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        log.info("computed the features of %s: %d images", name, len(images))
+        log.info("computed the features of %s: %d images", name, len(split))
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return a checksum of the names, shapes, types and values of a state dict."""
     names = json.dumps([(name, list(t.shape), str(t.dtype)) for name, t in tensors.items()])
-    digest = hashlib.sha256(names.encode())
-    for tensor in tensors.values():
-        digest.update(_bytes(tensor.detach().cpu()))
+    return checksum(names.encode(), (tensor.detach().cpu() for tensor in tensors.values()))
+
+
+def checksum(start: bytes, tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of ``start`` and of the values of tensors, one after the other."""
+    digest = hashlib.sha256(start)
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -54,7 +54,8 @@ def analyze(
     assert evaluation.features is not None
     assert trained.features is not None
     positions, similarities = nearest_neighbors(evaluation.features, trained.features)
-    correlations, columns = pixel_correlations(split.by_index(evaluation.indices), train.images, positions).max(1)
+    evaluated = split.subset(split.positions_of(evaluation.indices))
+    correlations, columns = pixel_correlations(evaluated, train, positions).max(1)
     num_copies = int((correlations > DUPLICATE_CORRELATION).sum())
     copies = correlations.argsort(descending=True, stable=True)[:num_copies]
     errors = probable_label_errors(evaluation, train.labels[positions])

@@ -54,7 +54,7 @@ def load_images(runs: Sequence[Run]) -> tuple[Split | None, str]:
             datamodule = CIFAR10DataModule(**options)
             datamodule.setup()
             split = datamodule.splits["test"]
-            if images_checksum(split.images) == run.results.get("test_images"):
+            if images_checksum(split) == run.results.get("test_images"):
                 return split, ""
             problem = "the images are not those of the test"
         except Exception as error:  # a missing folder, file or setting

@@ -25,7 +25,7 @@ from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics import ground_truth
 from cifar10_tl.metrics.calibration import fit_temperature
 from cifar10_tl.metrics.evaluation import Evaluation
-from cifar10_tl.metrics.tta import additional_views
+from cifar10_tl.metrics.tta import View, additional_views
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.plots import evaluation_figures, to_png
 
@@ -61,7 +61,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
         "environment": environment(trainer.strategy.root_device, 1, str(trainer.precision_plugin.precision)),
     }
     if cfg.split == "test":
-        results["test_images"] = images_checksum(split.images)
+        results["test_images"] = images_checksum(split)
     if cfg.tta != "none":
         results["tta"] = evaluator.test_time_augmentation(split, evaluation, cfg.tta)
     if people is not None:
@@ -114,8 +114,8 @@ class Evaluator:
     def test_time_augmentation(self, split: Split, evaluation: Evaluation, name: str) -> dict[str, Any]:
         """Return the scores of the mean probabilities of ``evaluation`` and of additional views."""
         views = [evaluation]
-        for images in additional_views(split.images, name):
-            view = Split(images, split.labels, split.indices)
+        for function in additional_views(name):
+            view = Split(View(split, function), split.labels, split.indices)
             views.append(self(view, f"view {len(views) + 1}"))
         return {"name": name, "views": len(views), **Evaluation.mean_of(views).scores()}
 

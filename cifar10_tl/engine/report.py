@@ -63,12 +63,12 @@ class Sprite:
 
     def place(self, key: Hashable, image: Tensor) -> str:
         """Return the CSS that selects ``image``, uint8 [3, S, S], which ``key`` identifies."""
-        number, _ = self.images.setdefault(key, (len(self.images), image))
+        number, _ = self.images.setdefault(key, (len(self.images), thumbnails(image[None])[0]))
         return f"--x:{number % COLUMNS};--y:{number // COLUMNS}"
 
     def uri(self) -> str:
         """Return the thumbnails as the data URI of a WebP image."""
-        images, file = thumbnails(torch.stack([image for _, image in self.images.values()])), io.BytesIO()
+        images, file = [image for _, image in self.images.values()], io.BytesIO()
         pixels = make_grid(images, nrow=COLUMNS, padding=0).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(file, "webp", quality=QUALITY)
         return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -93,7 +93,7 @@ class Pictures:
     def __init__(self, evaluation: Evaluation, split: Split, neighbors: Neighbors | None) -> None:
         self.evaluation, self.neighbors = evaluation, neighbors
         self.heatmaps: dict[int, Tensor] = {}  # by position
-        self.images, self.paths = split.by_index(evaluation.indices), split.paths_of(evaluation.indices)
+        self.split = split.subset(split.positions_of(evaluation.indices))
         self.probabilities, self.predictions = evaluation.probabilities.tolist(), evaluation.predictions.tolist()
         self.labels, self.indices = evaluation.labels.tolist(), evaluation.indices.tolist()
         self.sprite, self.overlays = Sprite(), Sprite()
@@ -102,16 +102,16 @@ class Pictures:
         """Compute the maps of the images at these positions."""
         shown = sorted(set(positions))
         if shown:
-            maps = function(self.images[shown], self.evaluation.predictions[shown])
+            maps = function(self.split.take(torch.tensor(shown)), self.evaluation.predictions[shown])
             if maps[0].numel() > 1:  # else it says nothing
                 self.heatmaps = dict(zip(shown, maps, strict=True))
 
     def thumbnail(self, position: int) -> dict[str, Any]:
         """Return an image for the template, without details."""
         return {
-            "place": self.sprite.place(position, self.images[position]),
+            "place": self.sprite.place(position, self.split.image(position)),
             "index": self.indices[position],
-            "path": self.paths[position],
+            "path": self.split.paths[position],
             "true": self.labels[position],
             "predicted": self.predictions[position],
             "probabilities": self.probabilities[position],
@@ -123,12 +123,13 @@ class Pictures:
         likely = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:3]
         card["classes"] = dict.fromkeys([*likely, card["true"]])
         if position in self.heatmaps:
-            card["overlay"] = self.overlays.place(position, overlay(self.images[position], self.heatmaps[position]))
+            explained = overlay(self.split.image(position), self.heatmaps[position])
+            card["overlay"] = self.overlays.place(position, explained)
         if self.neighbors is not None:
             train, found, similarities = self.neighbors
             card["neighbors"] = [
                 {
-                    "place": self.sprite.place(("train", near), train.images[near]),
+                    "place": self.sprite.place(("train", near), train.image(near)),
                     "index": int(train.indices[near]),
                     "path": train.paths[near],
                     "label": int(train.labels[near]),
@@ -146,7 +147,7 @@ class Pictures:
         # errors first, and of these the most frequent; of correct predictions, the least confident
         found = sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1])))
         found = found[: None if self.evaluation.num_classes <= MATRIX_LIMIT else PAIR_LIMIT]
-        budget, sizes = PIXELS // min(SIDE, self.images.shape[-1]) ** 2, [len(positions) for _, positions in found]
+        budget, sizes = PIXELS // min(SIDE, self.split.shape[-1]) ** 2, [len(positions) for _, positions in found]
         limit = max((n for n in range(1, PER_CELL + 1) if sum(min(size, n) for size in sizes) <= budget), default=1)
         shown = {(i, j): (positions[::-1] if i == j else positions)[:limit] for (i, j), positions in found}
         return {cell: [self.thumbnail(position) for position in positions] for cell, positions in shown.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
@@ -15,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
@@ -23,6 +21,7 @@ from cifar10_tl.config import PACKAGE_DIR
 from cifar10_tl.config.resume import as_override, resume_command
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.batch import Split
+from cifar10_tl.data.feature_cache import checksum
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.hardware import device_name
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
@@ -208,7 +207,7 @@ def test_results(cfg: DictConfig, module: LitClassifier, split: Split) -> dict[s
     return {
         "test": all_metrics(module.evaluation, split),
         "confusion_matrix": module.evaluation.confusion_matrix.tolist(),
-        "test_images": images_checksum(split.images),
+        "test_images": images_checksum(split),
     }
 
 
@@ -227,9 +226,9 @@ def all_metrics(evaluation: Evaluation, split: Split, temperature: float | None 
     return metrics
 
 
-def images_checksum(images: Tensor) -> str:
+def images_checksum(split: Split) -> str:
     """Return a checksum that distinguishes images with the same labels."""
-    return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+    return checksum(b"", split.chunks())[:16]
 
 
 def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str:

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import resize
 
 from cifar10_tl.callbacks.metrics_logger import tensorboard_loggers
 from cifar10_tl.config import CONFIG_DIR
-from cifar10_tl.data.batch import Split
+from cifar10_tl.data.batch import CHUNK, Split
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.comparison import settings_of
 from cifar10_tl.engine.results import environment, markdown_table
@@ -218,10 +218,11 @@ def add_projection(
     labels = [[evaluation.class_names[k] for k in classes.tolist()] for classes in (evaluation.labels[rows], predicted)]
     probabilities = [f"{p:.4f}" for p in evaluation.probabilities[rows, predicted].tolist()]
     metadata = zip(*labels, probabilities, indices.tolist(), split.paths_of(indices), strict=True)
+    size = [THUMBNAIL_SIZE, THUMBNAIL_SIZE]
     logger.experiment.add_embedding(
         (left * scales).double().round(decimals=4),
         [[" ".join(str(cell).split()) for cell in row] for row in metadata],
-        resize(split.by_index(indices), [THUMBNAIL_SIZE, THUMBNAIL_SIZE]) / 255,
+        torch.cat([resize(split.by_index(chunk), size) for chunk in torch.split(indices, CHUNK)]) / 255,
         epoch,
         "test",
         ["true", "predicted", "probability", "index", "path"],

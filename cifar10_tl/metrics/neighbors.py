@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10_tl.metrics.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from cifar10_tl.data.batch import Split
 
 NUM_NEIGHBORS = 5
 #: Lowest correlation of the pixels of near-duplicates. Of CIFAR-10's test images (JPEG, ResNet18), 2.8 % have a nearest
@@ -38,19 +44,22 @@ def nearest_neighbors(features: Tensor, train_features: Tensor, k: int = NUM_NEI
     return torch.cat(positions), torch.cat(similarities)
 
 
-def pixel_correlations(images: Tensor, train_images: Tensor, positions: Tensor) -> Tensor:
-    """Return the correlations of the pixels of images with those of their neighbors, float32 [N, k].
+def pixel_correlations(split: Split, train: Split, positions: Tensor) -> Tensor:
+    """Return the correlations of the pixels of the N images of a split with those of their neighbors, float32 [N, k].
 
     Features show what the network considers similar, pixels whether it is the same picture.
 
     Args:
-        images: uint8 [N, 3, H, W].
-        train_images: uint8 [M, 3, H, W].
-        positions: Neighbors of each image in ``train_images``, int64 [N, k].
+        split: Images.
+        train: Images that contain the neighbors.
+        positions: Neighbors of each image in ``train``, int64 [N, k].
     """
-    size = max(1, _CHUNK_SIZE // (train_images[0].numel() * positions.shape[1]))
-    chunks = zip(torch.split(images, size), torch.split(positions, size), strict=True)
-    return torch.cat([torch.einsum("nd,nkd->nk", _pixels(x), _pixels(train_images[near])) for x, near in chunks])
+    size = max(1, _CHUNK_SIZE // (math.prod(train.shape[1:]) * positions.shape[1]))
+    correlations = []
+    for chunk, near in zip(torch.split(torch.arange(len(split)), size), torch.split(positions, size), strict=True):
+        neighbors = train.take(near.flatten()).view(*near.shape, *train.shape[1:])
+        correlations.append(torch.einsum("nd,nkd->nk", _pixels(split.take(chunk)), _pixels(neighbors)))
+    return torch.cat(correlations)
 
 
 def _pixels(images: Tensor) -> Tensor:

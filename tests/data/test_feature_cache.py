@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.validation import check_config
-from cifar10_tl.data.feature_cache import CHUNK, FeatureCache, tensors_checksum
+from cifar10_tl.data.batch import CHUNK, Split
+from cifar10_tl.data.feature_cache import FeatureCache, tensors_checksum
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
@@ -45,7 +46,8 @@ def trainer(rank: int = 0, count: int = 1, barrier: Callable[[], Any] = lambda: 
 def cached(
     folder: Path, extract: Extractor, images: torch.Tensor = IMAGES, mirrored: bool = False, **description: Any
 ) -> torch.Tensor:
-    return FeatureCache(folder, extract, lambda: description, trainer()).features("train", images, mirrored=mirrored)
+    split = Split(images, torch.zeros(len(images)).long())
+    return FeatureCache(folder, extract, lambda: description, trainer()).features("train", split, mirrored=mirrored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,6 +77,11 @@ def test_each_set_of_weights_settings_and_images_has_its_own_file(tmp_path: Path
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
+def test_file_name_stays_the_same_between_versions(tmp_path: Path) -> None:
+    cached(tmp_path, Extractor(), torch.arange(3 * 300 * 16).view(300, 3, 4, 4).byte(), mirrored=True, weights="a")
+    assert [file.name for file in tmp_path.iterdir()] == ["e3f64decfc84ff8d8f276525823f96ab.safetensors"]
+
+
 def test_interrupted_and_truncated_files_are_computed_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, Extractor(stop_after=CHUNK))
@@ -90,7 +97,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 
     def build(rank: int) -> None:
         cache = FeatureCache(tmp_path, extracts[rank], dict, trainer(rank, 2, barrier.wait))
-        found[rank] = cache.features("train", IMAGES, mirrored=False)
+        found[rank] = cache.features("train", Split(IMAGES, torch.zeros(len(IMAGES))), mirrored=False)
 
     threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
     for thread in threads:

@@ -22,7 +22,7 @@ PROBABILITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.75, 0.5, 0.65)
 def checksum() -> str:
     datamodule = CIFAR10DataModule(**DATA)
     datamodule.setup()
-    return images_checksum(datamodule.splits["test"].images)
+    return images_checksum(datamodule.splits["test"])
 
 
 def write_run(folder: Path, correct: str, config: dict[str, Any] | None = None, **results: Any) -> Path:
@@ -87,7 +87,7 @@ def test_images_come_from_the_first_run_that_has_them(tmp_path: Path) -> None:
     split, problem = load_images([read_run(gone), read_run(evaluation)])
     assert problem == ""
     assert split is not None
-    assert images_checksum(split.images) == checksum()
+    assert images_checksum(split) == checksum()
 
 
 def test_curves_of_all_runs_and_seeds_are_on_the_page(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cifar10_tl.engine.results import markdown_table, summary, text_table
+from cifar10_tl.data.batch import Split
+from cifar10_tl.engine.results import images_checksum, markdown_table, summary, text_table
 from cifar10_tl.metrics.evaluation import Evaluation
 
 
@@ -17,6 +19,13 @@ def test_a_text_table_has_columns_of_equal_width() -> None:
 def test_markdown_keeps_its_columns_whatever_is_in_a_cell() -> None:
     table = markdown_table(["run", "acc"], [["a|b", "1"]])
     assert table == "| run | acc |\n| --- | ---: |\n| a\\|b | 1 |\n"
+
+
+def test_checksum_of_images_stays_the_same_between_versions() -> None:
+    images = torch.arange(3 * 300 * 16).view(300, 3, 4, 4).byte()
+    split = Split(images, torch.zeros(300).long())
+    assert images_checksum(split) == hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "b8eaefe0cfdb56bf"
+    assert images_checksum(split.subset(torch.arange(1, 300, 2))) == "b85a43ce2a5d5e6b"
 
 
 def test_the_summary_of_a_run_names_results_files_and_next_commands(

@@ -128,7 +128,7 @@ def test_results_contain_all_metrics(full_evaluation: Path) -> None:
 def test_views_match_a_plain_loop(full_evaluation: Path, best: Path, data: CIFAR10DataModule) -> None:
     results, module, test = results_of(full_evaluation), restore(best), data.splits["test"]
     with torch.inference_mode():
-        views = [test.images, *additional_views(test.images, "flip_shift")]
+        views = [test.images, *(view(test.images) for view in additional_views("flip_shift"))]
         mean = torch.stack([module(view).softmax(1) for view in views]).mean(0)
     assert (results["tta"]["name"], results["tta"]["views"]) == ("flip_shift", 6)
     assert results["tta"]["acc"] == float((mean.argmax(1) == test.labels).double().mean())

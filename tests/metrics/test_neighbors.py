@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cifar10_tl.data.batch import Split
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.metrics import neighbors
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.metrics.neighbors import nearest_neighbors, pixel_correlations, probable_label_errors
+
+
+def split(images: torch.Tensor) -> Split:
+    return Split(images, torch.zeros(len(images)).long())
 
 
 def test_nearest_neighbors_by_hand() -> None:
@@ -42,7 +47,7 @@ def test_correlation_of_pixels_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     images[0, :, :16], images[1, :, 16:], images[2, :, :, :16] = 200, 90, 50  # top, bottom and left halves
     for size in (neighbors._CHUNK_SIZE, 1):
         monkeypatch.setattr(neighbors, "_CHUNK_SIZE", size)
-        found = pixel_correlations(images[:2], images, torch.tensor([[0, 1, 2], [1, 0, 2]]))
+        found = pixel_correlations(split(images[:2]), split(images), torch.tensor([[0, 1, 2], [1, 0, 2]]))
         assert torch.allclose(found, torch.tensor([[1.0, -1, 0], [1, -1, 0]]), atol=1e-6)
 
 
@@ -50,7 +55,7 @@ def test_a_noisy_copy_is_a_near_duplicate_and_another_image_of_the_class_is_not(
     images, _ = draw_shapes(60, seed=0, image_size=32)
     noise = torch.randint(-12, 13, images.shape, generator=torch.Generator().manual_seed(0))
     copies = (images + noise).clamp(0, 255).byte()
-    correlations = pixel_correlations(copies, images, torch.arange(60).expand(60, -1))
+    correlations = pixel_correlations(split(copies), split(images), torch.arange(60).expand(60, -1))
     assert correlations.diagonal().min() > neighbors.DUPLICATE_CORRELATION
     assert correlations.fill_diagonal_(0).max() < neighbors.DUPLICATE_CORRELATION
 
