@@ -59,11 +59,11 @@ def export(cfg: DictConfig) -> Path:
     for name in ("onnxscript", "onnx_ir", "torch._export", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     module = restore(Path(cfg.checkpoint))
-    classes, size = module.class_names, module.hparams["native_size"]
+    classes, size, fit = module.class_names, module.hparams["native_size"], module.hparams["fit"]
     origin = {"checkpoint": cfg.checkpoint, "epoch": module.restored_epoch}
     versions = {"cifar10_tl": __version__, "torch": torch.__version__}
-    metadata = {"class_names": classes, "native_size": size, **origin, **versions}
-    parity = write_verified(output, module.network, metadata, comparison_images(cfg.compare_on, size))
+    metadata = {"class_names": classes, "native_size": size, "fit": fit, **origin, **versions}
+    parity = write_verified(output, module.network, metadata, comparison_images(cfg.compare_on, size, fit))
     log.info(
         f"\n\n  model   {output} ({output.stat().st_size / 1e6:.1f} MB)"
         f"\n  input   images uint8 [N, 3, {size}, {size}], RGB, any N"
@@ -73,7 +73,7 @@ def export(cfg: DictConfig) -> Path:
     return output
 
 
-def comparison_images(folder: str | None, size: int) -> Tensor:
+def comparison_images(folder: str | None, size: int, fit: str) -> Tensor:
     """Return images from a folder, or built-in ones: uint8 [sum(BATCH_SIZES), 3, size, size]."""
     import numpy as np
     import torch
@@ -88,7 +88,7 @@ def comparison_images(folder: str | None, size: int) -> Tensor:
         raise UserError(f"compare_on={folder}: {errors[0] if errors else 'no files in this folder'}")
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, sum(BATCH_SIZES)).astype(int)]
     try:
-        return torch.from_numpy(np.stack([decode_image(file, size) for file in chosen]))
+        return torch.from_numpy(np.stack([decode_image(file, size, fit) for file in chosen]))
     except BadImageError as error:
         raise UserError(f"compare_on={folder}: {error}") from error
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.images import BadImageError, decode_image, to_pixels
+from cifar10_tl.data.images import BadImageError, decode_image, in_threads, to_pixels
 
 #: Path of a file, Pillow image, or array accepted by ``PIL.Image.fromarray``, such as uint8 [H, W, 3].
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"
@@ -62,10 +63,13 @@ class Classifier:
     Attributes:
         class_names: Names of the K classes, in the order of the logits.
         native_size: Height and width S in pixels to which :func:`~cifar10_tl.data.images.to_pixels` resizes images.
+        fit: How it makes images square: "crop", "pad" or "squeeze", as in training.
     """
 
-    def __init__(self, network: Callable[[Pixels], NDArray[Any]], class_names: Iterable[str], native_size: int) -> None:
-        self._network, self.class_names, self.native_size = network, tuple(class_names), native_size
+    def __init__(
+        self, network: Callable[[Pixels], NDArray[Any]], class_names: Iterable[str], native_size: int, fit: str
+    ) -> None:
+        self._network, self.class_names, self.native_size, self.fit = network, tuple(class_names), native_size, fit
 
     def __call__(self, images: Picture | Iterable[Picture], batch_size: int = 256) -> list[Prediction]:
         """Return the predictions for one or more images, in order; unreadable files have ``error`` set."""
@@ -74,35 +78,44 @@ class Classifier:
         several: Any = [images] if is_one else images
         return [prediction for prediction, _ in self.stream(several, batch_size)]
 
-    def stream(self, images: Iterable[Picture], batch_size: int = 256) -> Iterator[tuple[Prediction, Pixels | None]]:
-        """Yield each prediction with its input pixels, keeping at most ``batch_size`` images in memory."""
-        waiting = iter(images)
-        while batch := list(islice(waiting, batch_size)):
-            inputs = [self._read(image) for image in batch]
-            readable = [pixels for pixels in inputs if not isinstance(pixels, BadImageError)]
-            rows = iter(self.probabilities(np.stack(readable)).tolist() if readable else ())
-            for image, pixels in zip(batch, inputs, strict=True):
-                path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-                if isinstance(pixels, BadImageError):
-                    yield Prediction(path, error=str(pixels)), None
-                else:
-                    probabilities = dict(zip(self.class_names, next(rows), strict=True))
-                    label = max(probabilities, key=probabilities.__getitem__)
-                    yield Prediction(path, label, probabilities[label], probabilities), pixels
+    def stream(
+        self, images: Iterable[Picture], batch_size: int = 256
+    ) -> Generator[tuple[Prediction, Pixels | None], None, None]:
+        """Yield each prediction with its input pixels.
+
+        Files are decoded on all cores while the network computes, at most ``batch_size`` of them ahead of it.
+        """
+        with closing(in_threads(self._decode, map(self._prepare, images), batch_size)) as decoded:
+            while batch := list(islice(decoded, batch_size)):
+                readable = [pixels for _, pixels in batch if not isinstance(pixels, BadImageError)]
+                rows = iter(self.probabilities(np.stack(readable)).tolist() if readable else ())
+                for path, pixels in batch:
+                    if isinstance(pixels, BadImageError):
+                        yield Prediction(path, error=str(pixels)), None
+                    else:
+                        probabilities = dict(zip(self.class_names, next(rows), strict=True))
+                        label = max(probabilities, key=probabilities.__getitem__)
+                        yield Prediction(path, label, probabilities[label], probabilities), pixels
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Return probabilities [N, K] for images, uint8 [N, 3, S, S]."""
         return torch.from_numpy(self._network(pixels)).double().softmax(1).numpy()
 
-    def _read(self, image: Picture) -> Pixels | BadImageError:
+    def _prepare(self, image: Picture) -> str | Pixels:
+        """Return the path of a file, or the pixels of an image that the caller may change or close next."""
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
-            return to_pixels(image, self.native_size)
+            return to_pixels(image, self.native_size, self.fit)
+        return os.fspath(image)
+
+    def _decode(self, image: str | Pixels) -> tuple[str | None, Pixels | BadImageError]:
+        if not isinstance(image, str):
+            return None, image
         try:
-            return decode_image(os.fspath(image), self.native_size)
+            return image, decode_image(image, self.native_size, self.fit)
         except BadImageError as error:
-            return error
+            return image, error
 
 
 def load_classifier(path: str | os.PathLike[str], device: str = "auto") -> Classifier:
@@ -133,7 +146,7 @@ def _from_checkpoint(path: Path, device: str) -> Classifier:
     def network(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return module(torch.from_numpy(images).to(target)).cpu().numpy()
 
-    return Classifier(network, module.class_names, module.hparams["native_size"])
+    return Classifier(network, module.class_names, module.hparams["native_size"], module.hparams["fit"])
 
 
 def _from_onnx(path: Path, device: str) -> Classifier:
@@ -150,6 +163,7 @@ def _from_onnx(path: Path, device: str) -> Classifier:
         session = onnxruntime.InferenceSession(path, providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map
         class_names, native_size = json.loads(metadata["class_names"]), int(metadata["native_size"])
+        fit = metadata.get("fit", "squeeze")  # as models without it were trained
     except KeyError as error:
         raise UserError(f"{path} was not exported by this project: its metadata has no {error}") from error
     except Exception as error:  # the exceptions of ONNX Runtime have no common base class
@@ -158,4 +172,4 @@ def _from_onnx(path: Path, device: str) -> Classifier:
     def network(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return session.run(["logits"], {"images": images})[0]
 
-    return Classifier(network, class_names, native_size)
+    return Classifier(network, class_names, native_size, fit)

@@ -13,6 +13,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,17 +47,17 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     if cfg.top_k > len(classify.class_names):
         raise UserError(f"top_k={cfg.top_k}: {cfg.checkpoint} has only {len(classify.class_names)} classes")
     folders = ((Prediction(error.filename, error=error.strerror), None) for error in errors)
-    stream = tqdm(classify.stream(files, cfg.batch_size), total=len(files), unit=" images", disable=None, leave=False)
+    bar = partial(tqdm, total=len(files), unit=" images", disable=None, leave=False)
     more = [f"{kind}_{rank}" for rank in range(2, cfg.top_k + 1) for kind in ("label", "probability")]
     header = ["path", "label", "probability", *classify.class_names, *more, "error"]
     unreadable: list[Prediction] = []
     shown: list[tuple[Prediction, Pixels]] = []
     labels: Counter[str | None] = Counter()
-    with atomic_write(run_dir / TABLE) as file:
+    with atomic_write(run_dir / TABLE) as file, closing(classify.stream(files, cfg.batch_size)) as stream:
         # Linux file names may hold bytes that are not UTF-8
         table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
         table.writerow(header)
-        for prediction, pixels in chain(folders, stream):
+        for prediction, pixels in chain(folders, bar(stream)):
             if pixels is None:
                 unreadable.append(prediction)
                 cells = [""] * (len(header) - 2)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from cifar10_tl import load_classifier
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.images import FITS, decode_image
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.inference import Classifier, Prediction
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -76,14 +79,46 @@ def test_batch_size_does_not_change_predictions(classify: Classifier, files: lis
             assert one.probabilities == pytest.approx(dict(other.probabilities), abs=1e-6)
 
 
-def test_stream_reads_one_batch_at_a_time(classify: Classifier) -> None:
+def test_threads_do_not_change_predictions(classify: Classifier, files: list[Path], monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    several = classify(5 * files, batch_size=11)
+    for one, other in zip(several, 5 * [classify(file)[0] for file in files], strict=True):
+        assert (one.path, one.error) == (other.path, other.error)
+        assert one.probabilities == pytest.approx(dict(other.probabilities), abs=1e-6)
+
+
+def test_images_in_memory_may_be_closed_after_they_are_passed(classify: Classifier, files: list[Path]) -> None:
+    def pictures() -> Iterator[Image.Image]:
+        for file in files[:10]:
+            with Image.open(file) as picture:
+                yield picture
+
+    assert [p.label for p in classify(pictures())] == [p.label for p in classify(files[:10])]
+
+
+@pytest.mark.parametrize("fit", [None, *FITS])
+def test_pictures_become_squares_as_in_training(fit: str | None, checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint)
+    del content["hyper_parameters"]["fit"]  # as in checkpoints of earlier versions
+    content["hyper_parameters"] |= {"fit": fit} if fit else {}
+    torch.save(content, tmp_path / "a.ckpt")
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    classify = load_classifier(tmp_path / "a.ckpt", device="cpu")
+    assert classify.fit == (fit or "squeeze")
+    for picture in (tmp_path / "a.png", rgb):
+        ((_, pixels),) = classify.stream([picture])
+        assert np.array_equal(pixels, decode_image(tmp_path / "a.png", 32, fit or "squeeze"))
+
+
+def test_stream_reads_at_most_two_batches(classify: Classifier) -> None:
     waiting = iter([np.zeros((8, 8, 3), np.uint8)] * 20)
     stream = classify.stream(waiting, batch_size=5)
     for _ in range(6):
         _, pixels = next(stream)
         assert pixels is not None
         assert pixels.shape == (3, 32, 32)
-    assert len(list(waiting)) == 10
+    assert len(list(waiting)) == 20 - 10 - 4  # four are decoded while the second batch is used
 
 
 def test_a_broken_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -122,7 +157,7 @@ def onnx_file(tmp_path: Path) -> Path:
 def test_onnx_model_predicts(onnx_file: Path) -> None:
     classify = load_classifier(onnx_file)
     predictions = classify([Image.new("RGB", (40, 20), color) for color in [(3, 1, 2), (1, 3, 2), (2, 1, 3)]])
-    assert classify.native_size == 16
+    assert (classify.native_size, classify.fit) == (16, "squeeze")  # a file of an earlier version
     assert [prediction.label for prediction in predictions] == ["red", "green", "blue"]
     expected = torch.tensor([3.0, 1.0, 2.0]).softmax(0).tolist()
     assert list(predictions[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)

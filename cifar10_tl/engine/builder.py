@@ -62,7 +62,8 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     schedule_factor(plain(cfg.scheduler), num_steps=1)
     own = {
         "class_names": datamodule.class_names,
-        "native_size": cfg.data.get("native_size", 32),
+        "native_size": getattr(datamodule.source, "native_size", 32),
+        "fit": cfg.data.get("fit", "crop"),
         "optimizer": plain(cfg.optimizer),
         "scheduler": plain(cfg.scheduler),
         "seed": cfg.seed,

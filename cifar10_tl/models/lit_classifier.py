@@ -43,6 +43,8 @@ class LitClassifier(pl.LightningModule):
             of the epochs at which each starts, rounded to whole epochs: ``[[0, 128], [0.5, 160]]``. Everything except
             training uses the last one. Source: https://arxiv.org/abs/2104.00298, section 4.
         native_size: Side of the input images in pixels.
+        fit: How pictures become squares of this side, see :func:`~cifar10_tl.data.images.to_pixels`; "squeeze" in
+            checkpoints without it.
         interpolation: "bicubic" or "bilinear".
         freeze: Last stage that is not trained, "none" or "backbone" for all, see :class:`Backbone`.
         stem: "imagenet" or "cifar", see :class:`Backbone`.
@@ -61,6 +63,7 @@ class LitClassifier(pl.LightningModule):
         weights: str | None = None,
         image_size: int | Sequence[Sequence[float]] = 224,
         native_size: int = 32,
+        fit: str = "squeeze",
         interpolation: str = "bicubic",
         freeze: str = "none",
         stem: str = "imagenet",

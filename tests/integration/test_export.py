@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import REPOSITORY, compose_command, lock, write_png
+from PIL import Image
 
 from cifar10_tl import __version__
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.images import PAD_COLOR
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.export import BATCH_SIZES, SUFFIXES, compare, comparison_images, export, write_model
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -38,6 +40,7 @@ NETWORKS = {
         "head": {"name": "dense", "hidden": [16]},
         "image_size": 40,
         "native_size": 48,
+        "fit": "pad",
         "interpolation": "bilinear",
         "freeze": "backbone",
     },
@@ -107,8 +110,8 @@ def test_file_returns_the_logits_of_the_checkpoint_and_contains_metadata(
     assert f"same class for {COUNT} of {COUNT} images" in caplog.text
     assert files_in(tmp_path / "new") == [output.name]
     model, metadata = READERS[format_name](output)
-    size = module.hparams["native_size"]
-    origin = {"class_names": NAMES, "native_size": size, "checkpoint": checkpoint, "epoch": 3}
+    size, fit = module.hparams["native_size"], module.hparams["fit"]
+    origin = {"class_names": NAMES, "native_size": size, "fit": fit, "checkpoint": checkpoint, "epoch": 3}
     assert metadata == {**origin, "cifar10_tl": __version__, "torch": torch.__version__}
     images = draw_shapes(7, seed=2, image_size=size)[0]
     with torch.no_grad():
@@ -133,12 +136,16 @@ def test_logits_match_within_a_tolerance() -> None:
 def test_comparison_images_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = draw_shapes(5, seed=3)[0]
     write_png(tmp_path / "images" / "z", images)
-    found = comparison_images(str(tmp_path / "images"), 32)
+    found = comparison_images(str(tmp_path / "images"), 32, "crop")
     assert (found.dtype, found.shape) == (torch.uint8, (COUNT, 3, 32, 32))
     assert {tuple(image.flatten().tolist()) for image in found} == {tuple(i.flatten().tolist()) for i in images}
+    (tmp_path / "wide").mkdir()
+    Image.new("RGB", (64, 32), "white").save(tmp_path / "wide" / "a.png")
+    padded = comparison_images(str(tmp_path / "wide"), 32, "pad")[0, 0, :, 0].tolist()
+    assert padded == [PAD_COLOR[0]] * 8 + [255] * 16 + [PAD_COLOR[0]] * 8
     lock(monkeypatch, tmp_path / "images" / "z")
     with pytest.raises(UserError, match=r"compare_on=.*images/z"):
-        comparison_images(str(tmp_path / "images"), 32)
+        comparison_images(str(tmp_path / "images"), 32, "crop")
 
 
 def test_files_that_differ_or_fail_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

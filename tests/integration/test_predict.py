@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from cifar10_tl.config import run_dir
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.engine.checkpoints import restore
+from cifar10_tl.inference import Prediction
 from cifar10_tl.predict import find_files, predict
 
 
@@ -69,6 +71,19 @@ def test_table_contains_the_probabilities_of_the_network(checkpoint: Path, folde
     with Image.open(tmp_path / "run" / "predictions.png") as grid:
         assert grid.format == "PNG"
     assert "top_k=11" in error_of(*options, "top_k=11")
+
+
+def test_an_interrupt_stops_the_threads_that_decode(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Prediction, "top", interrupt)  # while the second batch is decoded
+    options = (f"checkpoint={checkpoint}", f"images={folder}", f"paths.output_dir={tmp_path / 'run'}", "batch_size=4")
+    with pytest.raises(KeyboardInterrupt):
+        predict(compose_command("predict", *options, "device=cpu"))
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
 def test_unreadable_files_and_folders_are_reported(
