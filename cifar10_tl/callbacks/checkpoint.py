@@ -19,7 +19,8 @@ class RunCheckpoint(ModelCheckpoint):
     saves its last step, so that a longer resume continues that epoch.
 
     If several checkpoints are kept (``save_top_k``), the epoch is appended to the name of each, and the best one is
-    copied to ``filename``, the name without extension. ``monitor`` is "val/acc", "val/loss" or None: save every time.
+    copied to ``filename``, the name without extension. ``monitor`` is "val/loss", a metric to maximize such as
+    "val/acc", or None: save every time.
     """
 
     def __init__(self, filename: str, monitor: str | None = None, save_top_k: int = 1, **options: Any) -> None:

@@ -17,7 +17,8 @@ from cifar10_tl.metrics.evaluation import Evaluation
 log = logging.getLogger(__name__)
 
 SPEED = ("seconds", "images_per_second", "step_ms", "data_wait", "peak_memory_gb")
-COLUMNS = ("epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "val/count", *SPEED)
+VALIDATED = ("val/loss", "val/acc", "val/balanced_acc", "val/macro_f1", "val/count")
+COLUMNS = ("epoch", "step", "lr", "train/loss", "train/acc", *VALIDATED, *SPEED)
 
 
 def tensorboard_loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
@@ -61,7 +62,7 @@ class MetricsLogger(Callback):
             pl_module.log_dict({"images/s": row["images_per_second"], "step": epoch}, batch_size=1)
         self.rows.append(row)
         if trainer.is_global_zero:
-            lines = ([row[column] for column in COLUMNS] for row in self.rows)
+            lines = ([row.get(column) for column in COLUMNS] for row in self.rows)  # older versions had fewer
             atomic_write_text(Path(trainer.default_root_dir) / "metrics.csv", csv_text(COLUMNS, lines))
             log.info("%s", _summary(row, trainer.max_epochs))
 
@@ -74,7 +75,7 @@ class MetricsLogger(Callback):
             "step": trainer.global_step,
             "lr": trainer.optimizers[0].param_groups[-1]["lr"],
             **pl_module.training_metrics(),
-            **{f"val/{name}": validated.get(name) for name in ("loss", "acc", "count")},
+            **{name: validated.get(name.removeprefix("val/")) for name in VALIDATED},
             **(throughput.row(pl_module.device) if throughput else dict.fromkeys(SPEED)),
         }
 

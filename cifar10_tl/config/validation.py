@@ -151,7 +151,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of("none", "stem", "layer1", "layer2", "layer3", "backbone"), "model.freeze"),
     (one_of("imagenet", "cifar"), "model.stem"),
     (one_of("median", "none"), "pruner.name"),
-    (one_of("val/acc", "val/loss"), "callbacks.best_checkpoint.monitor"),
+    (one_of("val/acc", "val/balanced_acc", "val/macro_f1", "val/loss"), "callbacks.best_checkpoint.monitor"),
     (one_of("auto", "cpu", "cuda", "mps"), "device"),
     (one_of("onnx", "torch_export"), "format"),
     (one_of("test", "val", "train"), "split"),

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
+from cifar10_tl.callbacks.metrics_logger import VALIDATED
 from cifar10_tl.config import PACKAGE_DIR
 from cifar10_tl.config.resume import as_override, resume_command
 from cifar10_tl.config.run_dir import RUN_CONFIG
@@ -146,6 +147,7 @@ def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> 
         "accuracy": ("acc", ".2%"),
         "95% interval (Wilson)": ("acc_interval", ""),
         "top-2 accuracy": ("top2_acc", ".2%"),
+        "balanced accuracy": ("balanced_acc", ".2%"),
         "macro F1": ("macro_f1", ".2%"),
         "loss (NLL)": ("nll", ".4f"),
         "Brier score": ("brier", ".4f"),
@@ -187,7 +189,7 @@ def fit_results(
     best_row = next((row for row in logger.rows if row["epoch"] == best_epoch), {})
     precision = str(trainer.precision_plugin.precision)
     return {
-        "val": {key: best_row.get(f"val/{key}") for key in ("acc", "loss", "count")},
+        "val": {name.removeprefix("val/"): best_row.get(name) for name in VALIDATED},
         "best_epoch": best_epoch,
         "epochs": trainer.current_epoch,
         "seconds": {"fit": throughput.earlier_seconds + seconds, "first_step": throughput.first_step_seconds},
@@ -237,6 +239,8 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
     if test := results.get("test"):
         interval = _cell(test["acc_interval"], "")
         lines.append(f"  test acc     {test['acc']:.2%} (95% interval {interval}), {test['count']:,} images")
+        if abs(test["balanced_acc"] - test["acc"]) > 1e-9:  # classes of unequal size
+            lines.append(f"  balanced acc {test['balanced_acc']:.2%}, the mean recall of the classes")
         for pair in test["confused_pairs"][:1]:
             share = f"{pair['count']} images, {pair['share']:.1%} of {pair['true']}"
             lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")

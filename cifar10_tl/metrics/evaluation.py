@@ -14,7 +14,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
-    multiclass_confusion_matrix,
     multiclass_f1_score,
     multiclass_precision,
     multiclass_recall,
@@ -100,11 +99,24 @@ class Evaluation:
     @cached_property
     def confusion_matrix(self) -> Tensor:
         """Number of images of class i predicted as class j in entry (i, j), int64 [K, K]."""
-        return multiclass_confusion_matrix(self.logits, self.labels, num_classes=self.num_classes)
+        pairs = self.labels * self.num_classes + self.predictions
+        return torch.bincount(pairs, minlength=self.num_classes**2).view(self.num_classes, -1)
+
+    @cached_property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that occur, equal to the accuracy if these have equally many images."""
+        return float((self.confusion_matrix.diag() / self.confusion_matrix.sum(1).double()).nanmean())
+
+    @cached_property
+    def macro_f1(self) -> float:
+        """Mean F1 of the classes that occur or are predicted; NaN without images."""
+        counts = self.confusion_matrix.sum(0) + self.confusion_matrix.sum(1).double()
+        return float((2 * self.confusion_matrix.diag() / counts).nanmean())
 
     def metrics(self) -> dict[str, float]:
-        """Return accuracy, loss and number of images."""
-        return {"acc": self.accuracy, "loss": self.loss, "count": len(self)}
+        """Return accuracy, balanced accuracy, macro F1, loss and number of images."""
+        means = {"acc": self.accuracy, "balanced_acc": self.balanced_accuracy, "macro_f1": self.macro_f1}
+        return {**means, "loss": self.loss, "count": len(self)}
 
     def scores(self) -> dict[str, Any]:
         """Return :meth:`metrics` and all other scalar metrics of at least one image; ``nll`` is the loss."""
@@ -114,7 +126,6 @@ class Evaluation:
             **self.metrics(),
             "acc_interval": list(wilson_interval(num_correct, len(self))),
             "top2_acc": _rounded(top2),
-            "macro_f1": _rounded(multiclass_f1_score(self.predictions, self.labels, self.num_classes, "macro")),
             "nll": self.loss,
             **self.calibration(),
         }

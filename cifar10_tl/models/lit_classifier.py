@@ -251,7 +251,7 @@ class LitClassifier(pl.LightningModule):
         self._eval_outputs.append((*outputs, features) if self.trainer.testing else outputs)
 
     def on_validation_epoch_end(self) -> None:
-        """Evaluate the logits of all processes into :attr:`evaluation`, and log loss and accuracy."""
+        """Evaluate the logits of all processes into :attr:`evaluation`, and log its metrics."""
         outputs = [torch.cat(parts).cpu() for parts in zip(*self._eval_outputs, strict=True)]
         self._eval_outputs = []
         if self.trainer.world_size > 1:
@@ -262,8 +262,8 @@ class LitClassifier(pl.LightningModule):
         self.evaluation = Evaluation.of(logits, labels, indices, self.class_names, *features)
         stage = "test" if self.trainer.testing else "val"
         # no reduction, because every process has all the logits
-        metrics = {f"{stage}/loss": self.evaluation.loss, f"{stage}/acc": self.evaluation.accuracy}
-        self._log_epoch(metrics, self.restored_epoch)
+        metrics = self.evaluation.metrics()
+        self._log_epoch({f"{stage}/{name}": metrics[name] for name in metrics if name != "count"}, self.restored_epoch)
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

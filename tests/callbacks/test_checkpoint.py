@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, resume, rows
+from helpers import TINY, compose_train, resume, rows
 from omegaconf import DictConfig
 
 from cifar10_tl.callbacks import RunCheckpoint
@@ -59,13 +59,19 @@ def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_
     assert written == [("0", "3", True), ("1", "4", False)]
     resume(b, "trainer.max_steps=-1")
     for row, same in zip(rows(a), rows(b), strict=True):
-        assert list(row.values())[:8] == list(same.values())[:8]
+        assert list(row.values())[:10] == list(same.values())[:10]
     results, same = (json.loads((run / "results.json").read_text()) for run in (a, b))
     assert (results["val"], results["best_epoch"]) == (same["val"], same["best_epoch"])
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (a, b)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     for tag in ("train/loss", "val/acc"):
         assert scalars(a, tag) == scalars(b, tag)
+
+
+@pytest.mark.parametrize("name", ["acc", "balanced_acc", "macro_f1", "loss"])
+def test_the_highest_accuracy_and_the_lowest_loss_are_the_best(name: str) -> None:
+    monitor = compose_train(f"callbacks.best_checkpoint.monitor=val/{name}").callbacks.best_checkpoint.monitor
+    assert RunCheckpoint("best", monitor=monitor).mode == ("min" if name == "loss" else "max")
 
 
 def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path: Path) -> None:

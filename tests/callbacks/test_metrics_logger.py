@@ -37,13 +37,15 @@ def test_each_epoch_has_one_row_also_after_a_resume(tmp_path: Path, caplog: pyte
     first.on_train_epoch_end(trainer, module)
     resumed = MetricsLogger()
     resumed.load_state_dict(first.state_dict())
+    del resumed.rows[0]["val/count"]  # as in a checkpoint of an older version
     trainer.current_epoch, trainer.global_step, module.evaluation = 1, 10, None
     resumed.on_train_epoch_end(trainer, module)
     with (tmp_path / "metrics.csv").open() as file:
         validated, other = csv.DictReader(file)
     assert tuple(validated) == COLUMNS
-    written = [validated[name] for name in ("epoch", "step", "lr", "train/acc", "val/acc")]
-    assert written == ["0", "5", "0.2", "0.75", "0.5"]
+    names = ("epoch", "step", "lr", "train/acc", "val/acc", "val/balanced_acc", "val/macro_f1")
+    assert [validated[name] for name in names[:-1]] == ["0", "5", "0.2", "0.75", "0.5", "0.5"]
+    assert float(validated["val/macro_f1"]) == pytest.approx(1 / 3)
     assert [other[name] for name in ("epoch", "train/loss", "val/loss", "val/count")] == ["1", "0.5", "", ""]
     assert caplog.messages == [
         "epoch 0 (1 of 2)  train loss 0.5000 acc 75.00%  val loss 1.1269 acc 50.00%",

@@ -36,7 +36,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("optimizer.lr", ["fast", -0.1, 0, NAN, INF], "a number above 0"),
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),
     ("trainer.profiler", [5, True, {"a": 1}], "a profiler"),
-    ("callbacks.best_checkpoint.monitor", ["train/loss", "val/foo"], "val/acc, val/loss"),
+    ("callbacks.best_checkpoint.monitor", ["train/loss", "val/foo"], "val/acc, val/balanced_acc"),
     ("callbacks.last_checkpoint.dirpath", [[], None, 1], "a string"),
     ("budget", [60, "60", "soon", "-1s", "1d", "1 h", ""], "90s, 10min or 1.5h"),
     ("compare", [["a"], "a"], "null or a list of at least 2"),

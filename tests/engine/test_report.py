@@ -22,7 +22,7 @@ from cifar10_tl.data.batch import Split
 from cifar10_tl.engine import report
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.report import Axis, Gallery, Neighbors, standard_galleries, write_report
-from cifar10_tl.engine.results import all_metrics, write_results
+from cifar10_tl.engine.results import all_metrics, read_results, write_results
 from cifar10_tl.metrics.evaluation import Evaluation
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b'c&amp;</style>", "{{ 7 * 7 }}", "plain")
@@ -118,6 +118,9 @@ def test_numbers_are_those_of_results_json_to_the_last_digit(tmp_path: Path) -> 
     matrix = {(i, j): n for i, row in enumerate(results["confusion_matrix"]) for j, n in enumerate(row)}
     assert all(page.values[f"confusion_matrix.{i}.{j}"] == str(count) for (i, j), count in matrix.items() if count)
     assert f"{results['test']['acc']:.2%}" in page.text
+    assert "test.balanced_acc" not in page.values, "it equals the accuracy"
+    page = write(tmp_path, *evaluate(301))
+    assert page.values["test.balanced_acc"] == str(read_results(tmp_path)["test"]["balanced_acc"])
 
 
 def test_cells_open_their_images(tmp_path: Path) -> None:

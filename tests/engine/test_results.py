@@ -45,6 +45,7 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
     assert text.splitlines() == [
         "",
         "  test acc     50.00% (95% interval 15.00 to 85.00%), 4 images",
+        "  balanced acc 66.67%, the mean recall of the classes",
         "  confusion    dog -> cat is the most frequent: 2 images, 66.7% of dog",
         "  val acc      75.00% in epoch 3, the best of 5",
         "  figures      my run/figures",
@@ -56,5 +57,7 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
         "  # calibration, label errors",
         "    python -m cifar10_tl.train 'resume=\"my run\"' trainer.max_epochs=10  # train further",
     ]
+    equal = summary(results | {"test": test | {"balanced_acc": test["acc"] + 1e-16}}, run, None)
+    assert "balanced" not in equal
     untested = {"val": {"acc": None}, "best_epoch": None, "epochs": 5, "config": config | {"budget": "10min"}}
     assert summary(untested, tmp_path / "gone", None).splitlines() == ["", "  checkpoint   none"]

@@ -72,6 +72,9 @@ def test_results_agree_with_metrics_csv(finished_run: Path) -> None:
     best = max(table, key=lambda row: float(row["val/acc"]))
     assert (results["best_epoch"], results["val"]["acc"]) == (int(best["epoch"]), float(best["val/acc"]))
     assert results["class_names"][0] == "circle"
+    same = {name: float(best[f"val/{name}"]) for name in ("loss", "acc", "balanced_acc", "macro_f1", "count")}
+    assert results["val"] == same
+    assert results["test"]["balanced_acc"] == pytest.approx(results["test"]["acc"]), "classes of equal size"
     assert results["config"]["model"]["backbone"] == "resnet18"
     assert results["environment"]["versions"]["torch"] == torch.__version__
     assert results["seconds"]["fit"] > results["seconds"]["first_step"] > 0
@@ -82,10 +85,10 @@ def test_results_agree_with_metrics_csv(finished_run: Path) -> None:
 
 def test_tensorboard_agrees_with_metrics_csv(finished_run: Path) -> None:
     events, results = read_events(finished_run), read_results(finished_run)
-    for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc", "val/balanced_acc", "val/macro_f1"):
         expected = [(int(row["epoch"]), pytest.approx(float(row[tag]))) for row in rows(finished_run)]
         assert [(event.step, event.value) for event in events.Scalars(tag)] == expected
-    for tag in ("test/acc", "test/loss"):
+    for tag in ("test/acc", "test/loss", "test/balanced_acc", "test/macro_f1"):
         expected = [(results["best_epoch"], pytest.approx(results["test"][tag[5:]]))]
         assert [(event.step, event.value) for event in events.Scalars(tag)] == expected
     assert {"/".join(name.rsplit("_", 1)) for name in FIGURES - {"curves"}} <= set(events.Tags()["images"])

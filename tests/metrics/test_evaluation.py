@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_f1_score, multiclass_recall
 
 from cifar10_tl.metrics.evaluation import Evaluation
 
@@ -27,7 +28,8 @@ def test_basic_metrics_are_those_of_the_definition(evaluation: Evaluation) -> No
     assert torch.allclose(evaluation.probabilities.sum(1), torch.ones(5))
     assert evaluation.confusion_matrix.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]  # rows are true classes
     loss = -sum(map(math.log, (0.7, 0.05, 0.8, 0.1, 0.6))) / 5
-    assert evaluation.metrics() == {"acc": pytest.approx(0.6), "loss": pytest.approx(loss), "count": 5}
+    means = {"acc": 3 / 5, "balanced_acc": (1 + 1 / 2 + 1 / 2) / 3, "macro_f1": (2 / 3 + 1 / 2 + 2 / 3) / 3}
+    assert evaluation.metrics() == {**means, "loss": pytest.approx(loss), "count": 5}
 
 
 def test_errors_are_sorted_by_confidence_and_correct_ones_evenly_spaced(evaluation: Evaluation) -> None:
@@ -46,12 +48,14 @@ def test_no_images_give_no_number() -> None:
     empty = Evaluation.of(torch.zeros(0, 3), torch.zeros(0).long(), torch.zeros(0).long(), NAMES)
     assert math.isnan(empty.accuracy)
     assert math.isnan(empty.loss)
+    assert math.isnan(empty.balanced_accuracy)
+    assert math.isnan(empty.macro_f1)
     assert empty.incorrect(5).tolist() == empty.correct(5).tolist() == []
 
 
 def test_scores_by_hand(evaluation: Evaluation) -> None:
     scores = evaluation.scores()
-    assert {k: scores[k] for k in ("acc", "loss", "count")} == evaluation.metrics()
+    assert {k: scores[k] for k in evaluation.metrics()} == evaluation.metrics()
     assert scores["nll"] == scores["loss"]
     assert scores["top2_acc"] == pytest.approx(0.6)  # of the two errors, neither true class comes second
     # a: 1 correct of 2 predicted and 1 true; b: 1 of 2 and 2; c: 1 of 1 and 2
@@ -60,6 +64,25 @@ def test_scores_by_hand(evaluation: Evaluation) -> None:
     assert scores["brier"] == pytest.approx((0.14 + 1.715 + 0.06 + 1.26 + 0.24) / 5)
     # each image in a bin of its own but 0.6 and 0.6: |1 - 0.7| + |0 - 0.9| + |1 - 0.8| + 2 |0.5 - 0.6|, over 5
     assert scores["ece"] == pytest.approx((0.3 + 0.9 + 0.2 + 0.2) / 5, abs=1e-6)
+
+
+def test_balanced_accuracy_and_macro_f1_of_unequal_classes() -> None:
+    """Of 8 a, 2 b and no c, all are predicted as a except one b, which is predicted as c."""
+    labels, predicted = torch.tensor([0] * 8 + [1] * 2), torch.tensor([0] * 9 + [2])
+    of = Evaluation.of(torch.eye(3)[predicted], labels, torch.arange(10), NAMES)
+    assert of.accuracy == 0.8
+    assert of.balanced_accuracy == 0.5, "a class without images does not count"
+    assert of.macro_f1 == pytest.approx((16 / 17 + 0 + 0) / 3), "but it does when it is predicted"
+    only = Evaluation.of(torch.zeros(4, 1), torch.zeros(4).long(), torch.arange(4), ["a"])
+    assert (only.balanced_accuracy, only.macro_f1, only.confusion_matrix.tolist()) == (1, 1, [[4]])
+
+
+def test_balanced_accuracy_of_equal_classes_is_the_accuracy() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, labels = torch.randn(700, 7, generator=generator), torch.arange(700) % 7
+    of = Evaluation.of(logits, labels, torch.arange(700), [str(k) for k in range(7)])
+    assert 0 < of.accuracy < 1
+    assert of.balanced_accuracy == pytest.approx(of.accuracy, abs=1e-12)
 
 
 def test_tables_by_hand(evaluation: Evaluation) -> None:
@@ -82,6 +105,8 @@ def test_scores_of_random_logits_agree_with_their_definitions() -> None:
     logits, labels = torch.randn(500, 7, generator=generator), torch.randint(7, (500,), generator=generator)
     of = Evaluation.of(logits, labels, torch.arange(500), [str(k) for k in range(7)])
     scores, bins = of.scores(), of.reliability_bins()
+    expected = [float(metric(logits, labels, 7, "macro")) for metric in (multiclass_recall, multiclass_f1_score)]
+    assert [scores["balanced_acc"], scores["macro_f1"]] == pytest.approx(expected)
     top2 = (logits.topk(2).indices == labels[:, None]).any(1).double().mean()
     assert scores["top2_acc"] == pytest.approx(float(top2))
     gaps = (bins.accuracy - bins.confidence).abs().nan_to_num()
