@@ -147,6 +147,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False, "warn"), "trainer.deterministic"),
     (one_of("auto", True, False), "compile"),
     (one_of("none", "mixup", "cutmix"), "data.augment.mix"),
+    (one_of("none", "loss", "sampler"), "data.balance"),
     (one_of("bicubic", "bilinear"), "model.interpolation"),
     (one_of("none", "stem", "layer1", "layer2", "layer3", "backbone"), "model.freeze"),
     (one_of("imagenet", "cifar"), "model.stem"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -134,6 +134,8 @@ class BatchSampler(Sampler[Tensor]):
     Training (``shuffle=True``) uses a new order in each epoch and full batches only. Evaluation visits every image
     exactly once, without padding; all ranks yield the same number of batches, and the last one may be empty. It is in
     order, or in a random order that is the same in each epoch (``mixed=True``).
+
+    ``draw`` returns a random order, given the number of images and a generator.
     """
 
     def __init__(
@@ -146,11 +148,12 @@ class BatchSampler(Sampler[Tensor]):
         rank: int = 0,
         world_size: int = 1,
         mixed: bool = False,
+        draw: Callable[..., Tensor] = torch.randperm,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} cannot be divided over {world_size} processes")
         self.num_images, self.batch_size, self.shuffle, self.seed = num_images, batch_size, shuffle, seed
-        self.rank, self.world_size, self.mixed = rank, world_size, mixed
+        self.rank, self.world_size, self.mixed, self.draw = rank, world_size, mixed, draw
         self.epoch = 0
         self._position = {"epoch": 0, "batches_done": 0}
         self._resuming = False
@@ -163,7 +166,7 @@ class BatchSampler(Sampler[Tensor]):
         # As a generator, this runs at the first batch, after Lightning called set_epoch.
         if self.shuffle or self.mixed:
             generator = torch.Generator().manual_seed(int(hash32(self.seed, self.epoch if self.shuffle else 0)))
-            order = torch.randperm(self.num_images, generator=generator)
+            order = self.draw(self.num_images, generator=generator)
         else:
             order = torch.arange(self.num_images)
         start = self._position["batches_done"] if self._resuming and self._position["epoch"] == self.epoch else 0

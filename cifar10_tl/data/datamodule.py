@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.data.augment import Augment, augment
+from cifar10_tl.data.balance import RepeatedImages, balanced_order, class_weights
 from cifar10_tl.data.batch import Batch, BatchLoader, BatchSampler, Split
 from cifar10_tl.data.feature_cache import FeatureCache, tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
@@ -31,6 +33,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split_seed: Seed of the choice of validation images.
         image_limit: Maximum number of images in each of train, val and test, stratified by class.
         augment: Arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
+        balance: "loss" weights classes of unequal size in the loss, "sampler" draws each class equally often per epoch.
         on_device: Keep the images in the memory of the accelerator.
         seed: Seed of the order and the augmentation.
         **source_options: Arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
@@ -44,6 +47,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split_seed: int = 0,
         image_limit: int | None = None,
         augment: Mapping[str, Any] | None = None,
+        balance: Literal["none", "loss", "sampler"] = "none",
         on_device: bool = False,
         seed: int = 0,
         **source_options: Any,
@@ -112,6 +116,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
                 "new run with init_from=CHECKPOINT"
             )
 
+    def class_weights(self) -> Tensor | None:
+        """Return the weight of each class in the loss, float32 [K]; None unless ``balance`` is "loss"."""
+        if self.hparams["balance"] != "loss":
+            return None
+        return class_weights(self.splits["train"].labels, len(self.class_names))
+
     def train_dataloader(self) -> BatchLoader:
         """Return shuffled full batches, or one smaller batch if there are fewer images than ``batch_size``."""
         return self._loader("train")
@@ -136,6 +146,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
     def _loader(self, name: str) -> BatchLoader:
         split, batch_size, shuffle = self.with_features(name), self.hparams["batch_size"], name == "train"
         rank, world_size, device = 0, 1, torch.device("cpu")
+        balanced = shuffle and self.hparams["balance"] == "sampler"
         if self.trainer:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
@@ -152,10 +163,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
             mixed=not (isinstance(limit, float) and limit == 1.0),  # files are often sorted by class
+            draw=partial(balanced_order, labels=split.labels) if balanced else torch.randperm,
         )
-        if self.hparams["on_device"]:
-            return BatchLoader(split.to(device), sampler)
-        return BatchLoader(split, sampler, pin_memory=device.type == "cuda")
+        on_device = self.hparams["on_device"]
+        split = split.to(device) if on_device else split
+        dataset = RepeatedImages(split) if balanced else split
+        return BatchLoader(dataset, sampler, pin_memory=device.type == "cuda" and not on_device)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch on its device."""

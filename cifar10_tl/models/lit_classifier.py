@@ -32,7 +32,8 @@ class LitClassifier(pl.LightningModule):
 
     Pretrained weights are loaded when a fit starts, never when a checkpoint is restored.
 
-    The logged losses of train, val and test are comparable: label smoothing affects only the loss that is minimized.
+    The logged losses of train, val and test are comparable: label smoothing and the class weights of the DataModule
+    affect only the loss that is minimized.
     Training accuracy counts a mixed image as the class with the larger fraction.
 
     Args:
@@ -98,6 +99,7 @@ class LitClassifier(pl.LightningModule):
         self.restored_epoch: int | None = None  # last epoch that trained these weights
         self._eval_outputs: list[tuple[Tensor, ...]] = []
         self._totals = torch.zeros(3, dtype=torch.float64)  # loss, hits and images of this epoch
+        self._class_weights: Tensor | None = None  # of the loss, from the DataModule of a fit
         self._has_weights = weights is None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -177,6 +179,9 @@ class LitClassifier(pl.LightningModule):
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
         if not self.trainer.is_global_zero:
             self._totals.zero_()  # a checkpoint has the totals of all processes
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        weights = data.class_weights() if hasattr(data, "class_weights") else None
+        self._class_weights = None if weights is None else weights.to(self.device)
         self._prepare_epoch()
 
     def on_train_epoch_start(self) -> None:
@@ -206,9 +211,13 @@ class LitClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss to minimize, and add the reported loss and accuracy to totals on the device."""
         logits = self._logits(batch)
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        if self._class_weights is None:
+            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        else:
+            loss = F.cross_entropy(logits, weighted_targets(batch.targets, self._class_weights, self.label_smoothing))
         with torch.no_grad():
-            reported = loss if not self.label_smoothing else F.cross_entropy(logits, batch.targets)
+            is_plain = not self.label_smoothing and self._class_weights is None
+            reported = loss if is_plain else F.cross_entropy(logits, batch.targets)
             labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
             loss_total, hits, count = self._totals.unbind()
             loss_total.add_(reported, alpha=len(labels))
@@ -293,6 +302,17 @@ class LitClassifier(pl.LightningModule):
         """Adapt the schedule to a changed number of epochs, from the next step on."""
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler = self._schedule(self.trainer.optimizers[0], config.scheduler.last_epoch - 1)
+
+
+def weighted_targets(targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
+    """Return class probabilities, float32 [N, K], multiplied by the ``weights`` [K] of the true classes, then smoothed.
+
+    Their cross-entropy is the mean of weight x loss. ``F.cross_entropy(weight=...)`` instead divides by the weights of
+    its batch, which differ between processes, and also weights the smoothed part, in favor of small classes.
+    """
+    probabilities = targets if targets.ndim == 2 else F.one_hot(targets, len(weights))
+    weighted = probabilities * weights
+    return weighted.lerp(weighted.mean(1, keepdim=True), label_smoothing)
 
 
 def _means(totals: Tensor) -> dict[str, float]:

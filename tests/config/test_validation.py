@@ -37,6 +37,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),
     ("trainer.profiler", [5, True, {"a": 1}], "a profiler"),
     ("callbacks.best_checkpoint.monitor", ["train/loss", "val/foo"], "val/acc, val/balanced_acc"),
+    ("data.balance", ["weights", True, None], "one of none, loss, sampler"),
     ("callbacks.last_checkpoint.dirpath", [[], None, 1], "a string"),
     ("budget", [60, "60", "soon", "-1s", "1d", "1 h", ""], "90s, 10min or 1.5h"),
     ("compare", [["a"], "a"], "null or a list of at least 2"),

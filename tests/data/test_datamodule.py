@@ -14,6 +14,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule, stratified
 from cifar10_tl.data.images import decode_image
+from cifar10_tl.data.keyed_rng import hash32
 
 AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3, "random_resized_crop": [0.5, 1]}
 
@@ -31,6 +32,15 @@ def datamodule(rank: int = 0, world_size: int = 1, epoch: int = 0, **options: An
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     data.setup()
+    return data
+
+
+def unequal(**options: Any) -> CIFAR10DataModule:
+    """Return data with 16, 3 and 1 training images in the first three classes."""
+    data = datamodule(batch_size=8, **options)
+    split = data.splits["train"]
+    kept = [(split.labels == label).nonzero().flatten()[:count] for label, count in enumerate((16, 3, 1))]
+    data.splits["train"] = split.subset(torch.cat(kept).sort().values)
     return data
 
 
@@ -206,3 +216,75 @@ def test_datamodule_works_without_a_trainer() -> None:
     data.setup()
     assert [len(batch.targets) for batch in data.train_dataloader()] == [40, 40]
     assert sum(len(batch.targets) for batch in data.val_dataloader()) == 20
+
+
+def test_class_weights_are_those_of_the_training_split() -> None:
+    assert unequal(balance="loss").class_weights()[:3].tolist() == pytest.approx([20 / 48, 20 / 9, 20 / 3])
+    assert unequal(balance="sampler").class_weights() is unequal().class_weights() is None
+
+
+def test_an_epoch_is_the_same_on_two_processes_and_each_repetition_is_augmented_anew() -> None:
+    options: dict[str, Any] = {"balance": "sampler", "augment": {"random_crop_padding": 8, "random_erasing": 1.0}}
+    alone = training_batches(unequal(epoch=3, **options))
+    ranks = [training_batches(unequal(rank=r, world_size=2, epoch=3, **options)) for r in (0, 1)]
+    assert [len(batch.images) for batch in alone] == [8, 8], "as many images as without balance"
+    for step, whole in enumerate(alone):
+        for rank in (0, 1):
+            assert torch.equal(ranks[rank][step].images, whole.images[rank::2])
+            assert torch.equal(ranks[rank][step].targets, whole.targets[rank::2])
+    images, targets, keys = (torch.cat(parts) for parts in list(zip(*alone, strict=True))[:3])
+    assert torch.bincount(targets, minlength=3).min() >= 4
+    assert len(keys.unique()) == len((keys & 0xFFFFFFFF).unique()) == 16
+    only = images[targets == 2]  # all of one image
+    assert len(only.flatten(1).unique(dim=0)) == len(only)
+    first = training_batches(unequal(epoch=3, augment=options["augment"]))
+    plain = {int(i): x for b in first for i, x in zip(b.indices, b.images, strict=True)}
+    both = [torch.equal(plain[int(i)], x) for i, x in zip(keys, images, strict=True) if int(i) in plain]
+    assert len(both) >= 3
+    assert all(both), "the first time an image is augmented as without balance"
+
+
+def test_keys_of_a_class_of_one_image_among_a_million_differ() -> None:
+    data = unequal(balance="sampler").train_dataloader().dataset
+    positions = 3 + 20 * torch.tensor([0, 1, 2**16, 2**20, 10**6])
+    keys = data[positions].indices
+    assert keys[0] == data.split.indices[3]
+    assert len(hash32(7, keys).unique()) == 5
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_resuming_inside_a_balanced_epoch_gives_its_remaining_batches(on_device: bool) -> None:
+    data = unequal(balance="sampler", epoch=2, on_device=on_device)
+    whole = training_batches(data)
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(2)
+    next(iter(loader))
+    fresh = unequal(balance="sampler", epoch=2)
+    resumed = fresh.train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    resumed.sampler.set_epoch(2)
+    (rest,) = [fresh.on_after_batch_transfer(batch, 0) for batch in resumed]
+    assert torch.equal(rest.images, whole[1].images)
+    assert torch.equal(rest.indices, whole[1].indices)
+
+
+def test_cached_features_follow_their_images_and_each_repetition_chooses_a_view() -> None:
+    data = unequal(balance="sampler", augment={"horizontal_flip": True})
+
+    def features(name: str, images: Any, **_: Any) -> torch.Tensor:  # position and view
+        grid = torch.cartesian_prod(torch.arange(len(images)), torch.arange(2))
+        return grid.view(len(images), 2, 2, 1, 1).float()
+
+    data.feature_cache = SimpleNamespace(features=features)  # type: ignore[assignment]
+    split, views = data.splits["train"], set()
+    for epoch in range(4):
+        data.trainer.current_epoch = epoch  # type: ignore[union-attr]
+        batch: Batch
+        for batch in training_batches(data):
+            positions, view = batch.features.flatten(1).long().unbind(1)
+            assert torch.equal(split.labels[positions], batch.targets)
+            views |= {(epoch, int(v)) for v, target in zip(view, batch.targets, strict=True) if target == 2}
+            for position, mirrored, image in zip(positions, view, batch.images, strict=True):
+                original = split.images[position]
+                assert torch.equal(image, original.flip(-1) if mirrored else original)
+    assert len(views) > 4, "in an epoch, the only image of a class is seen both ways"

@@ -16,7 +16,7 @@ from cifar10_tl.data.batch import Batch
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.engine.checkpoints import restore
-from cifar10_tl.models.lit_classifier import LitClassifier
+from cifar10_tl.models.lit_classifier import LitClassifier, weighted_targets
 
 NAMES = ["ant", "bee", "wasp"]
 IMAGES = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -47,6 +47,79 @@ def test_loss_is_smoothed_cross_entropy_and_the_report_is_plain() -> None:
     assert report["train/acc"] == pytest.approx(float((logits.argmax(1) == BATCH.targets).float().mean()))
     net.on_train_epoch_start()
     assert net.training_metrics() == {"train/loss": 0.0, "train/acc": 0.0}
+
+
+WEIGHTS = torch.tensor([0.5, 1.0, 4.0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_class_weights_change_the_minimized_loss_only_and_not_with_the_number_of_processes(
+    smoothing: float, mixed: bool
+) -> None:
+    net = module(label_smoothing=smoothing).eval()
+    logits, targets = net(IMAGES).detach(), BATCH.targets
+    if mixed:
+        targets = torch.lerp(F.one_hot(targets, 3).float(), F.one_hot(targets.roll(1), 3).float(), 0.25)
+    net._class_weights = WEIGHTS
+    batch = BATCH._replace(targets=targets)
+    loss = net.training_step(batch, 0)
+    probabilities = targets if mixed else F.one_hot(targets, 3).float()
+    per_image = torch.stack(
+        [
+            F.cross_entropy(logits, torch.full((8,), c), label_smoothing=smoothing, reduction="none") * WEIGHTS[c]
+            for c in range(3)
+        ],
+        1,
+    )
+    assert loss.item() == pytest.approx(float((probabilities * per_image).sum() / 8), rel=1e-5)
+    if not smoothing:
+        summed = F.cross_entropy(logits, targets, weight=WEIGHTS, reduction="sum") / 8
+        assert torch.allclose(loss, summed)
+    assert net.training_metrics()["train/loss"] == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
+    halves = [net.training_step(batch._replace(images=IMAGES[rank::2], targets=targets[rank::2]), 1) for rank in (0, 1)]
+    assert torch.allclose(sum(halves) / 2, loss, rtol=1e-5)
+
+
+def test_smoothing_does_not_favor_a_small_class() -> None:
+    """The loss of an image is lowest at its own smoothed probabilities, whatever the weights."""
+    targets = weighted_targets(torch.tensor([0, 2]), WEIGHTS, label_smoothing=0.3)
+    assert targets.sum(1).tolist() == pytest.approx([0.5, 4.0])
+    expected = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
+    assert torch.allclose(targets / targets.sum(1, keepdim=True), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_class_weights_are_those_of_the_data_of_the_fit(tmp_path: Path) -> None:
+    class Unequal(CIFAR10DataModule):
+        def setup(self, stage: str | None = None) -> None:
+            super().setup(stage)
+            split = self.splits["train"]
+            kept = torch.ones(len(split), dtype=torch.bool)
+            kept[(split.labels == 1).nonzero().flatten()[1:]] = False  # all but one of class 1
+            self.splits["train"] = split.subset(kept.nonzero().flatten())
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+            with torch.no_grad():
+                losses = F.cross_entropy(pl_module._logits(batch), batch.targets, reduction="none")
+            counts = torch.bincount(trainer.datamodule.splits["train"].labels)
+            weights = counts.sum() / len(counts) / counts
+            self.weighted = (float(outputs["loss"]), float((weights[batch.targets] * losses).mean()))
+            self.plain = (pl_module.running_metrics()["loss"], float(losses.mean()))
+
+    rate_of_zero = {"optimizer": {"name": "SGD", "lr": 1e-12}, "freeze": "backbone", "head": {"name": "linear"}}
+    file = tmp_path / "a.ckpt"
+    for balance in ("loss", "none"):
+        data = Unequal("shapes", batch_size=24, train_size=60, val_size=10, test_size=10, balance=balance)
+        net, seen = LitClassifier(data.class_names, backbone="resnet18", image_size=32, **rate_of_zero), Losses()
+        used = trainer(callbacks=[seen], max_steps=1)
+        used.fit(net, data)
+        used.save_checkpoint(file)
+        assert seen.plain[0] == pytest.approx(seen.plain[1], rel=1e-5)
+        assert seen.weighted[0] == pytest.approx(seen.weighted[1] if balance == "loss" else seen.plain[1], rel=1e-5)
+        assert (abs(seen.weighted[0] - seen.plain[0]) > 1e-3) == (balance == "loss")
+        assert not [name for name in torch.load(file, weights_only=True)["state_dict"] if "class_weights" in name]
 
 
 def test_a_batch_with_boxes_trains_on_the_crops() -> None:
