@@ -59,10 +59,9 @@ class Throughput(Callback):
         self._epoch_images, self._epoch_steps, self._epoch_wait = 0, 0, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Add the time since the sampler was asked for this batch: fetch, transfer and augmentation."""
+        """Add the time since this batch was requested: fetch, transfer and augmentation."""
         now = time.perf_counter()
-        sampler = getattr(trainer.train_dataloader, "sampler", None)
-        self._epoch_wait += now - getattr(sampler, "requested_at", now)
+        self._epoch_wait += now - getattr(trainer.train_dataloader, "requested_at", now)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         """Count the step; at the last one of an epoch wait for the device."""

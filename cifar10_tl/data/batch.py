@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.keyed_rng import hash32
 
 CHUNK = 128  # images that are in memory at once when a whole split is read
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class ImageStore(Protocol):
-    """Images that are read when they are needed."""
+    """Images that are read when they are needed, in the workers of a loader if an attribute ``slow`` is true."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -69,7 +71,7 @@ class Split(Dataset[Batch]):
         self.paths = (None,) * len(labels) if paths is None else tuple(paths)
         self.indices = torch.arange(len(labels)) if indices is None else indices
         self.rows = torch.arange(len(labels), device=labels.device) if rows is None else rows
-        self.shape = (len(labels), *images.shape[1:])
+        self.shape, self.slow = (len(labels), *images.shape[1:]), getattr(images, "slow", False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -170,15 +172,18 @@ class BatchSampler(Sampler[Tensor]):
         else:
             order = torch.arange(self.num_images)
         start = self._position["batches_done"] if self._resuming and self._position["epoch"] == self.epoch else 0
-        self._resuming = False
+        self.start, self._resuming = start, False
         for step in range(start, len(self)):
-            self._position = {"epoch": self.epoch, "batches_done": step + 1}
-            self.requested_at = time.perf_counter()  # read by the Throughput callback
+            self.set_position(step + 1)
             yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
         self.epoch = epoch
+
+    def set_position(self, batches_done: int) -> None:
+        """Set the number of batches of this epoch that a resumed run skips."""
+        self._position = {"epoch": self.epoch, "batches_done": batches_done}
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of its batches that were yielded."""
@@ -193,12 +198,39 @@ class BatchSampler(Sampler[Tensor]):
 class BatchLoader(DataLoader[Batch]):
     """DataLoader that fetches a whole batch by one index operation and can be resumed inside an epoch.
 
-    There are no workers, because indexing takes less time than sending the result to another process.
+    There are no workers, because indexing takes less time than sending the result to another process, except for slow
+    images: then one per thread of this process, by default its share of the cores.
+
+    Attributes:
+        requested_at: Time when the latest batch was requested.
     """
 
     sampler: BatchSampler
 
     def __init__(self, dataset: Dataset[Batch], sampler: BatchSampler, *, pin_memory: bool = False) -> None:
-        # batch_size=None: the items of the sampler are batches already.
-        super().__init__(dataset, sampler=sampler, batch_size=None, pin_memory=pin_memory)
+        num_workers = torch.get_num_threads() if getattr(dataset, "slow", False) else 0
+        super().__init__(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the items of the sampler are batches already
+            pin_memory=pin_memory,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_group,
+        )
         self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.requested_at = time.perf_counter()
+        try:
+            for count, batch in enumerate(super().__iter__(), 1):
+                self.sampler.set_position(self.sampler.start + count)  # workers read the sampler ahead
+                yield batch
+                self.requested_at = time.perf_counter()
+        except UserError as error:  # of a worker, with its traceback in the message
+            raise UserError(str(error).rpartition("UserError: ")[-1].strip()) from None
+
+
+def _leave_group(worker: int) -> None:
+    """Keep Ctrl-C from ending a worker: the run stops after its step, or after validation."""
+    os.setpgrp()

@@ -26,6 +26,11 @@ class View:
         """Return (N, 3, H, W)."""
         return self.split.shape
 
+    @property
+    def slow(self) -> bool:
+        """Return whether the images are slow to read."""
+        return self.split.slow
+
     def take(self, rows: Tensor) -> Tensor:
         """Return the views of the images at these positions of the split (int64 [n])."""
         return self.function(self.split.take(rows))

@@ -35,12 +35,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch: float, device: str = "cpu") -> None:
     """Run an epoch of two processes with batches of 8, ``seconds`` per step and ``fetch`` seconds per batch."""
-    sampler = SimpleNamespace(requested_at=0.0)
+    loader = SimpleNamespace(requested_at=0.0)
     trainer: Any = SimpleNamespace(
         world_size=2,
         is_last_batch=False,
         is_global_zero=True,
-        train_dataloader=SimpleNamespace(sampler=sampler),
+        train_dataloader=loader,
         global_step=0,
         estimated_stepping_batches=10_000,
         accumulate_grad_batches=1,
@@ -48,7 +48,7 @@ def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch:
     module: Any = SimpleNamespace(device=torch.device(device))
     callback.on_train_epoch_start(trainer, module)
     for _ in range(steps):
-        sampler.requested_at = clock.now
+        loader.requested_at = clock.now
         clock.now += fetch
         callback.on_train_batch_start(trainer, module, BATCH, 0)
         clock.now += seconds - fetch
