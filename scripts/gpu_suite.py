@@ -36,7 +36,8 @@ from cifar10_tl.metrics.intervals import wilson_interval
 
 Result = dict[str, Any]
 SCRIPTS = Path(__file__).resolve().parent
-EXPERIMENTS = {file.stem for file in (CONFIG_DIR / "experiment").iterdir()} - {"cpu", "probe", "quickstart"}
+NOT_FOR_A_GPU = {"cpu", "photos_probe", "probe", "quickstart"}
+EXPERIMENTS = {file.stem for file in (CONFIG_DIR / "experiment").iterdir()} - NOT_FOR_A_GPU
 #: The overrides of each recipe for a GPU.
 RECIPES: dict[str, list[str]] = {"default": [], **{name: [f"experiment={name}"] for name in sorted(EXPERIMENTS)}}
 #: One step in each of five epochs, so that metrics.csv has the loss of each step. Dropout masks depend on the device.
