@@ -115,6 +115,16 @@ def write_shapes(root: Path, num_classes: int, **counts: int) -> None:
             write_png(root / split / f"class {label}", images[labels == label])
 
 
+def on_unequal_classes(overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Write classes of 36, 12 and 4 training images, and return ``overrides`` with this data instead of theirs."""
+    write_shapes(folder, num_classes=3, train=36, test=5)
+    for label, count in enumerate((36, 12, 4)):
+        for path in sorted((folder / "train" / f"class {label}").iterdir())[count:]:
+            path.unlink()
+    kept = [o for o in overrides if not o.startswith("data.") or o.startswith("data.augment.")]
+    return (*kept, "data=folder", f"data.root={folder}", "data.val_size=0.2", "data.batch_size=8")
+
+
 def make_run(
     folder: Path, correct: str, labels: Sequence[str] = LABELS, more: tuple[str, ...] = (), **results: object
 ) -> Path:

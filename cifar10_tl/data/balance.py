@@ -38,7 +38,7 @@ class RepeatedImages(Dataset[Batch]):
     """Split for :func:`balanced_order`, in which each repetition of an image has its own index and augmentation."""
 
     def __init__(self, split: Split) -> None:
-        self.split = split
+        self.split, self.slow = split, split.slow  # see BatchLoader
 
     def __getitem__(self, positions: Tensor) -> Batch:
         batch, repetitions = self.split[positions % len(self.split)], positions // len(self.split)

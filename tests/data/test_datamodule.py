@@ -11,6 +11,7 @@ from helpers import write_shapes
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.balance import RepeatedImages
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule, stratified
 from cifar10_tl.data.images import decode_image
@@ -248,6 +249,7 @@ def test_keys_of_a_class_of_one_image_among_a_million_differ() -> None:
     data = unequal(balance="sampler").train_dataloader().dataset
     positions = 3 + 20 * torch.tensor([0, 1, 2**16, 2**20, 10**6])
     keys = data[positions].indices
+    assert RepeatedImages(SimpleNamespace(slow=True)).slow, "decoded in the workers of the loader"
     assert keys[0] == data.split.indices[3]
     assert len(hash32(7, keys).unique()) == 5
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, rows, start_python
+from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, on_unequal_classes, rows, start_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -173,6 +173,22 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
         for actual, same, close in zip(two, halves, one, strict=True):
             assert float(actual[key]) == pytest.approx(float(same[key]), rel=1e-5)
             assert float(actual[key]) == pytest.approx(float(close[key]), rel=0.05)
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampler"])
+def test_unequal_classes_are_balanced_by_two_processes_as_by_one(balance: str, tmp_path: Path) -> None:
+    data = on_unequal_classes(FIXED, tmp_path / "images")
+    given = (*data, *CROPS, f"data.balance={balance}", "callbacks.best_checkpoint.monitor=val/balanced_acc")
+    finish(*TRAIN, *given, "paths.output_dir=one", "paths.cache_dir=cache", cwd=tmp_path)
+    finish(*TRAIN, *given, *TWO, "paths.output_dir=two", "paths.cache_dir=cache", cwd=tmp_path)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
+    weights = [torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("one", "two")]
+    one, two = (content["state_dict"] for content in weights)
+    assert all(torch.allclose(value, two[name], atol=1e-4) for name, value in one.items())
+    results = read_results(tmp_path / "two")
+    best = max(rows(tmp_path / "two"), key=lambda row: float(row["val/balanced_acc"]))
+    assert (results["best_epoch"], results["test"]["count"]) == (int(best["epoch"]), 15)
+    assert results["val"]["balanced_acc"] == float(best["val/balanced_acc"])
 
 
 def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:

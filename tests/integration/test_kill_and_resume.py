@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL, TINY, Accident, compose_train, resume, rows, saved_step, start_python
+from helpers import (
+    REPOSITORY,
+    SMALL,
+    TINY,
+    Accident,
+    compose_train,
+    on_unequal_classes,
+    resume,
+    rows,
+    saved_step,
+    start_python,
+)
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -127,6 +138,18 @@ def test_run_that_is_killed_repeatedly_resumes_exactly(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     start(tmp_path)  # SLURM repeats the first command
     assert_same(tmp_path, expected)
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampler"])
+def test_killed_run_on_unequal_classes_resumes_exactly(balance: str, tmp_path: Path) -> None:
+    data = on_unequal_classes(RUN, tmp_path / "images")
+    given = (*data, f"data.balance={balance}", f"paths.cache_dir={tmp_path / 'cache'}")
+    train(compose_train(*given, f"paths.output_dir={tmp_path / 'whole'}"))
+    cfg = compose_train(*given, f"paths.output_dir={tmp_path / 'run'}", "checkpoint_every_n_steps=1")
+    killed("step", 4, train, cfg)
+    assert saved_step(tmp_path / "run") == 4, "inside the second epoch"
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", soak.outcome(tmp_path / "whole"))
 
 
 def test_run_killed_between_its_two_checkpoints_resumes_from_the_newer(run: Path, expected: dict[str, Any]) -> None:
