@@ -79,3 +79,8 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be encoded as UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

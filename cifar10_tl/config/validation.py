@@ -104,12 +104,12 @@ has_target = Rule("the _target_ of a profiler", lambda value: isinstance(value, 
 _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False), "test trust data.on_device data.cache_features data.skip_bad model.head.bidirectional"),
     (one_of(True, False), "data.augment.horizontal_flip optimizer.nesterov trainer.sync_batchnorm trainer.benchmark?"),
-    (one_of(True, False), "data.augment.trivial_augment"),
+    (one_of(True, False), "data.augment.trivial_augment data.cache"),
     (one_of(True, False), "trainer.enable_progress_bar trainer.enable_model_summary trainer.detect_anomaly"),
     (one_of(True, False), "gradient_flow logistic_regression"),
     (folder, "paths.output_dir paths.data_dir paths.cache_dir data.root data.cache_dir"),
     (text, "data.source data.md5 model.backbone model.weights? model.head.name optimizer.name scheduler.name"),
-    (text, "resume? init_from? checkpoint? output? compare_on? human_labels? doubtful_labels?"),
+    (text, "resume? init_from? checkpoint? output? compare_on? human_labels? doubtful_labels? data.labels?"),
     (text, "callbacks.best_checkpoint.filename callbacks.best_checkpoint.dirpath trainer.max_time?"),
     (text, "callbacks.last_checkpoint.filename callbacks.last_checkpoint.dirpath"),
     (duration, "budget?"),
@@ -124,13 +124,14 @@ _KEYS: list[tuple[Rule, str]] = [
     (whole(1), "data.batch_size batch_size top_k data.image_limit? checkpoint_every_n_steps? model.head.lstm_size"),
     (whole(1), "trainer.num_nodes trainer.check_val_every_n_epoch trainer.accumulate_grad_batches"),
     (whole(1), "callbacks.sample_inputs.num_images callbacks.correct_predictions.num_images"),
-    (whole(1), "callbacks.incorrect_predictions.num_images data.train_size data.test_size"),
+    (whole(1), "callbacks.incorrect_predictions.num_images data.train_size"),
     (either(one_of(-1), whole(1)), "trainer.max_steps"),
     (whole(1, 1_000_000), "trainer.max_epochs trials"),
     (list_of(whole(1)), "model.head.hidden"),
-    (side, "data.native_size"),
-    (either(side, side_schedule), "model.image_size"),
-    (either(whole(1), inside), "data.val_size"),
+    (either(one_of("auto"), side), "data.native_size"),
+    (either(side, side_schedule), "model.image_size data.image_size"),
+    (either(whole(1), inside), "data.val_size data.test_size"),
+    (one_of("crop", "pad", "squeeze"), "data.fit"),
     (limit, "trainer.limit_train_batches? trainer.limit_val_batches? trainer.limit_test_batches?"),
     (number(0, above=True), "data.stall_seconds optimizer.lr"),
     (number(0), "optimizer.backbone_lr_scale optimizer.weight_decay callbacks.progress_bar.refresh_seconds"),
@@ -215,6 +216,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
         _check_cached_features(config)
     elif config.get("logistic_regression") is True:
         raise UserError("logistic_regression=true needs cached features: add data.cache_features=true")
+    if config.get("data.source") == "shapes" and isinstance(test_size := config.get("data.test_size"), float):
+        raise UserError(f"data.test_size={test_size}: should be a whole number for data=shapes")
     every, epochs = config.get("trainer.check_val_every_n_epoch", 1), config.get("trainer.max_epochs", 1)
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
         raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")

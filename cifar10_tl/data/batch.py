@@ -46,6 +46,14 @@ class ImageStore(Protocol):
         """Return the images in these rows (int64 [n]) as uint8 [n, 3, H, W] on the CPU."""
 
 
+class ImageSet(NamedTuple):
+    """Images, uint8 [N, 3, H, W], their labels, int64 [N], and their paths relative to ``root`` if they are files."""
+
+    images: Tensor | ImageStore
+    labels: Tensor
+    paths: Sequence[str] | None = None
+
+
 class Split(Dataset[Batch]):
     """Images of one split, indexed by a whole batch at once.
 

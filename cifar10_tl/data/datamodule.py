@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -17,8 +19,11 @@ from cifar10_tl.data.augment import Augment, augment
 from cifar10_tl.data.balance import RepeatedImages, balanced_order, class_weights
 from cifar10_tl.data.batch import Batch, BatchLoader, BatchSampler, Split
 from cifar10_tl.data.feature_cache import FeatureCache, tensors_checksum
+from cifar10_tl.data.folder import largest
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.data.sources import SOURCES
+
+log = logging.getLogger(__name__)
 
 
 class CIFAR10DataModule(pl.LightningDataModule):
@@ -61,6 +66,9 @@ class CIFAR10DataModule(pl.LightningDataModule):
                 f"data.source={source}: choose from {', '.join(SOURCES)}, or first import the module that adds it to "
                 "SOURCES (on the command line: imports=MODULE)"
             )
+        if source == "folder" and self.augment.random_resized_crop:
+            # random crops then have as many pixels as the network sees, such as 256 x 256 for 224 x 224
+            source_options["image_size"] = math.ceil(8 / 7 * largest(source_options.get("image_size", 224)))
         self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}  # "train", "val" and "test", after setup
@@ -75,21 +83,31 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if self.splits:
             return
         splits = {name: Split(x.images, x.labels, paths=x.paths) for name, x in self.source.load().items()}
+        if "test" not in splits:
+            test_size = getattr(self.source, "test_size", 0.1)
+            splits["train"], splits["test"] = self._split(splits["train"], "test_size", test_size)
         if "val" not in splits:
-            splits["train"], splits["val"] = self._split(splits["train"])
+            splits["train"], splits["val"] = self._split(splits["train"], "val_size", self.hparams["val_size"])
         self.splits = {name: self._limited(split) for name, split in splits.items()}
+        if self.hparams["source"] == "folder":
+            for name, split in self.splits.items():
+                log.info("%s: %s", name, self._describe(split))
 
-    def _split(self, train: Split) -> tuple[Split, Split]:
-        size, classes = self.hparams["val_size"], len(self.class_names)
-        if isinstance(size, float):
-            size = max(classes, round(size * len(train)))
+    def _describe(self, split: Split) -> str:
+        counts = torch.bincount(split.labels, minlength=len(self.class_names))
+        smallest, largest = (f"{int(counts[i])} ({self.class_names[i]})" for i in (counts.argmin(), counts.argmax()))
+        return f"{len(split):,} images of {int((counts > 0).sum())} classes, {smallest} to {largest} per class"
+
+    def _split(self, train: Split, key: str, given: float) -> tuple[Split, Split]:
+        classes = len(self.class_names)
+        size = max(classes, round(given * len(train))) if isinstance(given, float) else given
         held_out = torch.zeros(len(train), dtype=torch.bool)
         held_out[stratified(train.labels, size, self.hparams["split_seed"])] = True
         counts = torch.bincount(train.labels[~held_out], minlength=classes)
         missing = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if missing or size < classes:
             raise UserError(
-                f"data.val_size={self.hparams['val_size']} does not fit {len(train)} training images: choose at least "
+                f"data.{key}={given} does not fit {len(train)} training images: choose at least "
                 f"{classes}, and leave an image of each class to train on (missing: {', '.join(missing) or 'none'})"
             )
         return train.subset((~held_out).nonzero().flatten()), train.subset(held_out.nonzero().flatten())

@@ -49,4 +49,4 @@ class FileImages:
         try:
             return decode_image(path, self.size, self.fit)
         except BadImageError as error:
-            raise UserError(f"{path} cannot be read any more ({error}): restore it, then resume the run") from error
+            raise UserError(f"{path} cannot be read ({error}): restore it, then resume the run") from error

@@ -152,8 +152,9 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
     settings.pop("cache_features", None)
     options = data_options(settings, trained_with)
     check_same_split(options, trained_with)
-    if "native_size" in options:
-        options["native_size"] = module.hparams["native_size"]  # other images are resized to it
+    for key in ("native_size", "fit"):  # other images are resized as in training
+        if key in options:
+            options[key] = module.hparams[key]
     datamodule = CIFAR10DataModule(**options)
     names, found = ", ".join(module.class_names), ", ".join(datamodule.class_names)
     if names != found:
@@ -176,7 +177,7 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
     """Refuse to split the images of training in another way, which would put training images into val."""
     if _origin(options) != _origin(trained_with):
         return
-    for key in ("val_size", "split_seed", "train_size"):
+    for key in ("val_size", "split_seed", "test_size" if options.get("source") == "folder" else "train_size"):
         own, used = options.get(key), trained_with.get(key)
         if own != used:
             raise UserError(

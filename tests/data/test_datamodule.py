@@ -209,7 +209,7 @@ def test_class_of_one_image_is_not_moved_to_validation() -> None:
     labels = torch.tensor([1] + [i for i in range(10) if i != 1] * 10)
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(UserError, match=r"data.val_size=0.9 does not fit .*\(missing: ring\)"):
-        data._split(Split(images, labels))
+        data._split(Split(images, labels), "val_size", 0.9)
 
 
 def test_datamodule_works_without_a_trainer() -> None:

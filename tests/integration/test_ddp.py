@@ -14,7 +14,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import REPOSITORY, SMALL, TINY, compose_train, free_port, on_unequal_classes, rows, start_python
+from helpers import (
+    REPOSITORY,
+    SMALL,
+    TINY,
+    compose_train,
+    free_port,
+    on_unequal_classes,
+    rows,
+    start_python,
+    write_shapes,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -73,14 +83,34 @@ def assert_same_metrics(run: Path, other: Path, rel: float) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the folders of one run on one process, on two started by Lightning, and on two started by torchrun."""
+    """Return the folders of one run on one process, on two started by Lightning, and on two started by torchrun.
+
+    They train on a folder of images, with one cache.
+    """
     folder = tmp_path_factory.mktemp("ddp")
-    finish(*TRAIN, *FIXED, *CROPS, "paths.output_dir=one", cwd=folder)
-    finish(*TRAIN, *FIXED, *CROPS, *TWO, "paths.output_dir=two", cwd=folder)
+    write_shapes(folder / "images", 10, train=13, test=4)
+    for name in list((folder / "images" / "test").rglob("*.png"))[:5]:
+        name.unlink()
+    data = (
+        f"data.root={folder / 'images'}",
+        f"paths.cache_dir={folder / 'cache'}",
+        "data=folder",
+        "data.batch_size=32",
+    )
+    settings = [o for o in (*FIXED, *CROPS) if "train_size" not in o and "test_size" not in o and o != "data=shapes"]
+    run = (*TRAIN, *settings, *data)
+    finish(*run, "paths.output_dir=one", cwd=folder)
+    finish(*run, *TWO, "paths.output_dir=two", cwd=folder)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
-    finish(*torchrun, *TRAIN, *FIXED, *CROPS, *TWO, cwd=folder)
-    (run,) = (folder / "outputs" / "runs").iterdir()
-    return {"one": folder / "one", "two": folder / "two", "torchrun": run}
+    finish(*torchrun, *run, *TWO, cwd=folder)
+    (torchrun_folder,) = (folder / "outputs" / "runs").iterdir()
+    return {"one": folder / "one", "two": folder / "two", "torchrun": torchrun_folder, "cache": folder / "cache"}
+
+
+def test_images_are_decoded_once(runs: dict[str, Path]) -> None:
+    (pixels,), (index,) = (list(runs["cache"].glob(f"*.{kind}")) for kind in ("pixels", "index"))
+    assert pixels.stat().st_size == (130 + 35) * 3 * 32 * 32
+    assert len(index.read_text().splitlines()) == 130 + 35
 
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])

@@ -1,0 +1,208 @@
+"""Cache of decoded images: a raw uint8 file that is mapped into memory, and an index of the files in it.
+
+Both files only grow. A line of the index is written after the pixels it refers to are on disk, so a process that is
+killed at any moment leaves a valid cache, and others can read it at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.images import BadImageError, decode_sized, in_threads
+
+VERSION = 7  # of the files and of decoding
+FLUSH_SECONDS = 1.0
+PAGE = 2**16  # bytes that the kernel maps around a page that is read
+RELEASE_BYTES = 2**25
+
+
+class Entry(NamedTuple):
+    """File in the cache.
+
+    Attributes:
+        path: Path relative to the root, or absolute.
+        version: Size in bytes and times of the file when it was decoded; another version is decoded again.
+        row: Position of its pixels; None if the file could not be decoded.
+        width: Width of the upright image before it was resized.
+        height: Height of the same.
+        digest: Checksum of the pixels.
+        error: Why the file could not be decoded.
+    """
+
+    path: str
+    version: list[int]
+    row: int | None
+    width: int = 0
+    height: int = 0
+    digest: str = ""
+    error: str = ""
+
+
+class ImageCache:
+    """Cache of the images of one root folder at one size.
+
+    Args:
+        folder: Folder of the cache files.
+        root: Folder that the paths are relative to.
+        size: Side of the decoded images in pixels.
+        fit: How other shapes become a square, see :func:`~cifar10_tl.data.images.to_pixels`.
+    """
+
+    def __init__(self, folder: Path, root: Path, size: int, fit: str) -> None:
+        self.folder, self.root, self.size, self.fit = folder, root, size, fit
+        self.row_bytes = 3 * size**2
+        key = hashlib.sha256(json.dumps([VERSION, os.path.realpath(root), size, fit]).encode()).hexdigest()[:16]
+        self.pixels, self.index, self.lock = (
+            folder / f"{root.name}-{size}px-{fit}-{key}.{suffix}" for suffix in ("pixels", "index", "lock")
+        )
+
+    def update(self, files: Mapping[str, list[int]], *, retry: bool = False) -> dict[str, Entry]:
+        """Decode each file whose version is not in the cache, and return the entries of all files.
+
+        Args:
+            files: Version of each file by path.
+            retry: Decode the files again that could not be decoded.
+        """
+        entries = self._entries()
+        if _outdated(files, entries, retry):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(self.lock):
+                    entries = self._entries()  # with what another process has decoded meanwhile
+                    self._append(_outdated(files, entries, retry), entries)
+                    entries = self._entries()
+            except OSError as error:
+                raise UserError(f"{self.folder}: {error.strerror}; choose another paths.cache_dir") from error
+        return {path: entries[path] for path in files}
+
+    def _entries(self) -> dict[str, Entry]:
+        """Return the latest entry of each path; none if pixels are missing."""
+        if not self.index.exists() or not self.pixels.exists():
+            return {}
+        lines = [line.partition(b" ") for line in self.index.read_bytes().split(b"\n")]
+        # a line that was cut off or damaged does not have its checksum
+        found = [Entry(*json.loads(text)) for check, _, text in lines if check == _checksum(text)]
+        num_rows = self.pixels.stat().st_size // self.row_bytes
+        is_whole = all(entry.row is None or entry.row < num_rows for entry in found)
+        return {entry.path: entry for entry in found} if is_whole else {}
+
+    def _append(self, files: Sequence[tuple[str, list[int]]], entries: Mapping[str, Entry]) -> None:
+        """Decode files on all cores and append them, to disk every second."""
+        needed, free = self.row_bytes * len(files), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+                "free; choose another paths.cache_dir, a smaller data.native_size, or data.cache=false"
+            )
+        if not entries:
+            self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content
+            self.index.unlink(missing_ok=True)
+        self.pixels.touch()
+        with self.pixels.open("r+b") as pixels, self.index.open("ab") as index:
+            index.write(b"\n" * (index.tell() > 0))  # ends a line that was cut off
+            next_row = math.ceil(pixels.seek(0, os.SEEK_END) / self.row_bytes)  # never overwrite what others may read
+            pixels.seek(self.row_bytes * next_row)
+            lines: list[bytes] = []
+            flushed = time.monotonic()
+            decoded = in_threads(self._decode, files, window=64)
+            try:
+                for found, image in tqdm(decoded, "decoding", len(files), unit=" images", disable=None, leave=False):
+                    entry = found
+                    if image is not None:
+                        pixels.write(image.data)
+                        entry, next_row = found._replace(row=next_row), next_row + 1
+                    text = json.dumps(entry).encode()
+                    lines.append(_checksum(text) + b" " + text + b"\n")
+                    if time.monotonic() - flushed > FLUSH_SECONDS:
+                        _flush(pixels, index, lines)
+                        flushed = time.monotonic()
+            finally:  # when interrupted, too
+                _flush(pixels, index, lines)
+
+    def _decode(self, file: tuple[str, list[int]]) -> tuple[Entry, NDArray[np.uint8] | None]:
+        """Return the entry of a file, without a row, and its pixels."""
+        path, version = file
+        try:
+            pixels, width, height = decode_sized(self.root / path, self.size, self.fit)
+        except BadImageError as error:
+            return Entry(path, version, None, error=str(error)), None
+        pixels = np.ascontiguousarray(pixels)
+        return Entry(
+            path, version, None, width, height, hashlib.blake2b(pixels.data, digest_size=8).hexdigest()
+        ), pixels
+
+
+def _outdated(files: Mapping[str, list[int]], entries: Mapping[str, Entry], retry: bool) -> list[tuple[str, list[int]]]:
+    return [
+        (path, version)
+        for path, version in files.items()
+        if path not in entries or entries[path].version != version or (retry and entries[path].row is None)
+    ]
+
+
+def _flush(pixels: IO[bytes], index: IO[bytes], lines: list[bytes]) -> None:
+    """Write the lines to disk after the pixels."""
+    for file in (pixels, index):
+        file.flush()
+        os.fsync(file.fileno())
+        if file is pixels:
+            index.write(b"".join(lines))
+    lines.clear()
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
+class MappedImages:
+    """Images in a raw uint8 file, mapped into memory: one copy for all processes of a machine.
+
+    Pages are released after use, so that the memory of a process does not grow with the number of images.
+
+    Args:
+        path: File of uint8 [3, S, S] per row.
+        rows: Rows of the images, int64 [M].
+        size: Side S of the images in pixels.
+    """
+
+    def __init__(self, path: Path, rows: Tensor, size: int) -> None:
+        self.path, self.rows, self.shape = path, rows, (len(rows), 3, size, size)
+        with path.open("rb") as file:
+            # writable copy on write, because PyTorch warns about read-only memory; nothing writes to it
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = len(self._file) // (3 * size**2) * 3 * size**2
+        self._images = torch.frombuffer(self._file, dtype=torch.uint8, count=count).view(-1, 3, size, size)
+        self._touched = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> tuple[Callable[..., MappedImages], tuple[Path, Tensor, int]]:
+        return MappedImages, (self.path, self.rows, self.shape[-1])
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Return the images at ``positions`` (int64 [n]), uint8 [n, 3, S, S]."""
+        images = self._images.index_select(0, self.rows[positions])
+        self._touched += images.numel() + PAGE * len(images)
+        if self._touched > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+        return images

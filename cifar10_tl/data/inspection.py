@@ -1,0 +1,67 @@
+"""Checks of the images of a folder before they are trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from cifar10_tl.data.image_cache import Entry
+
+FEW_IMAGES = 10  # of a class
+UNEQUAL = 5  # ratio of the images of the largest and of the smallest class
+LONG = 3  # ratio of the sides of an image
+
+
+def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int) -> list[str]:
+    """Return one line for each thing that may spoil training on, or testing with, these images.
+
+    Args:
+        splits: Images of each split, with the name of their class.
+        size: Side in pixels to which they were decoded.
+    """
+    notes = []
+    for split, images in ((split, images) for split, images in splits.items() if images):
+        found = *_unequal_classes(images), *_copies(images), *_odd_sizes(images, size)
+        notes += [f"{split}: {note}" for note in found]
+    train = {image.digest: image for image, _ in splits["train"]}
+    for split in splits.keys() - {"train"}:
+        pairs = [(image, train[image.digest]) for image, _ in splits[split] if image.digest in train]
+        shared = [f"{image.path} = {other.path}" for image, other in pairs]
+        notes += [f"{split}: {note}" for note in _note("also in train, so that its accuracy is too high", shared)]
+    return notes
+
+
+def _unequal_classes(images: Sequence[tuple[Entry, str]]) -> Iterator[str]:
+    counts = Counter(name for _, name in images).most_common()
+    if few := [f"{name} ({count})" for name, count in counts if count < FEW_IMAGES]:
+        yield f"fewer than {FEW_IMAGES} images of {', '.join(few)}"
+    (largest, most), (smallest, least) = counts[0], counts[-1]
+    if most >= UNEQUAL * least:
+        yield f"{most:,} images of {largest} and {least:,} of {smallest}; see data.balance and val/balanced_acc"
+
+
+def _copies(images: Sequence[tuple[Entry, str]]) -> Iterator[str]:
+    first: dict[str, tuple[Entry, str]] = {}
+    same: list[str] = []
+    contrary: list[str] = []
+    for image, name in images:
+        original, label = first.setdefault(image.digest, (image, name))
+        if original is not image or label != name:
+            (same if label == name else contrary).append(f"{image.path} = {original.path}")
+    yield from _note("the same as another one", same)
+    yield from _note("the same as another one with another label", contrary)
+
+
+def _odd_sizes(images: Sequence[tuple[Entry, str]], size: int) -> Iterator[str]:
+    sides = [(min(i.width, i.height), max(i.width, i.height), f"{i.path} ({i.width} x {i.height})") for i, _ in images]
+    small = [text for short, _, text in sides if 2 * short < size]
+    long = [text for short, side, text in sides if side > LONG * short]
+    yield from _note(f"enlarged more than twice, to {size} pixels", small)
+    yield from _note(f"more than {LONG} times as long as wide (data.fit=pad keeps everything, crop does not)", long)
+
+
+def _note(what: str, cases: Sequence[str]) -> list[str]:
+    if not cases:
+        return []
+    number = f"{len(cases):,} images are" if len(cases) > 1 else "1 image is"
+    return [f"{number} {what}: {', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''}"]

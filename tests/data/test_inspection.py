@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from itertools import count
+
+from cifar10_tl.data.image_cache import Entry
+from cifar10_tl.data.inspection import inspect_images
+
+numbers = count()
+
+
+def images(name: str, number: int, size: tuple[int, int] = (100, 100), digest: str = "") -> list[tuple[Entry, str]]:
+    """Return images of a class that differ from all others, unless they are given a digest."""
+    found = []
+    for _ in range(number):
+        unique = f"{name}{next(numbers)}"
+        found.append((Entry(f"{unique}.png", [], 0, *size, digest or unique), name))
+    return found
+
+
+def test_nothing_is_said_about_ordinary_images() -> None:
+    train = [*images("ant", 10), *images("bee", 49)]
+    assert inspect_images({"train": train, "test": [*images("ant", 10), *images("bee", 10)]}, 200) == []
+
+
+def test_unequal_classes() -> None:
+    assert inspect_images({"train": [*images("ant", 9), *images("bee", 45)]}, 100) == [
+        "train: fewer than 10 images of ant (9)",
+        "train: 45 images of bee and 9 of ant; see data.balance and val/balanced_acc",
+    ]
+
+
+def test_copies_within_a_split_and_of_training_images() -> None:
+    original, *copies = images("ant", 5, digest="x")
+    other = images("bee", 1, digest="x")
+    train = [original, *copies, *other, *images("ant", 10), *images("bee", 10)]
+    test = [*images("ant", 10), *images("bee", 9), *images("bee", 1, digest="x")]
+    names = [image.path for image, _ in (original, *copies, *other, test[-1])]
+    assert inspect_images({"train": train, "test": test}, 100) == [
+        f"train: 4 images are the same as another one: {', '.join(f'{n} = {names[0]}' for n in names[1:4])}, ...",
+        f"train: 1 image is the same as another one with another label: {names[5]} = {names[0]}",
+        f"test: 1 image is also in train, so that its accuracy is too high: {names[6]} = {names[5]}",
+    ]
+
+
+def test_small_and_long_images() -> None:
+    usual = [*images("ant", 10), *images("bee", 10)]
+    small, fine = images("bee", 1, (300, 49)), images("bee", 1, (50, 150))
+    assert inspect_images({"train": [*usual, *small, *fine]}, 100) == [
+        f"train: 1 image is enlarged more than twice, to 100 pixels: {small[0][0].path} (300 x 49)",
+        "train: 1 image is more than 3 times as long as wide (data.fit=pad keeps everything, crop does not): "
+        f"{small[0][0].path} (300 x 49)",
+    ]
