@@ -63,7 +63,7 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
     own = {
         "class_names": datamodule.class_names,
         "native_size": getattr(datamodule.source, "native_size", 32),
-        "fit": cfg.data.get("fit", "crop"),
+        "fit": getattr(datamodule.source, "fit", "crop"),
         "optimizer": plain(cfg.optimizer),
         "scheduler": plain(cfg.scheduler),
         "seed": cfg.seed,
