@@ -13,6 +13,7 @@ from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_files as files
 import benchmark_fits as fits
 import numpy as np
 import torch
@@ -190,6 +191,49 @@ def predict_with(file: str, quick: bool) -> float:
     return len(pixels) / statistics.median(seconds[1:])
 
 
+def decode(kind: str, size: int, quick: bool) -> Measure:
+    """Decode a folder once: into our cache, and by one epoch of the usual loader, whose workers run already."""
+    root = files.write_pictures(kind, quick)
+    usual, num_images = files.usual_loader(root, size), len(list(root.rglob("*.jpg")))
+
+    def theirs() -> float:
+        return num_images / seconds_of(lambda: sum(1 for _ in usual))
+
+    theirs()  # starts the workers
+    return in_turn(lambda: num_images / seconds_of(lambda: files.folder_data(root, size).prepare_data()), theirs)
+
+
+def folder_epoch(quick: bool) -> Measure:
+    root = files.write_pictures("small", quick)
+    usual, datamodule = files.usual_loader(root, files.TILE), files.folder_data(root, files.TILE)
+    datamodule.prepare_data()
+    datamodule.setup()
+
+    def speed(batches: Any) -> float:
+        return BATCH * len(batches) / seconds_of(lambda: sum(1 for _ in batches))
+
+    sides = [partial(speed, batches) for batches in (datamodule.train_dataloader(), usual)]
+    for first_epoch in sides:
+        first_epoch()
+    return in_turn(*sides)
+
+
+def predict_files(quick: bool) -> Measure:
+    """Compare load_classifier with a loop that reads a batch by Pillow and then runs the same network."""
+    from cifar10_tl import load_classifier
+    from cifar10_tl.engine.checkpoints import restore
+
+    train_small_run(f"model.image_size={files.SIDE}", f"data.native_size={files.SIDE}")
+    checkpoint = Path(tempfile.gettempdir()) / "run/checkpoints/last.ckpt"
+    pictures = [str(path) for path in files.write_pictures("large", quick).rglob("*.jpg")]
+    classify, network = load_classifier(checkpoint, "cpu"), restore(checkpoint)
+    sides = (
+        lambda: classify(pictures, batch_size=32),
+        lambda: files.predict_plainly(network, pictures, files.SIDE, batch_size=32),
+    )
+    return in_turn(*(lambda side=side: len(pictures) / seconds_of(side) for side in sides))
+
+
 def memory_ours(quick: bool) -> float:
     fits.our_fit(*build(), 6)
     return peak_mb()
@@ -272,6 +316,8 @@ BARE = "bare PyTorch loop, same network, batch and precision, batches ready in m
 CACHED = "the same with data.cache_features=true, including building the cache"
 STEP = ("added per step by our fit, tiny network", "added by a template's fit: torchmetrics and self.log each step")
 MEMORY = ("peak memory of our Trainer.fit, ResNet50 at 32 px", "of a bare PyTorch loop")
+FOLDER = "torchvision's ImageFolder, Resize, CenterCrop, ToTensor in a DataLoader with two workers"
+PILLOW = "loop that reads a batch with Pillow, then runs the same network"
 STACK = {size: partial(in_processes, f"ours-{size}", f"template-{size}") for size in STACK_STEPS}
 CPU_ROWS = {
     "loader": Row(loader, "images/s", "our pipeline: fetch, flip, crop, normalize", PER_IMAGE, 8),
@@ -282,6 +328,10 @@ CPU_ROWS = {
     "probe": Row(probe, "s", "ten epochs on a frozen ResNet50 at 96 px, no cache", CACHED, 6),
     "help": Row(help_text, "s", "train --help", 'python -c "import lightning.pytorch"', 0.25, False),
     "predict": Row(predict, "images/s", "exported ONNX in ONNX Runtime, 224 px", "checkpoint in PyTorch, fp32", 1.5),
+    "decode_small": Row(partial(decode, "small", files.TILE), "images/s", "data=folder, 64 px JPEG files", FOLDER, 1.0),
+    "decode_large": Row(partial(decode, "large", files.SIDE), "images/s", "data=folder, 12 MP JPEG files", FOLDER, 3),
+    "folder_epoch": Row(folder_epoch, "images/s", "second epoch of data=folder, 64 px, input only", FOLDER, 10),
+    "predict_files": Row(predict_files, "images/s", "load_classifier, 12 MP JPEG files, 224 px, CPU", PILLOW, 2),
     "memory": Row(partial(in_processes, "memory-ours", "memory-bare"), "MB", *MEMORY, 1.15, False),
 }
 SIDES: dict[str, Callable[[bool], float]] = {

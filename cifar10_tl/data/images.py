@@ -94,7 +94,8 @@ def to_pixels(picture: Image.Image, size: int, fit: str = "crop") -> NDArray[np.
 def _fitted(picture: Image.Image, width: float, height: float, size: int, fit: str) -> NDArray[np.uint8]:
     """Return the pixels of a loaded picture, whose last column and row may be cut by ``width`` and ``height``."""
     content, box = _placement(width, height, size, fit)
-    rgb = _rgb(_eight_bit(picture)).resize(content, Image.Resampling.BICUBIC, box)
+    rgb = _rgb(_eight_bit(picture))
+    rgb = rgb if rgb.size == content else rgb.resize(content, Image.Resampling.BICUBIC, box)
     turn = TURNS.get(_orientation(picture))
     upright = rgb if turn is None else rgb.transpose(turn)
     if upright.size != (size, size):

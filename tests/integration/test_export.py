@@ -68,7 +68,7 @@ def read_onnx(path: Path) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[
     assert (images.name, images.type, images.shape[0]) == ("images", "tensor(uint8)", "N")
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["N", len(NAMES)])
     metadata = session.get_modelmeta().custom_metadata_map
-    texts = ("checkpoint", "cifar10_tl", "torch")
+    texts = ("fit", "checkpoint", "cifar10_tl", "torch")
     return (
         lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]),
         {key: value if key in texts else json.loads(value) for key, value in metadata.items()},

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import REPOSITORY
+
+from cifar10_tl.data.images import decode_image
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -26,3 +29,31 @@ def test_a_row_is_printed_and_written(tmp_path: Path) -> None:
 def test_the_bare_loop_of_the_memory_row_prints_its_peak_memory() -> None:
     output = subprocess.check_output((sys.executable, SCRIPTS / "bare_loop.py", "32-true"), text=True)
     assert 100 < float(output) < 100_000
+
+
+@pytest.mark.slow
+def test_both_sides_of_the_rows_that_decode_get_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import benchmark_files as files
+
+    # Resize is bilinear, and of the large files we decode a fraction of the pixels
+    for kind, size, largest, mean in (("small", files.TILE, 0, 0), ("large", files.SIDE, 30, 2)):
+        loader = files.usual_loader(files.write_pictures(kind, quick=True), size)
+        pictures = loader.dataset
+        assert len(pictures) == files.QUICK_PICTURES[kind]
+        for number in range(0, len(pictures), len(pictures) // 4):
+            theirs = (255 * pictures[number][0]).round().int().numpy()
+            difference = np.abs(decode_image(pictures.samples[number][0], size) - theirs)
+            assert difference.max() <= largest
+            assert difference.mean() <= mean
+
+
+@pytest.mark.slow
+def test_rows_that_read_files_are_measured(tmp_path: Path) -> None:
+    file, names = tmp_path / "found.json", ("decode_small", "decode_large", "folder_epoch", "predict_files")
+    command = (sys.executable, SCRIPTS / "benchmark.py", "--quick", "--json", file, "--only", *names)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert tuple(found) == names
+    assert all(row["a"] > 0 and row["ratio"] == pytest.approx(row["a"] / row["b"]) for row in found.values())
