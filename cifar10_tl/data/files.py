@@ -32,9 +32,6 @@ class FileImages:
         self.root, self.paths, self.size, self.fit = root, paths, size, fit
         self.shape = (len(paths), 3, size, size)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def take(self, rows: Tensor) -> Tensor:
         """Return the images in these rows (int64 [n]), uint8 [n, 3, S, S], decoded on all cores."""
         images, positions = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8), rows.tolist()

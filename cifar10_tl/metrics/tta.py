@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,22 +13,12 @@ if TYPE_CHECKING:
     from cifar10_tl.data.batch import Split
 
 
-@dataclass(frozen=True)
 class View:
-    """Images of ``split`` as ``function`` of uint8 [N, 3, H, W] shows them, computed when they are read."""
+    """Images of ``split`` after ``function`` of uint8 [N, 3, H, W], computed when they are read."""
 
-    split: Split
-    function: Callable[[Tensor], Tensor]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return (N, 3, H, W)."""
-        return self.split.shape
-
-    @property
-    def slow(self) -> bool:
-        """Return whether the images are slow to read."""
-        return self.split.slow
+    def __init__(self, split: Split, function: Callable[[Tensor], Tensor]) -> None:
+        self.split, self.function = split, function
+        self.shape, self.slow = split.shape, split.slow
 
     def take(self, rows: Tensor) -> Tensor:
         """Return the views of the images at these positions of the split (int64 [n])."""

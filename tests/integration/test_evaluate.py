@@ -229,7 +229,7 @@ def test_other_data_with_ground_truth(
     content["hyper_parameters"]["class_names"] = sorted(names)
     content["datamodule_hyper_parameters"] = {"source": "folder", "root": str(tmp_path / "gone"), "seed": 0}
     torch.save(content, tmp_path / "sorted.ckpt")
-    with pytest.raises(UserError, match="gone: there is no folder train"):
+    with pytest.raises(UserError, match="gone: there is no such folder"):
         run_evaluate(checkpoint=tmp_path / "sorted.ckpt")
 
     sorted_labels = torch.tensor([sorted(names).index(names[label]) for label in labels])
