@@ -76,7 +76,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download or decode the images; called in one process per machine."""
-        self.source.prepare()
+        if not self.splits:
+            self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Load all splits, once."""
@@ -90,13 +91,14 @@ class CIFAR10DataModule(pl.LightningDataModule):
             splits["train"], splits["val"] = self._split(splits["train"], "val_size", self.hparams["val_size"])
         self.splits = {name: self._limited(split) for name, split in splits.items()}
         if self.hparams["source"] == "folder":
-            for name, split in self.splits.items():
-                log.info("%s: %s", name, self._describe(split))
+            for name in ("train", "val", "test"):
+                log.info("  %-5s  %s", name, self._describe(self.splits[name].labels))
 
-    def _describe(self, split: Split) -> str:
-        counts = torch.bincount(split.labels, minlength=len(self.class_names))
-        smallest, largest = (f"{int(counts[i])} ({self.class_names[i]})" for i in (counts.argmin(), counts.argmax()))
-        return f"{len(split):,} images of {int((counts > 0).sum())} classes, {smallest} to {largest} per class"
+    def _describe(self, labels: Tensor) -> str:
+        counts = torch.bincount(labels, minlength=len(self.class_names))
+        fewest, most = (f"{counts[i]:,} ({self.class_names[i]})" for i in (counts.argmin(), counts.argmax()))
+        per_class = f"{counts[0]:,}" if (counts == counts[0]).all() else f"{fewest} to {most}"
+        return f"{len(labels):,} images of {int((counts > 0).sum())} classes, {per_class} per class"
 
     def _split(self, train: Split, key: str, given: float) -> tuple[Split, Split]:
         classes = len(self.class_names)
