@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
+from cifar10_tl.data.balance import class_weights
 from cifar10_tl.data.batch import Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -78,7 +79,8 @@ def fit(
     start = time.perf_counter()
     log.info("fitting logistic regression with %d penalties on %d images", len(PENALTIES), len(splits["train"]))
     evaluate = partial(evaluate_head, module=module, trainer=trainer, batch_size=datamodule.hparams["batch_size"])
-    candidates = (Candidate(l2, head, evaluate(head, splits["val"])) for l2, head in fit_heads(module, splits["train"]))
+    heads = fit_heads(module, splits["train"], balanced=datamodule.hparams["balance"] != "none")
+    candidates = (Candidate(l2, head, evaluate(head, splits["val"])) for l2, head in heads)
     best = max(candidates, key=lambda candidate: (candidate.val.accuracy, -candidate.val.loss))
     trainer.strategy.checkpoint_io.save_checkpoint(
         checkpoint_content(module, best.head, datamodule), Path(trainer.default_root_dir) / CHECKPOINT
@@ -88,18 +90,22 @@ def fit(
     return {"l2": best.l2, **metrics, "seconds": time.perf_counter() - start}
 
 
-def fit_heads(module: LitClassifier, train: Split) -> Iterator[tuple[float, nn.Module]]:
+def fit_heads(module: LitClassifier, train: Split, *, balanced: bool) -> Iterator[tuple[float, nn.Module]]:
     """Yield each penalty and a linear head with the solution, on the device of the module."""
     assert train.features is not None
     has_float64 = module.device.type != "mps"
     features = train.features[:, 0].flatten(1).to(module.device, torch.float64 if has_float64 else torch.float32)
-    for l2, weight, bias in solutions(features, train.labels.to(module.device), len(module.class_names)):
+    num_classes = len(module.class_names)
+    class_weight = class_weights(train.labels, num_classes).to(features) if balanced else None
+    for l2, weight, bias in solutions(features, train.labels.to(module.device), num_classes, class_weight):
         head = LinearHead(weight.shape[1], len(bias))
         head.load_state_dict({"layers.1.weight": weight, "layers.1.bias": bias})
         yield l2, module.trainer.precision_plugin.convert_module(head).to(module.device).eval()
 
 
-def solutions(features: Tensor, labels: Tensor, num_classes: int) -> Iterator[tuple[float, Tensor, Tensor]]:
+def solutions(
+    features: Tensor, labels: Tensor, num_classes: int, class_weight: Tensor | None = None
+) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Yield each penalty l2 with the weight [K, C] and the bias [K] that minimize :func:`objective`.
 
     The penalty applies to the weight of standardized features; the result applies to ``features`` (float [N, C]).
@@ -114,14 +120,16 @@ def solutions(features: Tensor, labels: Tensor, num_classes: int) -> Iterator[tu
         LBFGS, max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
     for l2 in PENALTIES:
-        solver([weight, bias]).step(partial(objective, weight, bias, x, labels, l2))
+        solver([weight, bias]).step(partial(objective, weight, bias, x, labels, l2, class_weight))
         scaled = weight.detach() / std
         yield l2, scaled, bias.detach() - scaled @ mean
 
 
-def objective(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor, l2: float) -> Tensor:
+def objective(
+    weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor, l2: float, class_weight: Tensor | None
+) -> Tensor:
     """Return the mean cross-entropy + l2 * |weight|^2, and set the gradients of weight and bias."""
-    loss = F.cross_entropy(F.linear(x, weight, bias), labels) + l2 * weight.square().sum()
+    loss = F.cross_entropy(F.linear(x, weight, bias), labels, class_weight) + l2 * weight.square().sum()
     weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
     return loss
 

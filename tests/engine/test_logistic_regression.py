@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, compose_command, compose_train, resume
+from helpers import SMALL, compose_command, compose_train, on_unequal_classes, resume
 
 from cifar10_tl import load_classifier
 from cifar10_tl.callbacks import TimeBudget
@@ -35,17 +35,20 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
     return x * torch.tensor([1.0, 10.0, 0.01, 3.0, 0.0]) + 7.0, labels
 
 
-def test_solutions_are_optimal_for_each_penalty() -> None:
+@pytest.mark.parametrize("class_weight", [None, [0.5, 0.25, 2.25]])
+def test_solutions_are_optimal_for_each_penalty(class_weight: list[float] | None) -> None:
     x, labels = problem()
     std, mean = torch.std_mean(x[:, :4], 0)
-    found = list(solutions(x, labels, num_classes=3))
+    weights = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
+    found = list(solutions(x, labels, 3, weights))
     assert [l2 for l2, _, _ in found] == list(PENALTIES)
     for l2, weight, bias in found:
         assert weight[:, 4].abs().max() == 0, "a constant feature has no weight"
         scaled = (weight[:, :4] * std).requires_grad_()  # of standardized features
         shifted = (bias + weight @ torch.cat([mean, x[0, 4:]])).requires_grad_()
         standard = (x[:, :4] - mean) / std
-        loss = F.cross_entropy(standard @ scaled.T + shifted, labels) + l2 * scaled.square().sum()
+        losses = F.cross_entropy(standard @ scaled.T + shifted, labels, reduction="none")
+        loss = (losses if weights is None else weights[labels] * losses).mean() + l2 * scaled.square().sum()
         gradients = torch.autograd.grad(loss, (scaled, shifted))
         assert max(float(g.abs().max()) for g in gradients) < 1e-6, l2
 
@@ -88,6 +91,17 @@ def test_checkpoint_repeats_the_results(run: Path, tmp_path: Path) -> None:
     module = LitClassifier.load_from_checkpoint(run / CHECKPOINT, weights_only=True).eval()
     assert module.hparams["head"] == {"name": "linear"}
     assert load_classifier(run / CHECKPOINT, "cpu").class_names == tuple(module.class_names)
+
+
+def test_unequal_classes_are_weighted(tmp_path: Path) -> None:
+    data = (*on_unequal_classes((*SMALL, *PROBE), tmp_path / "images"), "data.cache_features=true")
+    found = {}
+    for balance in ("none", "loss", "sampler"):
+        paths = (f"paths.output_dir={tmp_path / balance}", f"paths.cache_dir={tmp_path / 'cache'}")
+        results: Any = train(compose_train(*data, *paths, f"data.balance={balance}", "report=none"))
+        found[balance] = results["logistic_regression"] | {"seconds": None}
+    assert found["loss"] == found["sampler"]
+    assert found["loss"]["test"]["loss"] != found["none"]["test"]["loss"]
 
 
 def test_the_penalty_has_the_best_validation_accuracy(run: Path) -> None:
