@@ -70,7 +70,7 @@ def test_images_that_only_one_run_gets_correct_are_shown_by_the_confidence_of_th
     ("changes", "reason"),
     [
         ({"test_images": "1234"}, "the images are not those of the test"),
-        ({"config": {"data": {"source": "folder", "root": "gone"}}}, "gone: there is no folder train"),
+        ({"config": {"data": {"source": "folder", "root": "gone"}}}, "gone: there is no such folder"),
         ({"config": {"data": None}}, "TypeError"),
     ],
 )

@@ -82,10 +82,12 @@ def test_scalars_have_one_point_per_epoch_or_step(board: Board, finished_run: Pa
     results, table = read_results(finished_run), rows(finished_run)
     tags = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc")}
     steps = {"train/loss_step", "lr/backbone", "lr/head"}
+    tags |= {f"{split}/{name}" for split in ("val", "test") for name in ("balanced_acc", "macro_f1")}
     assert set(board.get("scalars/tags")["."]) == tags | steps | {"images/s"}
     for tag, column in (("val/acc", "val/acc"), ("images/s", "images_per_second")):
         assert board.scalars(tag) == [(int(row["epoch"]), pytest.approx(float(row[column]))) for row in table]
-    assert board.scalars("test/acc") == [(results["best_epoch"], pytest.approx(results["test"]["acc"]))]
+    for name in ("acc", "balanced_acc", "macro_f1"):
+        assert board.scalars(f"test/{name}") == [(results["best_epoch"], pytest.approx(results["test"][name]))]
     found = {tag: board.scalars(tag) for tag in steps}
     assert all([step for step, _ in points] == list(range(1, 11)) for points in found.values())
     means = np.reshape([loss for _, loss in found["train/loss_step"]], (2, 5)).mean(1)
