@@ -4,7 +4,7 @@ python scripts/benchmark.py [--quick] [--json FILE]             rows for CPUs
 python scripts/benchmark.py --gpu [--quick] [--json FILE]       rows for GPUs
 python scripts/benchmark.py --only NAME ...                     some rows
 
-Each row measures both sides alternately on the built-in images (data=shapes), in a process of its own. The ratio is the
+Each row measures both sides alternately on built-in images or drawn pictures, in a process of its own. The ratio is the
 median over the repeats, with the lowest and highest in brackets. Run nothing else on the machine meanwhile.
 """
 

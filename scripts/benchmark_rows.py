@@ -234,6 +234,26 @@ def predict_files(quick: bool) -> Measure:
     return in_turn(*(lambda side=side: len(pictures) / seconds_of(side) for side in sides))
 
 
+def folder_memory(quick: bool) -> Measure:
+    """Compare the memory of training on all of the small pictures and on a twentieth of them."""
+    for name, part in (("all", 1), ("few", 20)):
+        root = files.write_pictures("small", quick).rename(Path(tempfile.gettempdir()) / name)
+        for number, path in enumerate(root.rglob("*.jpg")):
+            if number % part:
+                path.unlink()
+    return in_processes("memory-all", "memory-few", quick)
+
+
+def memory_on(name: str, quick: bool) -> float:
+    from cifar10_tl.train import train
+
+    folder = Path(tempfile.gettempdir())
+    data = ("data=folder", f"data.root={folder / name}", f"data.cache_dir={folder / 'cache'}", "data.batch_size=16")
+    run = ("trainer.max_epochs=1", "trainer.enable_progress_bar=false", f"paths.output_dir={tempfile.mkdtemp()}")
+    train(compose("experiment=quickstart", "model.backbone=resnet18", *data, *run))
+    return peak_mb()
+
+
 def memory_ours(quick: bool) -> float:
     fits.our_fit(*build(), 6)
     return peak_mb()
@@ -331,12 +351,15 @@ CPU_ROWS = {
     "decode_small": Row(partial(decode, "small", files.TILE), "images/s", "data=folder, 64 px JPEG files", FOLDER, 1.0),
     "decode_large": Row(partial(decode, "large", files.SIDE), "images/s", "data=folder, 12 MP JPEG files", FOLDER, 3),
     "folder_epoch": Row(folder_epoch, "images/s", "second epoch of data=folder, 64 px, input only", FOLDER, 10),
+    "folder_memory": Row(folder_memory, "MB", "peak memory of training on 20,000 pictures", "on 1,000", 1.05, False),
     "predict_files": Row(predict_files, "images/s", "load_classifier, 12 MP JPEG files, 224 px, CPU", PILLOW, 2),
     "memory": Row(partial(in_processes, "memory-ours", "memory-bare"), "MB", *MEMORY, 1.15, False),
 }
 SIDES: dict[str, Callable[[bool], float]] = {
     "memory-ours": memory_ours,
     "memory-bare": memory_bare,
+    "memory-all": partial(memory_on, "all"),
+    "memory-few": partial(memory_on, "few"),
     "onnx": partial(predict_with, "model.onnx"),
     "eager": partial(predict_with, "run/checkpoints/last.ckpt"),
     **{f"ours-{size}": partial(stack_ours, size) for size in STACK_STEPS},
