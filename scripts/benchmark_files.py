@@ -1,5 +1,6 @@
 """Rows of scripts/benchmark.py that read image files, compared with torchvision's ImageFolder and a Pillow loop."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def usual_loader(root: Path, size: int) -> DataLoader[Any]:
 
 def folder_data(root: Path, size: int) -> CIFAR10DataModule:
     """Return the data of a folder with an empty cache."""
+    logging.getLogger("cifar10_tl").setLevel(logging.ERROR)  # it would report the copies
     return CIFAR10DataModule(
         "folder", BATCH, val_size=0.1, root=str(root), native_size=size, fit="crop", cache_dir=tempfile.mkdtemp()
     )
