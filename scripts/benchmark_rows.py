@@ -249,8 +249,9 @@ def memory_on(name: str, quick: bool) -> float:
 
     folder = Path(tempfile.gettempdir())
     data = ("data=folder", f"data.root={folder / name}", f"data.cache_dir={folder / 'cache'}", "data.batch_size=16")
+    evaluated = ("data.val_size=8", "data.test_size=8", "callbacks=minimal", "report=none")
     run = ("trainer.max_epochs=1", "trainer.enable_progress_bar=false", f"paths.output_dir={tempfile.mkdtemp()}")
-    train(compose("experiment=quickstart", "model.backbone=resnet18", *data, *run))
+    train(compose("experiment=quickstart", "model.backbone=resnet18", *data, *evaluated, *run))
     return peak_mb()
 
 
