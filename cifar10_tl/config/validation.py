@@ -208,10 +208,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
             raise UserError("report=full is a setting of the evaluate command: use report=short or report=none")
         if config["split"] == "train":
             raise UserError("report=full compares images with those of training: use split=test or split=val")
-    size = config.get("data.native_size", 32)
-    for key in ("data.augment.random_crop_padding", "data.augment.cutout"):
-        if type(size) is int and config.get(key, 0) >= size:
-            raise UserError(f"{key}={config[key]}: should be below the image size of {size} pixels")
+    if config.get("data.skip_bad") is True and config.get("data.cache") is False:
+        raise UserError("data.skip_bad=true: data.cache=false does not check the images; use data.cache=true")
     if config.get("data.cache_features") is True:
         _check_cached_features(config)
     elif config.get("logistic_regression") is True:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -242,3 +245,5 @@ class BatchLoader(DataLoader[Batch]):
 def _leave_group(worker: int) -> None:
     """Keep Ctrl-C from ending a worker: the run stops after its step, or after validation."""
     os.setpgrp()
+    if sys.platform == "linux":  # it inherits the lock of the run folder, which would outlive a killed run
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

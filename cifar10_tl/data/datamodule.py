@@ -70,6 +70,10 @@ class CIFAR10DataModule(pl.LightningDataModule):
             # random crops then have as many pixels as the network sees, such as 256 x 256 for 224 x 224
             source_options["image_size"] = math.ceil(8 / 7 * largest(source_options.get("image_size", 224)))
         self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
+        side = getattr(self.source, "native_size", 32)
+        for key in ("random_crop_padding", "cutout"):
+            if (value := getattr(self.augment, key)) >= side:
+                raise UserError(f"data.augment.{key}={value}: should be below the image size of {side} pixels")
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}  # "train", "val" and "test", after setup
         self.feature_cache: FeatureCache | None = None  # adds features to the batches
@@ -213,6 +217,10 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     take = quota.floor().long()
     for label in (take - quota).argsort(stable=True)[: size - int(take.sum())].tolist():
         take[label] += 1
+    if size >= len(counts):
+        for label in ((take == 0) & (counts > 0)).nonzero().flatten().tolist():  # no class without an image
+            take[label] = 1
+            take[take.argmax()] -= 1
     generator = torch.Generator().manual_seed(int(hash32(seed, 0x5711)))
     shuffled = torch.randperm(len(labels), generator=generator)
     chosen = [shuffled[labels[shuffled] == label][:n] for label, n in enumerate(take.tolist())]

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.errors import UserError, one_line
 from cifar10_tl.data.batch import ImageSet
 from cifar10_tl.data.files import FileImages
-from cifar10_tl.data.image_cache import Entry, ImageCache, MappedImages
+from cifar10_tl.data.image_cache import CACHE_TAG, Entry, ImageCache, MappedImages
 from cifar10_tl.data.images import IMAGE_SUFFIXES, list_files
 from cifar10_tl.data.inspection import inspect_images
 from cifar10_tl.io import printable
@@ -115,8 +115,8 @@ class Folder:
         log.info("data.root=%s: images are used at %d pixels (fit: %s)", self.root, self.native_size, self.fit)
         usable, bad = self._read(retry=True)
         notes = [f"left out {_summary(bad)}"] if bad and self.skip_bad else []
-        if notes := [*notes, *(inspect_images(usable, self.native_size) if self.cached else [])]:
-            log.warning("data.root=%s:%s", self.root, "".join(f"\n  {note}" for note in notes))
+        if notes := [*notes, *(inspect_images(usable, self.native_size, self.fit) if self.cached else [])]:
+            log.warning("data.root=%s:%s", self.root, "".join(f"\n  {printable(one_line(note))}" for note in notes))
         self._check(usable, bad)
 
     def load(self) -> dict[str, ImageSet]:
@@ -174,7 +174,7 @@ def _version(path: Path) -> list[int]:
     """Return what changes with the content of a file: its size and times."""
     try:
         stat = path.stat()
-    except OSError:  # a broken link, reported when it is decoded
+    except (OSError, ValueError):  # a broken link or an odd name, reported when it is decoded
         return []
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
@@ -183,18 +183,26 @@ def _list_splits(root: Path) -> dict[str, Listing]:
     """Return the files in ``root/<class>/`` as train, or those of each split in ``root/<split>/<class>/``."""
     if not root.is_dir():
         raise UserError(f"data.root={root}: there is no such folder")
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    folders = _folders(root)
     # a class may be named like a split, but has no folders of classes in it
     outer = [path for path in folders if any(child.is_dir() for child in path.iterdir())]
     found = {split: [f for f in outer if f.name.casefold() in names] for split, names in SPLITS.items()}
     if twice := next((f for f in found.values() if len(f) > 1), None):
         raise UserError(f"data.root={root}: {twice[0].name} and {twice[1].name} are the same split; merge them")
     splits = {split: matches[0] for split, matches in found.items() if matches}
+    if not splits and all(any(f.name.casefold() in names for names in SPLITS.values()) for f in folders):
+        raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if splits and "train" not in splits:
         raise UserError(f"data.root={root}: there is a folder {min(splits)}, but no folder train")
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         log.warning("data.root=%s: folders that are not train, val or test are not used: %s", root, ", ".join(others))
     return {split: _list_classes(folder, root) for split, folder in (splits or {"train": root}).items()}
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Return the visible folders in ``parent``, sorted, except those of caches."""
+    folders = (path for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    return [path for path in folders if not (path / CACHE_TAG).exists()]
 
 
 def _list_classes(folder: Path, root: Path) -> Listing:
@@ -216,9 +224,7 @@ def _list_classes(folder: Path, root: Path) -> Listing:
 def _class_folders(folder: Path) -> dict[str, Path]:
     """Return the class folders by name, in Unicode normal form C: macOS and Linux write "é" in different ways."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_dir():
-            continue
+    for path in _folders(folder):
         if printable(path.name) != path.name:
             raise UserError(f"{printable(path)}: the name of a class folder must be valid UTF-8; rename the folder")
         name = unicodedata.normalize("NFC", path.name)

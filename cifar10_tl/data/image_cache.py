@@ -29,6 +29,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.images import BadImageError, decode_sized, in_threads
 
 VERSION = 7  # of the files and of decoding
+CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
 PAGE = 2**16  # bytes that the kernel maps around a page that is read
 RELEASE_BYTES = 2**25
@@ -85,12 +86,13 @@ class ImageCache:
         if _outdated(files, entries, retry):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
                 with FileLock(self.lock):
                     entries = self._entries()  # with what another process has decoded meanwhile
                     self._append(_outdated(files, entries, retry), entries)
                     entries = self._entries()
             except OSError as error:
-                raise UserError(f"{self.folder}: {error.strerror}; choose another paths.cache_dir") from error
+                raise UserError(f"{self.folder}: {error.strerror}; choose another data.cache_dir") from error
         return {path: entries[path] for path in files}
 
     def _entries(self) -> dict[str, Entry]:
@@ -110,7 +112,7 @@ class ImageCache:
         if needed > free:
             raise UserError(
                 f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
-                "free; choose another paths.cache_dir, a smaller data.native_size, or data.cache=false"
+                "free; choose another data.cache_dir, a smaller data.native_size, or data.cache=false"
             )
         if not entries:
             self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content

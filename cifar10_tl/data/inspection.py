@@ -12,16 +12,17 @@ UNEQUAL = 5  # ratio of the images of the largest and of the smallest class
 LONG = 3  # ratio of the sides of an image
 
 
-def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int) -> list[str]:
+def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int, fit: str = "crop") -> list[str]:
     """Return one line for each thing that may spoil training on, or testing with, these images.
 
     Args:
         splits: Images of each split, with the name of their class.
         size: Side in pixels to which they were decoded.
+        fit: How they became squares, see :func:`~cifar10_tl.data.images.to_pixels`.
     """
     notes = []
     for split, images in ((split, images) for split, images in splits.items() if images):
-        found = *_unequal_classes(images), *_copies(images), *_odd_sizes(images, size)
+        found = *_unequal_classes(images), *_copies(images, len(splits) == 1), *_odd_sizes(images, size, fit)
         notes += [f"{split}: {note}" for note in found]
     train = {image.digest: image for image, _ in splits["train"]}
     for split in splits.keys() - {"train"}:
@@ -40,22 +41,24 @@ def _unequal_classes(images: Sequence[tuple[Entry, str]]) -> Iterator[str]:
         yield f"{most:,} images of {largest} and {least:,} of {smallest}; see data.balance and val/balanced_acc"
 
 
-def _copies(images: Sequence[tuple[Entry, str]]) -> Iterator[str]:
+def _copies(images: Sequence[tuple[Entry, str]], are_split_later: bool) -> Iterator[str]:
     first: dict[str, tuple[Entry, str]] = {}
     same: list[str] = []
     contrary: list[str] = []
     for image, name in images:
-        original, label = first.setdefault(image.digest, (image, name))
-        if original is not image or label != name:
-            (same if label == name else contrary).append(f"{image.path} = {original.path}")
-    yield from _note("the same as another one", same)
+        if image.digest not in first:
+            first[image.digest] = image, name
+            continue
+        original, label = first[image.digest]
+        (same if label == name else contrary).append(f"{image.path} = {original.path}")
+    yield from _note(f"the same as another one{', perhaps of the test' * are_split_later}", same)
     yield from _note("the same as another one with another label", contrary)
 
 
-def _odd_sizes(images: Sequence[tuple[Entry, str]], size: int) -> Iterator[str]:
+def _odd_sizes(images: Sequence[tuple[Entry, str]], size: int, fit: str) -> Iterator[str]:
     sides = [(min(i.width, i.height), max(i.width, i.height), f"{i.path} ({i.width} x {i.height})") for i, _ in images]
-    small = [text for short, _, text in sides if 2 * short < size]
-    long = [text for short, side, text in sides if side > LONG * short]
+    small = [text for short, side, text in sides if 2 * (side if fit == "pad" else short) < size]
+    long = [text for short, side, text in sides if side > LONG * short and fit == "crop"]
     yield from _note(f"enlarged more than twice, to {size} pixels", small)
     yield from _note(f"more than {LONG} times as long as wide (data.fit=pad keeps everything, crop does not)", long)
 

@@ -177,9 +177,9 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
     """Refuse to split the images of training in another way, which would put training images into val."""
     if _origin(options) != _origin(trained_with):
         return
-    for key in ("val_size", "split_seed", "test_size" if options.get("source") == "folder" else "train_size"):
+    for key in ("val_size", "split_seed", *(("test_size", "labels") if "root" in options else ("train_size",))):
         own, used = options.get(key), trained_with.get(key)
-        if own != used:
+        if key in trained_with and own != used:
             raise UserError(
                 f"data.{key}={own}: with another split than data.{key}={used}, val contains training images"
             )

@@ -51,6 +51,7 @@ COMPOSED = [
     ("optimizer.learning_rate=1", ["optimizer.learning_rate", "lr", "weight_decay"]),
     ("modle=resnet", ["modle", "did you mean", "model"]),
     ("data=imagenet", ["data/imagenet", "cifar10", "folder", "shapes"]),
+    ("data=folder data.root=. data.skip_bad=true data.cache=false", ["data.skip_bad=true", "use data.cache=true"]),
     ("data.augment.random_crop_padding=32", ["data.augment.random_crop_padding=32", "below the image size of 32"]),
     ("data.augment.cutout=32", ["data.augment.cutout=32", "below the image size of 32"]),
     ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),

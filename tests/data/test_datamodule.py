@@ -290,3 +290,9 @@ def test_cached_features_follow_their_images_and_each_repetition_chooses_a_view(
                 original = split.images[position]
                 assert torch.equal(image, original.flip(-1) if mirrored else original)
     assert len(views) > 4, "in an epoch, the only image of a class is seen both ways"
+
+
+def test_each_class_is_in_each_split() -> None:
+    labels = torch.tensor([0] * 400 + [1] * 3)
+    chosen = stratified(labels, 40, seed=0)
+    assert torch.bincount(labels[chosen]).tolist() == [39, 1]

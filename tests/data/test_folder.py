@@ -308,3 +308,24 @@ def test_everything_unusual_is_reported_at_once(pictures: Path, caplog: pytest.L
         source.prepare()
     assert "test: 7 images are also in train" in caplog.text
     assert "train: fewer than 10 images of ant (5)" in caplog.text
+
+
+def test_a_cache_inside_the_folder_is_not_a_class(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        write(tmp_path / "data" / name / "a.png")
+    for _ in range(2):
+        assert folder_of(tmp_path / "data", cache_dir=str(tmp_path / "data" / "cache")).class_names == ("ant", "bee")
+        pixels(folder_of(tmp_path / "data", cache_dir=str(tmp_path / "data" / "cache")))
+
+
+def test_splits_without_class_folders_are_reported(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / "flat" / split / "0.jpg")
+    with pytest.raises(UserError, match=r"flat: needs folders of classes, or .*data\.labels=FILE"):
+        folder_of(tmp_path / "flat")
+
+
+def test_padding_is_compared_with_the_chosen_size(pictures: Path) -> None:
+    options = {"source": "folder", "root": str(pictures), "augment": {"random_crop_padding": 32}}
+    with pytest.raises(UserError, match=r"random_crop_padding=32: should be below the image size of 32 pixels"):
+        CIFAR10DataModule(**options, native_size=32)

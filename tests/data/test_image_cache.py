@@ -144,7 +144,7 @@ def test_a_full_disk_is_reported_and_what_is_written_is_kept(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cache: No space left on device; choose another paths\.cache_dir"):
+    with pytest.raises(UserError, match=r"cache: No space left on device; choose another data\.cache_dir"):
         cache.update(FILES)
     monkeypatch.setattr(os, "fsync", fsync)
     assert values(cache) == WANTED

@@ -50,3 +50,20 @@ def test_small_and_long_images() -> None:
         "train: 1 image is more than 3 times as long as wide (data.fit=pad keeps everything, crop does not): "
         f"{small[0][0].path} (300 x 49)",
     ]
+
+
+def test_an_image_listed_twice_is_a_copy() -> None:
+    usual = [*images("ant", 10), *images("bee", 10)]
+    path = usual[0][0].path
+    assert inspect_images({"train": [*usual, usual[0]]}, 100) == [
+        f"train: 1 image is the same as another one, perhaps of the test: {path} = {path}"
+    ]
+
+
+def test_the_longer_side_of_padded_images_counts() -> None:
+    train = [*images("ant", 10, (100, 350)), *images("bee", 10)]
+    assert inspect_images({"train": train, "test": train[9:]}, 224, "pad")[:1] == [
+        "train: 10 images are enlarged more than twice, to 224 pixels: "
+        + ", ".join(f"{image.path} (100 x 100)" for image, _ in train[10:13])
+        + ", ..."
+    ]
