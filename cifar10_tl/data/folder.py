@@ -190,7 +190,7 @@ def _list_splits(root: Path) -> dict[str, Listing]:
     if twice := next((f for f in found.values() if len(f) > 1), None):
         raise UserError(f"data.root={root}: {twice[0].name} and {twice[1].name} are the same split; merge them")
     splits = {split: matches[0] for split, matches in found.items() if matches}
-    if not splits and all(any(f.name.casefold() in names for names in SPLITS.values()) for f in folders):
+    if folders and not splits and all(any(f.name.casefold() in names for names in SPLITS.values()) for f in folders):
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if splits and "train" not in splits:
         raise UserError(f"data.root={root}: there is a folder {min(splits)}, but no folder train")
