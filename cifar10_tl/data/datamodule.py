@@ -113,8 +113,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
         missing = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if missing or size < classes:
             raise UserError(
-                f"data.{key}={given} does not fit {len(train)} training images: choose at least "
-                f"{classes}, and leave an image of each class to train on (missing: {', '.join(missing) or 'none'})"
+                f"data.{key}={given} does not fit {len(train)} training images: choose at least {classes}, but few "
+                f"enough to leave an image of each class for training (missing: {', '.join(missing) or 'none'})"
             )
         return train.subset((~held_out).nonzero().flatten()), train.subset(held_out.nonzero().flatten())
 

@@ -1,4 +1,4 @@
-"""Source of images in folders or in a table, with checks of what is in them."""
+"""Source of images in class folders or listed in a table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def largest(image_size: int | Sequence[Sequence[float]]) -> int:
 
 
 class Listing(NamedTuple):
-    """Files of a split: paths relative to the root, the name of the class of each, and what is not usable."""
+    """Files of a split: paths relative to the root, their class names, and messages about unusable paths."""
 
     paths: list[str]
     classes: list[str]
@@ -171,7 +171,7 @@ def _summary(bad: Sequence[str]) -> str:
 
 
 def _version(path: Path) -> list[int]:
-    """Return what changes with the content of a file: its size and times."""
+    """Return the size and the times of a file, which change with its content."""
     try:
         stat = path.stat()
     except (OSError, ValueError):  # a broken link or an odd name, reported when it is decoded
@@ -248,8 +248,8 @@ def _read_table(table: Path, root: Path) -> dict[str, Listing]:
                 name = splits.get(split.casefold() or "train")
                 if not path or not label or name is None:
                     raise UserError(
-                        f"data.labels={table}, line {rows.line_num}: give a path, a label, and as split train, val or "
-                        "test"
+                        f"data.labels={table}, line {rows.line_num}: needs a path, a label, and train, val or test "
+                        "as the split"
                     )
                 listing = listings.setdefault(name, Listing([], [], []))
                 listing.paths.append(path)

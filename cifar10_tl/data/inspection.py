@@ -13,7 +13,7 @@ LONG = 3  # ratio of the sides of an image
 
 
 def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int, fit: str = "crop") -> list[str]:
-    """Return one line for each thing that may spoil training on, or testing with, these images.
+    """Return a warning for each property of the images that may harm training or make the test misleading.
 
     Args:
         splits: Images of each split, with the name of their class.
@@ -51,8 +51,8 @@ def _copies(images: Sequence[tuple[Entry, str]], are_split_later: bool) -> Itera
             continue
         original, label = first[image.digest]
         (same if label == name else contrary).append(f"{image.path} = {original.path}")
-    yield from _note(f"the same as another one{', perhaps of the test' * are_split_later}", same)
-    yield from _note("the same as another one with another label", contrary)
+    yield from _note(f"identical to another image{', perhaps in the test split' * are_split_later}", same)
+    yield from _note("identical to an image with a different label", contrary)
 
 
 def _odd_sizes(images: Sequence[tuple[Entry, str]], size: int, fit: str) -> Iterator[str]:

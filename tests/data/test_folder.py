@@ -254,8 +254,8 @@ def test_a_table_lists_images_of_any_folder(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"path,class\na.png,ant\n", "labels.csv: has no column label"),
-        (b"path,label\na.png,ant\nb.png,\n", "labels.csv, line 3: give a path, a label"),
-        (b"path,label,split\na.png,ant,tset\n", "labels.csv, line 2: give .* train, val or test"),
+        (b"path,label\na.png,ant\nb.png,\n", "labels.csv, line 3: needs a path, a label"),
+        (b"path,label,split\na.png,ant,tset\n", "labels.csv, line 2: needs .* train, val or test"),
         (b"path,label,split\na.png,ant,test\n", "labels.csv: has no training images"),
         (b"path,label\n\xff.png,ant\n", "labels.csv: 'utf-8' codec"),
         (b"path,label\na.png,ant\nb.png,bee\n", r"cannot use 2 paths: .*a.png \(No such file or directory\)"),

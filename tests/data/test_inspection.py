@@ -36,8 +36,8 @@ def test_copies_within_a_split_and_of_training_images() -> None:
     test = [*images("ant", 10), *images("bee", 9), *images("bee", 1, digest="x")]
     names = [image.path for image, _ in (original, *copies, *other, test[-1])]
     assert inspect_images({"train": train, "test": test}, 100) == [
-        f"train: 4 images are the same as another one: {', '.join(f'{n} = {names[0]}' for n in names[1:4])}, ...",
-        f"train: 1 image is the same as another one with another label: {names[5]} = {names[0]}",
+        f"train: 4 images are identical to another image: {', '.join(f'{n} = {names[0]}' for n in names[1:4])}, ...",
+        f"train: 1 image is identical to an image with a different label: {names[5]} = {names[0]}",
         f"test: 1 image is also in train, so that its accuracy is too high: {names[6]} = {names[5]}",
     ]
 
@@ -56,7 +56,7 @@ def test_an_image_listed_twice_is_a_copy() -> None:
     usual = [*images("ant", 10), *images("bee", 10)]
     path = usual[0][0].path
     assert inspect_images({"train": [*usual, usual[0]]}, 100) == [
-        f"train: 1 image is the same as another one, perhaps of the test: {path} = {path}"
+        f"train: 1 image is identical to another image, perhaps in the test split: {path} = {path}"
     ]
 
 
