@@ -227,7 +227,7 @@ class BatchLoader(DataLoader[Batch]):
             pin_memory=pin_memory,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_group,
+            worker_init_fn=leave_group,
         )
         self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
 
@@ -242,7 +242,7 @@ class BatchLoader(DataLoader[Batch]):
             raise UserError(str(error).rpartition("UserError: ")[-1].strip()) from None
 
 
-def _leave_group(worker: int) -> None:
+def leave_group(worker: int) -> None:
     """Keep Ctrl-C from ending a worker: the run stops after its step, or after validation."""
     os.setpgrp()
     if sys.platform == "linux":  # it inherits the lock of the run folder, which would outlive a killed run

@@ -91,11 +91,11 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if "test" not in splits:
             test_size = getattr(self.source, "test_size", 0.1)
             splits["train"], splits["test"] = self._split(splits["train"], "test_size", test_size)
-        if "val" not in splits:
+        if "val" not in splits and "train" in splits:
             splits["train"], splits["val"] = self._split(splits["train"], "val_size", self.hparams["val_size"])
         self.splits = {name: self._limited(split) for name, split in splits.items()}
         if self.hparams["source"] == "folder":
-            for name in ("train", "val", "test"):
+            for name in sorted(self.splits, key=("train", "val", "test").index):
                 log.info("  %-5s  %s", name, self._describe(self.splits[name].labels))
 
     def _describe(self, labels: Tensor) -> str:

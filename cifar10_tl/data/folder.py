@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import logging
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -35,12 +33,8 @@ def largest(image_size: int | Sequence[Sequence[float]]) -> int:
     return image_size if isinstance(image_size, int) else max(int(size) for _, size in image_size)
 
 
-class Listing(NamedTuple):
-    """Files of a split: paths relative to the root, their class names, and messages about unusable paths."""
-
-    paths: list[str]
-    classes: list[str]
-    bad: list[str]
+#: Path relative to the root, and name of the class, of each file of each split.
+Files: TypeAlias = dict[str, list[tuple[str, str]]]
 
 
 class Folder:
@@ -62,6 +56,7 @@ class Folder:
         cache: Decode each image once to a file in ``cache_dir``, see :class:`ImageCache`; otherwise in each epoch.
         cache_dir: Folder of the decoded images.
         image_size: Side in pixels, or schedule of sides, to which the network resizes images.
+        test_only: Without folders for the splits, or a column split, use all images as the test split.
     """
 
     def __init__(
@@ -75,47 +70,43 @@ class Folder:
         cache: bool = True,
         cache_dir: str = "data/cache",
         image_size: int | Sequence[Sequence[float]] = 224,
+        test_only: bool = False,
     ) -> None:
         self.root, self.fit, self.test_size, self.skip_bad = Path(root), fit, test_size, skip_bad
-        self.cached, self.cache_dir = cache, Path(cache_dir)
-        self.listings = _read_table(Path(labels), self.root) if labels else _list_splits(self.root)
-        if "test" not in self.listings and "val" in self.listings:
-            self.listings["test"] = self.listings.pop("val")
-        self.class_names = tuple(sorted({*self.listings["train"].classes}))
-        self._check_classes()
-        self.native_size = self._choose_size(largest(image_size)) if native_size == "auto" else int(native_size)
-
-    def _check_classes(self) -> None:
+        self.files, self.bad = (_read_table(Path(labels)), []) if labels else _list_splits(self.root)
+        if "test" not in self.files and (other := "val" if "val" in self.files else "train" * test_only):
+            self.files["test"] = self.files.pop(other)
+        if "train" not in self.files and not test_only:
+            given = f"data.labels={labels}" if labels else f"data.root={root}"
+            raise UserError(f"{given}: there are images of {min(self.files, default='no split')}, but none of train")
+        self.paths = [path for files in self.files.values() for path, _ in files]
+        self.class_names = tuple(sorted({name for files in self.files.values() for _, name in files}))
         if len(self.class_names) < 2:
-            raise UserError(
-                f"data.root={self.root}: training needs images of at least 2 classes, but has {len(self.class_names)}"
-            )
-        for split, listing in self.listings.items():
-            if odd := sorted({*listing.classes} ^ {*self.class_names}):
-                raise UserError(f"data.root={self.root}: the classes of train and {split} differ: {', '.join(odd)}")
+            raise UserError(f"data.root={root}: needs images of at least 2 classes, but has {len(self.class_names)}")
+        self._check_classes(self.files)
+        self.native_size = self._choose_size(largest(image_size)) if native_size == "auto" else int(native_size)
+        self.cache = ImageCache(Path(cache_dir), self.root, self.native_size, fit) if cache else None
+
+    def _check_classes(self, splits: Mapping[str, Sequence[tuple[object, str]]]) -> None:
+        for split, images in splits.items():
+            if empty := sorted({*self.class_names} - {name for _, name in images}):
+                raise UserError(f"data.root={self.root}: no images of {', '.join(empty)} in {split}")
 
     def _choose_size(self, image_size: int) -> int:
         """Return the side of the images if a sample of them are small squares of one size, otherwise ``image_size``."""
-        paths, sizes = [path for listing in self.listings.values() for path in listing.paths], set()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is reported when it is decoded
-            for path in paths[:: max(1, len(paths) // SAMPLE)]:
-                with suppress(Exception), Image.open(self.root / path) as image:
-                    sizes.add(image.size)
+        sizes = set()
+        for path in self.paths[:: max(1, len(self.paths) // SAMPLE)]:
+            with suppress(Exception), Image.open(self.root / path) as image:  # reported when it is decoded
+                sizes.add(image.size)
         width, height = sizes.pop() if len(sizes) == 1 else (image_size, image_size)
         return width if width == height <= max(SMALL, image_size) else image_size
-
-    @cached_property
-    def cache(self) -> ImageCache:
-        """Cache of the decoded images."""
-        return ImageCache(self.cache_dir, self.root, self.native_size, self.fit)
 
     def prepare(self) -> None:
         """Decode the images that are not in the cache, and log everything that is unusual about them."""
         log.info("data.root=%s: images are used at %d pixels (fit: %s)", self.root, self.native_size, self.fit)
         usable, bad = self._read(retry=True)
         notes = [f"left out {_summary(bad)}"] if bad and self.skip_bad else []
-        if notes := [*notes, *(inspect_images(usable, self.native_size, self.fit) if self.cached else [])]:
+        if notes := [*notes, *(inspect_images(usable, self.native_size, self.fit) if self.cache else [])]:
             log.warning("data.root=%s:%s", self.root, "".join(f"\n  {printable(one_line(note))}" for note in notes))
         self._check(usable, bad)
 
@@ -129,7 +120,7 @@ class Folder:
             paths, size = [image.path for image, _ in images], self.native_size
             store = (
                 MappedImages(self.cache.pixels, torch.tensor([image.row for image, _ in images]), size)
-                if self.cached
+                if self.cache
                 else FileImages(self.root, paths, size, self.fit)
             )
             splits[split] = ImageSet(
@@ -139,30 +130,22 @@ class Folder:
 
     def _read(self, *, retry: bool = False) -> tuple[dict[str, list[tuple[Entry, str]]], list[str]]:
         """Return the images of each split with the names of their classes, and a message for each unusable path."""
-        paths = [path for listing in self.listings.values() for path in listing.paths]
         entries = (
-            self.cache.update({path: _version(self.root / path) for path in paths}, retry=retry)
-            if self.cached
-            else {path: Entry(path, [], None) for path in paths}
+            self.cache.update({path: _version(self.root / path) for path in self.paths}, retry=retry)
+            if self.cache
+            else {path: Entry(path, [], None) for path in self.paths}
         )
-        bad = [message for listing in self.listings.values() for message in listing.bad]
-        bad += [f"{self.root / path} ({entry.error})" for path, entry in entries.items() if entry.error]
+        bad = [*self.bad, *(f"{self.root / path} ({entry.error})" for path, entry in entries.items() if entry.error)]
         usable = {
-            split: [
-                (entries[path], name)
-                for path, name in zip(listing.paths, listing.classes, strict=True)
-                if not entries[path].error
-            ]
-            for split, listing in self.listings.items()
+            split: [(entries[path], name) for path, name in files if not entries[path].error]
+            for split, files in self.files.items()
         }
         return usable, bad
 
     def _check(self, usable: Mapping[str, Sequence[tuple[Entry, str]]], bad: Sequence[str]) -> None:
         if bad and not self.skip_bad:
             raise UserError(f"cannot use {_summary(bad)}; data.skip_bad=true leaves them out")
-        for split, images in usable.items():
-            if empty := sorted({*self.class_names} - {name for _, name in images}):
-                raise UserError(f"data.root={self.root}: no images of {', '.join(empty)} in {split}")
+        self._check_classes(usable)
 
 
 def _summary(bad: Sequence[str]) -> str:
@@ -179,8 +162,8 @@ def _version(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _list_splits(root: Path) -> dict[str, Listing]:
-    """Return the files in ``root/<class>/`` as train, or those of each split in ``root/<split>/<class>/``."""
+def _list_splits(root: Path) -> tuple[Files, list[str]]:
+    """Return the files in ``root/<class>/`` as train, or in ``root/<split>/<class>/``, and why paths are unusable."""
     if not root.is_dir():
         raise UserError(f"data.root={root}: there is no such folder")
     folders = _folders(root)
@@ -192,11 +175,10 @@ def _list_splits(root: Path) -> dict[str, Listing]:
     splits = {split: matches[0] for split, matches in found.items() if matches}
     if folders and not splits and all(any(f.name.casefold() in names for names in SPLITS.values()) for f in folders):
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
-    if splits and "train" not in splits:
-        raise UserError(f"data.root={root}: there is a folder {min(splits)}, but no folder train")
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         log.warning("data.root=%s: folders that are not train, val or test are not used: %s", root, ", ".join(others))
-    return {split: _list_classes(folder, root) for split, folder in (splits or {"train": root}).items()}
+    bad: list[str] = []
+    return {split: _list_classes(folder, root, bad) for split, folder in (splits or {"train": root}).items()}, bad
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -205,20 +187,19 @@ def _folders(parent: Path) -> list[Path]:
     return [path for path in folders if not (path / CACHE_TAG).exists()]
 
 
-def _list_classes(folder: Path, root: Path) -> Listing:
-    """Return the files in ``folder/<class>/``, sorted by class and then by path."""
-    listing = Listing([], [], [])
+def _list_classes(folder: Path, root: Path, bad: list[str]) -> list[tuple[str, str]]:
+    """Return the files in ``folder/<class>/``, sorted by class and path; add to ``bad`` why paths are unusable."""
+    found: list[tuple[str, str]] = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir():
-            listing.bad.append(f"{path} (not in a class folder)")
+            bad.append(f"{path} (not in a class folder)")
     for name, class_folder in sorted(_class_folders(folder).items()):
         files, errors = list_files(class_folder)
-        listing.paths.extend(path.relative_to(root).as_posix() for path in files)
-        listing.classes.extend([name] * len(files))
-        listing.bad.extend(f"{error.filename} ({error.strerror})" for error in errors)
+        found += [(path.relative_to(root).as_posix(), name) for path in files]
+        bad += [f"{error.filename} ({error.strerror})" for error in errors]
         if not files and not errors:
-            listing.bad.append(f"{class_folder} (no images)")
-    return listing
+            bad.append(f"{class_folder} (no images)")
+    return found
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
@@ -234,10 +215,10 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_table(table: Path, root: Path) -> dict[str, Listing]:
+def _read_table(table: Path) -> Files:
     """Return the files of a CSV table with the columns path, label and optionally split (train, if empty)."""
     splits = {name: split for split, names in SPLITS.items() for name in names}
-    listings: dict[str, Listing] = {}
+    files: Files = {}
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
@@ -251,11 +232,7 @@ def _read_table(table: Path, root: Path) -> dict[str, Listing]:
                         f"data.labels={table}, line {rows.line_num}: needs a path, a label, and train, val or test "
                         "as the split"
                     )
-                listing = listings.setdefault(name, Listing([], [], []))
-                listing.paths.append(path)
-                listing.classes.append(unicodedata.normalize("NFC", label))
+                files.setdefault(name, []).append((path, unicodedata.normalize("NFC", label)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.labels={table}: {getattr(error, 'strerror', None) or error}") from error
-    if "train" not in listings:
-        raise UserError(f"data.labels={table}: has no training images")
-    return listings
+    return files

@@ -15,22 +15,26 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.images import BadImageError, decode_sized, in_threads
+from cifar10_tl.data.batch import leave_group
+from cifar10_tl.data.images import BadImageError, available_cores, decode_sized
 
 VERSION = 7  # of the files and of decoding
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
+FILES = 32  # that a process decodes at once
 PAGE = 2**16  # bytes that the kernel maps around a page that is read
 RELEASE_BYTES = 2**25
 
@@ -124,7 +128,16 @@ class ImageCache:
             pixels.seek(self.row_bytes * next_row)
             lines: list[bytes] = []
             flushed = time.monotonic()
-            decoded = in_threads(self._decode, files, window=64)
+            # processes, because the threads of one process decode small files one after another (the GIL of Python)
+            loader: DataLoader[Any] = DataLoader(
+                files,  # type: ignore[arg-type] # a list is a map-style dataset
+                FILES,
+                num_workers=min(available_cores(), len(files) // FILES),
+                collate_fn=self._decode,
+                worker_init_fn=leave_group,
+                generator=torch.Generator(),  # the global one belongs to the run
+            )
+            decoded = chain.from_iterable(loader)
             try:
                 for found, image in tqdm(decoded, "decoding", len(files), unit=" images", disable=None, leave=False):
                     entry = found
@@ -139,17 +152,19 @@ class ImageCache:
             finally:  # when interrupted, too
                 _flush(pixels, index, lines)
 
-    def _decode(self, file: tuple[str, list[int]]) -> tuple[Entry, NDArray[np.uint8] | None]:
-        """Return the entry of a file, without a row, and its pixels."""
-        path, version = file
-        try:
-            pixels, width, height = decode_sized(self.root / path, self.size, self.fit)
-        except BadImageError as error:
-            return Entry(path, version, None, error=str(error)), None
-        pixels = np.ascontiguousarray(pixels)
-        return Entry(
-            path, version, None, width, height, hashlib.blake2b(pixels.data, digest_size=8).hexdigest()
-        ), pixels
+    def _decode(self, files: Sequence[tuple[str, list[int]]]) -> list[tuple[Entry, NDArray[np.uint8] | None]]:
+        """Return the entry of each file, without a row, and its pixels."""
+        decoded: list[tuple[Entry, NDArray[np.uint8] | None]] = []
+        for path, version in files:
+            try:
+                pixels, width, height = decode_sized(self.root / path, self.size, self.fit)
+            except BadImageError as error:
+                decoded.append((Entry(path, version, None, error=str(error)), None))
+                continue
+            pixels = np.ascontiguousarray(pixels)
+            digest = hashlib.blake2b(pixels.data, digest_size=8).hexdigest()
+            decoded.append((Entry(path, version, None, width, height, digest), pixels))
+        return decoded
 
 
 def _outdated(files: Mapping[str, list[int]], entries: Mapping[str, Entry], retry: bool) -> list[tuple[str, list[int]]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,9 +17,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-
-#: How a picture becomes a square, see :func:`to_pixels`.
-FITS = ("crop", "pad", "squeeze")
 
 #: Color around a padded picture: the mean of ImageNet, which is about zero in the network.
 PAD_COLOR = (124, 116, 104)
@@ -57,17 +52,15 @@ def decode_sized(path: Path | str, size: int, fit: str = "crop") -> Decoded:
     in https://pillow.readthedocs.io/en/stable/reference/Image.html#PIL.Image.Image.thumbnail).
     """
     try:
-        with _quiet_pillow, Image.open(path) as picture:
+        with Image.open(path) as picture:
             width, height = picture.size
             limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice this limit
             if limit and width * height > limit:
                 raise BadImageError(f"Image size ({width * height} pixels) exceeds limit of {limit} pixels")
             (columns, rows), _ = _placement(width, height, size, fit)
             reduced = picture.draft(None, (2 * columns, 2 * rows))
-            picture.load()  # before the EXIF data are read, which may follow the pixels
-            x, y = reduced[1][2:] if reduced else picture.size
-            upright = (height, width) if _orientation(picture) >= 5 else (width, height)
-            return Decoded(_fitted(picture, x, y, size, fit), *upright)
+            pixels = to_pixels(picture, size, fit, reduced and reduced[1][2:])  # reads the EXIF data after the pixels
+            return Decoded(pixels, *((height, width) if _orientation(picture) >= 5 else (width, height)))
     except UnidentifiedImageError as error:
         raise BadImageError("not an image format that Pillow can read") from error
     except Exception as error:  # Pillow raises many types of errors for broken files
@@ -75,7 +68,9 @@ def decode_sized(path: Path | str, size: int, fit: str = "crop") -> Decoded:
         raise BadImageError(" ".join(reason.split())) from error
 
 
-def to_pixels(picture: Image.Image, size: int, fit: str = "crop") -> NDArray[np.uint8]:
+def to_pixels(
+    picture: Image.Image, size: int, fit: str = "crop", extent: tuple[float, float] | None = None
+) -> NDArray[np.uint8]:
     """Convert a picture to RGB, uint8 [3, size, size], as in training.
 
     The EXIF orientation is applied, transparency is composited on white, 16-bit grayscale is scaled to 8 bits, and
@@ -86,13 +81,10 @@ def to_pixels(picture: Image.Image, size: int, fit: str = "crop") -> NDArray[np.
         size: Width and height of the result in pixels.
         fit: "crop" scales the shorter side to ``size`` and takes the center, "pad" scales the longer side to ``size``
             and fills the rest with ``PAD_COLOR``, "squeeze" changes the aspect ratio.
+        extent: Width and height in pixels, if less than the last column and row belongs to the picture.
     """
     picture.load()
-    return _fitted(picture, *picture.size, size, fit)
-
-
-def _fitted(picture: Image.Image, width: float, height: float, size: int, fit: str) -> NDArray[np.uint8]:
-    """Return the pixels of a loaded picture, whose last column and row may be cut by ``width`` and ``height``."""
+    width, height = extent or picture.size
     content, box = _placement(width, height, size, fit)
     rgb = _rgb(_eight_bit(picture))
     rgb = rgb if rgb.size == content else rgb.resize(content, Image.Resampling.BICUBIC, box)
@@ -160,27 +152,9 @@ def list_files(folder: Path) -> tuple[list[Path], list[OSError]]:
     return sorted(files), errors
 
 
-class _QuietPillow:
-    """Context that ignores Pillow's warnings, in several threads at once, unlike ``warnings.catch_warnings``."""
-
-    lock, users, filters = Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.users:
-                self.filters = warnings.catch_warnings()
-                self.filters.__enter__()
-                warnings.filterwarnings("ignore", module="PIL")
-            self.users += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.users -= 1
-            if not self.users:
-                self.filters.__exit__(None, None, None)
-
-
-_quiet_pillow = _QuietPillow()
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:
@@ -193,9 +167,8 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], window: int) -> G
         items: Arguments, read in the thread of the consumer.
         window: Maximum number of results that wait for the consumer.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(cores)
+    pool = ThreadPoolExecutor(available_cores())
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

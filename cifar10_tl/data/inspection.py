@@ -24,7 +24,7 @@ def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int,
     for split, images in ((split, images) for split, images in splits.items() if images):
         found = *_unequal_classes(images), *_copies(images, len(splits) == 1), *_odd_sizes(images, size, fit)
         notes += [f"{split}: {note}" for note in found]
-    train = {image.digest: image for image, _ in splits["train"]}
+    train = {image.digest: image for image, _ in splits.get("train", ())}
     for split in splits.keys() - {"train"}:
         pairs = [(image, train[image.digest]) for image, _ in splits[split] if image.digest in train]
         shared = [f"{image.path} = {other.path}" for image, other in pairs]

@@ -41,13 +41,19 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     module = restore(Path(cfg.checkpoint))
     trainer = build_trainer(cfg)
     datamodule = build_datamodule(cfg, module)
+    needed = {cfg.split: f"split={cfg.split}"} | ({"train": "report=full"} if cfg.report == "full" else {})
+    if missing := needed.keys() - datamodule.splits.keys():
+        name = min(missing)
+        raise UserError(f"{needed[name]}: there are no {SPLIT_NAMES[name]} images in {datamodule.hparams['root']}")
     split = datamodule.splits[cfg.split]
     people = ground_truth.read_human_labels(cfg.human_labels, split, len(module.class_names))
     doubtful = ground_truth.read_doubtful_labels(cfg.doubtful_labels, split, module.class_names)
     evaluator = Evaluator(module, trainer, datamodule.hparams["batch_size"])
     evaluation = evaluator(split, cfg.split)
-    val = evaluation if cfg.split == "val" else evaluator(datamodule.splits["val"], "val, to fit the temperature")
-    temperature = fit_temperature(val.logits, val.labels)
+    temperature = None
+    if "val" in datamodule.splits:
+        val = evaluation if cfg.split == "val" else evaluator(datamodule.splits["val"], "val, to fit the temperature")
+        temperature = fit_temperature(val.logits, val.labels)
 
     results = {
         "checkpoint": str(cfg.checkpoint),
@@ -84,10 +90,11 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
 
 
 def write_figures(
-    run_dir: Path, evaluation: Evaluation, temperature: float, split: Split, name: str, epoch: int | None
+    run_dir: Path, evaluation: Evaluation, temperature: float | None, split: Split, name: str, epoch: int | None
 ) -> None:
     """Write the figures of an evaluation of the ``split`` with this name."""
-    scaled, where = evaluation.scaled(temperature), f"{SPLIT_NAMES[name]}, epoch {epoch}"
+    scaled = None if temperature is None else evaluation.scaled(temperature)
+    where = f"{SPLIT_NAMES[name]}, epoch {epoch}"
     for title, figure in evaluation_figures(evaluation, scaled, split, where).items():
         with atomic_write(run_dir / "figures" / f"{title}_{name}.png") as file:
             file.write(to_png(figure))
@@ -155,6 +162,8 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
     for key in ("native_size", "fit"):  # other images are resized as in training
         if key in options:
             options[key] = module.hparams[key]
+    if options["source"] == "folder" and _origin(options) != _origin(trained_with):
+        options["test_only"] = True
     datamodule = CIFAR10DataModule(**options)
     names, found = ", ".join(module.class_names), ", ".join(datamodule.class_names)
     if names != found:

@@ -36,11 +36,12 @@ _VERBOSE_LOGGERS = (
 
 
 def quiet_libraries() -> None:
-    """Suppress Lightning's tips and the warnings that do not apply."""
+    """Suppress Lightning's tips, Pillow's warnings about odd files, and the warnings that do not apply."""
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{pattern}")
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def device_name(device: torch.device) -> str:

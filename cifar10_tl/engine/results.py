@@ -139,8 +139,9 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
 
 
 def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> str:
-    calibrated = scores["calibrated"]
-    columns = {"uncalibrated": scores, f"temperature-scaled (val, {calibrated['temperature']:.3f})": calibrated}
+    columns = {"uncalibrated": scores}
+    if calibrated := scores.get("calibrated"):
+        columns[f"temperature-scaled (val, {calibrated['temperature']:.3f})"] = calibrated
     if views is not None:
         columns[f"{views['name']}, {views['views']} views"] = views
     formats = {

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _ROW, _BAR, _LIMIT = 0.27, 5.0, 40  # inches of a row and of a full bar, number of rows of class_bars
 
 
-def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Split, where: str) -> dict[str, Figure]:
+def evaluation_figures(
+    evaluation: Evaluation, calibrated: Evaluation | None, split: Split, where: str
+) -> dict[str, Figure]:
     """Draw all figures of an evaluation of the images in ``split``.
 
     ``calibrated`` has the temperature-scaled probabilities; ``where`` ends the headings: "validation, epoch 3".
@@ -33,6 +35,7 @@ def evaluation_figures(evaluation: Evaluation, calibrated: Evaluation, split: Sp
     panels = {
         f"{title}: ECE {scored.calibration()['ece']:.2%}": scored.reliability_bins()
         for title, scored in (("uncalibrated", evaluation), ("temperature-scaled (val)", calibrated))
+        if scored
     }
     return {
         "confusion_matrix": confusion_matrix_figure(evaluation, where),

@@ -130,15 +130,29 @@ def test_validation_folder_is_used(pictures: Path) -> None:
     assert set(folder_of(pictures).load()) == {"train", "val", "test"}
 
 
+def test_other_data_without_splits_are_a_test_split_as_a_whole(pictures: Path, tmp_path: Path) -> None:
+    def sizes(root: Path, **options: Any) -> dict[str, int]:
+        source = folder_of(root, test_only=True, **options)
+        source.prepare()
+        return {split: len(images.labels) for split, images in source.load().items()}
+
+    assert sizes(pictures) == {"train": 14, "test": 6}
+    assert sizes(pictures / "train") == {"test": 14}
+    shutil.move(pictures / "train", tmp_path)
+    assert sizes(pictures) == {"test": 6}
+    (tmp_path / "labels.csv").write_text("path,label\ntest/bee/0.png,bee\ntest/ant/0.png,ant\n")
+    assert sizes(pictures, labels=str(tmp_path / "labels.csv")) == {"test": 2}
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "train").rename(root / "trains"), "there is a folder test, but no folder train"),
+        (lambda root: (root / "train").rename(root / "trains"), "there are images of test, but none of train"),
         (lambda root: shutil.copytree(root / "test", root / "Testing"), "Testing and test are the same split"),
         (lambda root: shutil.rmtree(root), "there is no such folder"),
-        (lambda root: (root / "test/ant").rename(root / "test/fly"), "classes of train and test differ: ant, fly"),
-        (lambda root: [f.unlink() for f in (root / "test/ant").iterdir()], "classes of train and test differ: ant"),
-        (lambda root: [shutil.rmtree(root / "train" / name) for name in ("ant", "bee")], "at least 2 .* but has 1"),
+        (lambda root: (root / "test/ant").rename(root / "test/fly"), "no images of fly in train"),
+        (lambda root: [f.unlink() for f in (root / "test/ant").iterdir()], "no images of ant in test"),
+        (lambda root: [shutil.rmtree(f) for f in [*root.glob("*/ant"), *root.glob("*/bee")]], "2 classes, but has 1"),
     ],
 )
 def test_unsuitable_folder_is_reported(pictures: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -256,7 +270,7 @@ def test_a_table_lists_images_of_any_folder(tmp_path: Path) -> None:
         (b"path,class\na.png,ant\n", "labels.csv: has no column label"),
         (b"path,label\na.png,ant\nb.png,\n", "labels.csv, line 3: needs a path, a label"),
         (b"path,label,split\na.png,ant,tset\n", "labels.csv, line 2: needs .* train, val or test"),
-        (b"path,label,split\na.png,ant,test\n", "labels.csv: has no training images"),
+        (b"path,label,split\na.png,ant,test\n", "labels.csv: there are images of test, but none of train"),
         (b"path,label\n\xff.png,ant\n", "labels.csv: 'utf-8' codec"),
         (b"path,label\na.png,ant\nb.png,bee\n", r"cannot use 2 paths: .*a.png \(No such file or directory\)"),
         (None, "labels.csv: No such file"),

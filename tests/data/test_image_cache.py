@@ -109,6 +109,28 @@ def test_rows_in_use_are_never_overwritten(cache: ImageCache) -> None:
     assert images.take(torch.arange(20))[:, 0, 0, 0].tolist() == [*range(20)]
 
 
+def test_many_files_are_decoded_by_several_processes(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, pids = image_cache.decode_sized, cache.root.parent / "pids"
+
+    def logged(path: Path, size: int, fit: str) -> Any:
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.01)
+        return decode(path, size, fit)
+
+    monkeypatch.setattr(image_cache, "decode_sized", logged)
+    monkeypatch.setattr(image_cache, "available_cores", lambda: 2)
+    monkeypatch.setattr(image_cache, "FILES", 5)
+    (cache.root / "bad.png").write_bytes(b"?")
+    state = torch.get_rng_state()
+    entry = cache.update({**FILES, "bad.png": [1]})["bad.png"]
+    assert (entry.row, entry.error) == (None, "not an image format that Pillow can read")
+    assert torch.equal(torch.get_rng_state(), state)
+    used = pids.read_text().split()
+    assert (len(used), len({*used}), str(os.getpid()) in used) == (21, 2, False)
+    assert values(cache) == WANTED
+
+
 def test_two_processes_decode_each_file_once(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, decoded = image_cache.decode_sized, []
     monkeypatch.setattr(

@@ -257,6 +257,14 @@ def test_other_data_with_ground_truth(
     with pytest.raises(UserError, match="rows must be in the order of the test images"):
         run_evaluate(*options, f"human_labels={tmp_path / 'official.npy'}", checkpoint=tmp_path / "sorted.ckpt")
 
+    whole = (*folder[::2], f"data.root={tmp_path / 'images' / 'test'}")  # without splits
+    results = run_evaluate(*whole, checkpoint=tmp_path / "sorted.ckpt")
+    assert (results["test"]["acc"], results["test"]["count"]) == (accuracy, 60)
+    assert "calibrated" not in results["test"], "there are no validation images"
+    for option, kind in (("split=val", "validation"), ("report=full", "training")):
+        with pytest.raises(UserError, match=f"^{option}: there are no {kind} images in .*test$"):
+            run_evaluate(*whole, option, checkpoint=tmp_path / "sorted.ckpt")
+
 
 def test_data_settings_update_those_of_the_checkpoint() -> None:
     trained = {"source": "folder", "root": "a", "val_size": 10, "image_limit": 5}

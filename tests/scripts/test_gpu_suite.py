@@ -65,5 +65,5 @@ def test_a_failed_step_is_reported_and_repeated_only_if_it_is_named(tmp_path: Pa
     done = suite(tmp_path / "out", *failing, "--steps", "scratch")
     assert done.returncode == 1
     assert "failed: scratch" in done.stdout
-    assert "training needs images of at least 2 classes" in state(tmp_path / "out")["scratch"]["failed"]
+    assert "needs images of at least 2 classes" in state(tmp_path / "out")["scratch"]["failed"]
     assert "scratch ..." in suite(tmp_path / "out", *failing, "--steps", "scratch").stdout
