@@ -86,6 +86,8 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         )
         has_report = cfg.get("report", "none") == "none" or (run_dir / results.REPORT).exists()
         if "test" in earlier and (has_report or not cfg.test):
+            kept = run_dir / "checkpoints" / "best.ckpt"
+            log.info("%s", results.summary(earlier, run_dir, kept if kept.exists() else None))
             return earlier
     best, best_epoch = checkpoints.best_checkpoint(trainer) or (None, None)
     outcome = results.fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)

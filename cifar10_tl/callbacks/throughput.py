@@ -76,7 +76,7 @@ class Throughput(Callback):
         elif self._steps == 2:
             self._second_step_end = self._step_end
         elif self._steps == 5 and pl_module.device.type == "cpu" and trainer.is_global_zero:
-            self._log_long_run(trainer)
+            self._log_long_run(trainer, len(getattr(pl_module, "image_sizes", ())) > 1)
 
     def on_train_epoch_end(self, *_: Any) -> None:
         self._seconds += self._step_end - self._epoch_start
@@ -93,13 +93,14 @@ class Throughput(Callback):
             "peak_memory_gb": peak_memory_gb(device),
         }
 
-    def _log_long_run(self, trainer: pl.Trainer) -> None:
+    def _log_long_run(self, trainer: pl.Trainer, images_grow: bool) -> None:
         left = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
         seconds = (self._step_end - self._second_step_end) / (self._steps - 2) * left
         if seconds > LONG_RUN_SECONDS:
             log.info(
-                "This run will take about %s on this CPU. Faster: experiment=quickstart (minutes), experiment=probe "
+                "This run will take %s %s on this CPU. Faster: experiment=quickstart (minutes), experiment=probe "
                 "(one pass through the network), a smaller model.image_size or data.image_limit.",
+                "more than" if images_grow else "about",
                 timedelta(seconds=round(seconds)),
             )
 

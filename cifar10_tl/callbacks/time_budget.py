@@ -156,7 +156,7 @@ class TimeBudget(Callback):
                 f"this machine; use budget={1.1 * total:.0f}s or more, a lower data.image_limit or a smaller model"
             )
         if fitting != self.epochs:
-            change = f"{fitting} epochs" + (f" instead of {self.epochs}" if self.epochs else "")
+            change = f"{fitting} epoch{'s' * (fitting > 1)}" + (f" instead of {self.epochs}" if self.epochs else "")
             log.info("budget=%s: %s, %.0f s left for %d", self.budget, change, left, fitting - done)
             self._set_epochs(trainer, pl_module, fitting)
 

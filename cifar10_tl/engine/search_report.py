@@ -21,7 +21,8 @@ def describe(trial: FrozenTrial) -> str:
     """Return one line on a trial that has ended."""
     if trial.value is None:
         return f"failed: {trial.user_attrs['error']}"
-    return f"{STATES[trial.state]} after {len(trial.intermediate_values)} epochs, val acc {trial.value:.2%}"
+    epochs = len(trial.intermediate_values)
+    return f"{STATES[trial.state]} after {epochs} epoch{'s' * (epochs != 1)}, val acc {trial.value:.2%}"
 
 
 def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:

@@ -33,7 +33,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch: float, device: str = "cpu") -> None:
+def epoch(
+    callback: Throughput, clock: Clock, steps: int, seconds: float, fetch: float, device: str = "cpu", sizes: int = 1
+) -> None:
     """Run an epoch of two processes with batches of 8, ``seconds`` per step and ``fetch`` seconds per batch."""
     loader = SimpleNamespace(requested_at=0.0)
     trainer: Any = SimpleNamespace(
@@ -45,7 +47,7 @@ def epoch(callback: Throughput, clock: Clock, steps: int, seconds: float, fetch:
         estimated_stepping_batches=10_000,
         accumulate_grad_batches=1,
     )
-    module: Any = SimpleNamespace(device=torch.device(device))
+    module: Any = SimpleNamespace(device=torch.device(device), image_sizes=[(0, 32)] * sizes)
     callback.on_train_epoch_start(trainer, module)
     for _ in range(steps):
         loader.requested_at = clock.now
@@ -82,15 +84,17 @@ def test_only_waiting_for_a_batch_counts_as_waiting_for_data(tmp_path: Path) -> 
     assert 0.15 <= row["data_wait"] * row["seconds"] < 0.15 + SlowStep.seconds  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("seconds", "device", "logged"), [(7.0, "cpu", 1), (0.3, "cpu", 0), (7.0, "meta", 0)])
+@pytest.mark.parametrize(
+    ("seconds", "device", "sizes", "logged"),
+    [(7.0, "cpu", 1, ["about"]), (7.0, "cpu", 2, ["more than"]), (0.3, "cpu", 1, []), (7.0, "meta", 1, [])],
+)
 def test_a_long_run_on_a_cpu_is_announced_once(
-    clock: Clock, caplog: pytest.LogCaptureFixture, seconds: float, device: str, logged: int
+    clock: Clock, caplog: pytest.LogCaptureFixture, seconds: float, device: str, sizes: int, logged: list[str]
 ) -> None:
     caplog.set_level("INFO")
-    epoch(Throughput(), clock, steps=40, seconds=seconds, fetch=0.0, device=device)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == logged
-    assert all("about 19:26:40 on this CPU" in message for message in messages)  # 10,000 steps of 7 seconds
+    epoch(Throughput(), clock, steps=40, seconds=seconds, fetch=0.0, device=device, sizes=sizes)
+    found = [record.getMessage().partition(" on this CPU")[0] for record in caplog.records]
+    assert found == [f"This run will take {word} 19:26:40" for word in logged]  # 10,000 steps of 7 seconds
 
 
 def test_a_resumed_run_continues_its_measurements() -> None:

@@ -149,6 +149,7 @@ def test_finished_run_keeps_its_results_and_is_read_once(
         assert results[key] == read_results(run)[key] == before[key], key
     assert rows(run) == rows(finished_run)
     assert caplog.text.count("nothing left to train") == 1
+    assert f"report       {run / 'report.html'}" in caplog.text
     assert reads == {"last.ckpt": 1}
     events = read_events(run)
     counts = {"test/acc": 1, "test/loss": 1, "train/loss": 2, "images/s": 2, "train/loss_step": 10, "lr/head": 10}
