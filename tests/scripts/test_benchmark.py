@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,11 @@ def test_the_bare_loop_of_the_memory_row_prints_its_peak_memory() -> None:
 
 
 @pytest.mark.slow
-def test_both_sides_of_a_row_that_decodes_get_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_of_a_row_that_decodes_get_the_same_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     import benchmark_files as files
 
     pictures = files.usual_loader(files.write_pictures("small", quick=True), files.TILE).dataset
