@@ -88,8 +88,8 @@ def find_files(images: str | Sequence[str], run_dir: Path) -> tuple[list[str], l
     errors: list[OSError] = []
     for name in [images] if isinstance(images, str) else images:
         matches = map(Path, [name] if Path(name).exists() else glob.glob(name, recursive=True))
-        listings = [list_files(path) if path.is_dir() else ([path], []) for path in matches]
-        files = {path for paths, _ in listings for path in paths if path.resolve() not in own}
+        listings = [list_files(path) if path.is_dir() else ([str(path)], []) for path in matches]
+        files = {path for paths, _ in listings for path in map(Path, paths) if path.resolve() not in own}
         failed = [error for _, folders in listings for error in folders]
         if not files and not failed:
             raise UserError(f"images={name}: no such file, or no files in this folder")

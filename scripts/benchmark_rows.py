@@ -192,15 +192,16 @@ def predict_with(file: str, quick: bool) -> float:
 
 
 def decode(kind: str, size: int, quick: bool) -> Measure:
-    """Decode a folder once: into our cache, and by one epoch of the usual loader, whose workers run already."""
+    """List and decode a folder once: into our cache, and by the first epoch of the usual loader."""
     root = files.write_pictures(kind, quick)
-    usual, num_images = files.usual_loader(root, size), len(list(root.rglob("*.jpg")))
-
-    def theirs() -> float:
-        return num_images / seconds_of(lambda: sum(1 for _ in usual))
-
-    theirs()  # starts the workers
-    return in_turn(lambda: num_images / seconds_of(lambda: files.folder_data(root, size).prepare_data()), theirs)
+    num_images = len(list(root.rglob("*.jpg")))
+    sides = (
+        lambda: files.folder_data(root, size).prepare_data(),
+        lambda: sum(1 for _ in files.usual_loader(root, size)),
+    )
+    for first in sides:
+        first()
+    return in_turn(*(lambda side=side: num_images / seconds_of(side) for side in sides))
 
 
 def folder_epoch(quick: bool) -> Measure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -131,7 +132,7 @@ class Folder:
     def _read(self, *, retry: bool = False) -> tuple[dict[str, list[tuple[Entry, str]]], list[str]]:
         """Return the images of each split with the names of their classes, and a message for each unusable path."""
         entries = (
-            self.cache.update({path: _version(self.root / path) for path in self.paths}, retry=retry)
+            self.cache.update({path: _version(os.path.join(self.root, path)) for path in self.paths}, retry=retry)
             if self.cache
             else {path: Entry(path, [], None) for path in self.paths}
         )
@@ -153,10 +154,10 @@ def _summary(bad: Sequence[str]) -> str:
     return f"{len(bad)} path{'s' * (len(bad) > 1)}: {printable(', '.join(bad[:5]))}{more}"
 
 
-def _version(path: Path) -> list[int]:
+def _version(path: str) -> list[int]:
     """Return the size and the times of a file, which change with its content."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except (OSError, ValueError):  # a broken link or an odd name, reported when it is decoded
         return []
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -195,7 +196,8 @@ def _list_classes(folder: Path, root: Path, bad: list[str]) -> list[tuple[str, s
             bad.append(f"{path} (not in a class folder)")
     for name, class_folder in sorted(_class_folders(folder).items()):
         files, errors = list_files(class_folder)
-        found += [(path.relative_to(root).as_posix(), name) for path in files]
+        inside, start = class_folder.relative_to(root).as_posix(), len(str(class_folder))
+        found += [(f"{inside}{path[start:]}", name) for path in files]
         bad += [f"{error.filename} ({error.strerror})" for error in errors]
         if not files and not errors:
             bad.append(f"{class_folder} (no images)")

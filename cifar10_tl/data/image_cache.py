@@ -6,6 +6,7 @@ killed at any moment leaves a valid cache, and others can read it at any time.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -15,14 +16,12 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import leave_group
 from cifar10_tl.data.images import BadImageError, available_cores, decode_sized
 
-VERSION = 7  # of the files and of decoding
+VERSION = 8  # of the files and of decoding
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
 FILES = 32  # that a process decodes at once
@@ -93,8 +92,7 @@ class ImageCache:
                 (self.folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
                 with FileLock(self.lock):
                     entries = self._entries()  # with what another process has decoded meanwhile
-                    self._append(_outdated(files, entries, retry), entries)
-                    entries = self._entries()
+                    entries |= self._append(_outdated(files, entries, retry), entries)
             except OSError as error:
                 raise UserError(f"{self.folder}: {error.strerror}; choose another data.cache_dir") from error
         return {path: entries[path] for path in files}
@@ -110,8 +108,8 @@ class ImageCache:
         is_whole = all(entry.row is None or entry.row < num_rows for entry in found)
         return {entry.path: entry for entry in found} if is_whole else {}
 
-    def _append(self, files: Sequence[tuple[str, list[int]]], entries: Mapping[str, Entry]) -> None:
-        """Decode files on all cores and append them, to disk every second."""
+    def _append(self, files: Sequence[tuple[str, list[int]]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Decode files on all cores, append them, to disk every second, and return their entries."""
         needed, free = self.row_bytes * len(files), shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
@@ -124,47 +122,59 @@ class ImageCache:
         self.pixels.touch()
         with self.pixels.open("r+b") as pixels, self.index.open("ab") as index:
             index.write(b"\n" * (index.tell() > 0))  # ends a line that was cut off
-            next_row = math.ceil(pixels.seek(0, os.SEEK_END) / self.row_bytes)  # never overwrite what others may read
-            pixels.seek(self.row_bytes * next_row)
-            lines: list[bytes] = []
-            flushed = time.monotonic()
+            first = math.ceil(pixels.seek(0, os.SEEK_END) / self.row_bytes)  # never overwrite what others may read
             # processes, because the threads of one process decode small files one after another (the GIL of Python)
             loader: DataLoader[Any] = DataLoader(
-                files,  # type: ignore[arg-type] # a list is a map-style dataset
+                [*enumerate(files, first)],  # type: ignore[arg-type] # a list is a map-style dataset
                 FILES,
                 num_workers=min(available_cores(), len(files) // FILES),
                 collate_fn=self._decode,
-                worker_init_fn=leave_group,
+                worker_init_fn=_init_worker,
                 generator=torch.Generator(),  # the global one belongs to the run
             )
-            decoded = chain.from_iterable(loader)
+            lines: list[bytes] = []
+            added: dict[str, Entry] = {}
+            flushed = time.monotonic()
             try:
-                for found, image in tqdm(decoded, "decoding", len(files), unit=" images", disable=None, leave=False):
-                    entry = found
-                    if image is not None:
-                        pixels.write(image.data)
-                        entry, next_row = found._replace(row=next_row), next_row + 1
-                    text = json.dumps(entry).encode()
-                    lines.append(_checksum(text) + b" " + text + b"\n")
-                    if time.monotonic() - flushed > FLUSH_SECONDS:
-                        _flush(pixels, index, lines)
-                        flushed = time.monotonic()
+                with tqdm(desc="decoding", total=len(files), unit=" images", disable=None, leave=False) as bar:
+                    for entries_or_error in loader:
+                        if isinstance(entries_or_error, OSError):
+                            raise entries_or_error
+                        for entry in entries_or_error:
+                            text = json.dumps(entry).encode()
+                            lines.append(_checksum(text) + b" " + text + b"\n")
+                            added[entry.path] = entry
+                        bar.update(len(entries_or_error))
+                        if time.monotonic() - flushed > FLUSH_SECONDS:
+                            _flush(pixels, index, lines)
+                            flushed = time.monotonic()
             finally:  # when interrupted, too
                 _flush(pixels, index, lines)
+        return added
 
-    def _decode(self, files: Sequence[tuple[str, list[int]]]) -> list[tuple[Entry, NDArray[np.uint8] | None]]:
-        """Return the entry of each file, without a row, and its pixels."""
-        decoded: list[tuple[Entry, NDArray[np.uint8] | None]] = []
-        for path, version in files:
+    def _decode(self, files: Sequence[tuple[int, tuple[str, list[int]]]]) -> list[Entry] | OSError:
+        """Write the pixels of files to these successive rows, and return the entries, or an error with its number."""
+        entries, images = [], np.zeros((len(files), 3, self.size, self.size), np.uint8)
+        for (row, (path, version)), image in zip(files, images, strict=True):
             try:
-                pixels, width, height = decode_sized(self.root / path, self.size, self.fit)
+                image[:], width, height = decode_sized(os.path.join(self.root, path), self.size, self.fit)
             except BadImageError as error:
-                decoded.append((Entry(path, version, None, error=str(error)), None))
-                continue
-            pixels = np.ascontiguousarray(pixels)
-            digest = hashlib.blake2b(pixels.data, digest_size=8).hexdigest()
-            decoded.append((Entry(path, version, None, width, height, digest), pixels))
-        return decoded
+                entries.append(Entry(path, version, None, error=str(error)))
+            else:
+                digest = hashlib.sha256(image.data).hexdigest()[:16]
+                entries.append(Entry(path, version, row, width, height, digest))
+        try:
+            with self.pixels.open("r+b") as file:
+                file.seek(files[0][0] * self.row_bytes)
+                file.write(images.data)
+        except OSError as error:
+            return error
+        return entries
+
+
+def _init_worker(worker: int) -> None:
+    leave_group(worker)
+    gc.disable()  # decoding makes no cycles, and a collection would copy the memory of all objects of the parent
 
 
 def _outdated(files: Mapping[str, list[int]], entries: Mapping[str, Entry], retry: bool) -> list[tuple[str, list[int]]]:

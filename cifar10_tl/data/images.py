@@ -136,20 +136,20 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return page
 
 
-def list_files(folder: Path) -> tuple[list[Path], list[OSError]]:
+def list_files(folder: Path) -> tuple[list[str], list[OSError]]:
     """Return the files below a folder, sorted, and an error for each folder that cannot be read.
 
     Hidden files and folders are skipped. Links are followed, each folder once; a broken link counts as a file.
     """
-    files: list[Path] = []
+    files: list[str] = []
     errors: list[OSError] = []
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         seen.add(os.path.realpath(parent))
         folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
-        paths = (Path(parent, name) for name in names if name[0] != ".")
-        files += [path for path in paths if path.is_file() or not path.exists()]
-    return sorted(files), errors
+        paths = (os.path.join(parent, name) for name in names if name[0] != ".")
+        files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    return sorted(files, key=lambda path: path.split(os.sep)), errors
 
 
 def available_cores() -> int:

@@ -68,7 +68,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = image_cache.decode_sized
     monkeypatch.setattr(
-        image_cache, "decode_sized", lambda path, size, fit: names.append(path.name) or decode(path, size, fit)
+        image_cache,
+        "decode_sized",
+        lambda path, size, fit: names.append(os.path.basename(path)) or decode(path, size, fit),
     )
     return names
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 import shutil
 import threading
 import time
@@ -23,8 +24,10 @@ FILES = {f"{i}.png": [i] for i in range(20)}
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> ImageCache:
-    """Cache of 20 images of 8 x 8 pixels whose value is their number."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageCache:
+    """Cache of 20 images of 8 x 8 pixels whose value is their number, decoded one by one by this process."""
+    monkeypatch.setattr(image_cache, "FILES", 1)
+    monkeypatch.setattr(image_cache, "available_cores", lambda: 0)
     root = tmp_path / "images"
     root.mkdir()
     for i, name in enumerate(FILES):
@@ -50,8 +53,8 @@ class Killed(BaseException):
 def test_a_killed_process_leaves_a_valid_cache(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, decoded = image_cache.decode_sized, []
 
-    def count(path: Path, size: int, fit: str) -> Any:
-        decoded.append(path.name)
+    def count(path: str, size: int, fit: str) -> Any:
+        decoded.append(path)
         return decode(path, size, fit)
 
     monkeypatch.setattr(image_cache, "decode_sized", count)
@@ -112,7 +115,7 @@ def test_rows_in_use_are_never_overwritten(cache: ImageCache) -> None:
 def test_many_files_are_decoded_by_several_processes(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, pids = image_cache.decode_sized, cache.root.parent / "pids"
 
-    def logged(path: Path, size: int, fit: str) -> Any:
+    def logged(path: str, size: int, fit: str) -> Any:
         with pids.open("a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.01)
@@ -131,10 +134,24 @@ def test_many_files_are_decoded_by_several_processes(cache: ImageCache, monkeypa
     assert values(cache) == WANTED
 
 
+def test_an_error_of_another_process_is_reported(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "available_cores", lambda: 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * cache.row_bytes, hard))
+    try:
+        with pytest.raises(UserError, match=r"cache: File too large; choose another data\.cache_dir"):
+            cache.update(FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert values(cache) == WANTED
+
+
 def test_two_processes_decode_each_file_once(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, decoded = image_cache.decode_sized, []
     monkeypatch.setattr(
-        image_cache, "decode_sized", lambda path, size, fit: decoded.append(path.name) or decode(path, size, fit)
+        image_cache,
+        "decode_sized",
+        lambda path, size, fit: decoded.append(os.path.basename(path)) or decode(path, size, fit),
     )
     other = ImageCache(cache.folder, cache.root, 8, "crop")
     threads = [threading.Thread(target=x.update, args=(FILES,)) for x in (cache, other)]
@@ -201,6 +218,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 def test_kill_9_while_decoding(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
         "from pathlib import Path; import time; from cifar10_tl.data import image_cache as c; c.FLUSH_SECONDS = 0;"
+        "c.FILES, c.available_cores = 1, lambda: 0;"
         "decode = c.decode_sized; c.decode_sized = lambda *a: (time.sleep(0.2), decode(*a))[1];"
         f"c.ImageCache(Path({str(cache.folder)!r}), Path({str(cache.root)!r}), 8, 'crop').update({FILES!r})"
     )
@@ -213,7 +231,9 @@ def test_kill_9_while_decoding(cache: ImageCache, monkeypatch: pytest.MonkeyPatc
     kept = len(cache.index.read_bytes().splitlines())
     decode, decoded = image_cache.decode_sized, []
     monkeypatch.setattr(
-        image_cache, "decode_sized", lambda path, size, fit: decoded.append(path.name) or decode(path, size, fit)
+        image_cache,
+        "decode_sized",
+        lambda path, size, fit: decoded.append(os.path.basename(path)) or decode(path, size, fit),
     )
     assert values(cache) == WANTED
     assert 20 - kept <= len(decoded) <= 20 - kept + 1 < 20  # the last line may have been cut off

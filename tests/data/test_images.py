@@ -261,5 +261,5 @@ def test_files_are_listed_with_the_folders_that_cannot_be_read(tmp_path: Path, m
     (tmp_path / "z" / "broken.png").symlink_to(tmp_path / "nowhere")
     lock(monkeypatch, tmp_path / "locked")
     files, errors = list_files(tmp_path)
-    assert [str(file.relative_to(tmp_path)) for file in files] == ["a.jpg", "b.png", "z/broken.png", "z/c.png"]
+    assert [os.path.relpath(file, tmp_path) for file in files] == ["a.jpg", "b.png", "z/broken.png", "z/c.png"]
     assert [(error.filename, error.strerror) for error in errors] == [(f"{tmp_path}/locked", "Permission denied")]
