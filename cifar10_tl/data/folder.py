@@ -91,7 +91,7 @@ class Folder:
     def _check_classes(self, splits: Mapping[str, Sequence[tuple[object, str]]]) -> None:
         for split, images in splits.items():
             if empty := sorted({*self.class_names} - {name for _, name in images}):
-                raise UserError(f"data.root={self.root}: no images of {', '.join(empty)} in {split}")
+                raise UserError(f"data.root={self.root}: there are no images in {split} of class {', '.join(empty)}")
 
     def _choose_size(self, image_size: int) -> int:
         """Return the side of the images if a sample of them are small squares of one size, otherwise ``image_size``."""

@@ -102,7 +102,7 @@ MADE = [
     ("data=folder data.root=nowhere", ["nowhere", "no such folder"]),
     ("data=folder data.root=one_class", ["one_class", "2"]),
     ("data=folder data.root=no_image", ["no_image", "data.skip_bad=true"]),
-    ("data=folder data.root=other_test", ["class"]),
+    ("data=folder data.root=other_test", ["no images in train of class fox"]),
     ("init_from=notes.txt", ["notes.txt"]),
     ("paths.output_dir=taken", ["paths.output_dir=taken", "resume=taken"]),
     ("callbacks.curves._target_=cifar10_tl.callbacks.Curve", ["Curve"]),

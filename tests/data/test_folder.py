@@ -152,8 +152,8 @@ def test_other_data_without_splits_are_a_test_split_as_a_whole(pictures: Path, t
         (lambda root: (root / "train").rename(root / "trains"), "there are images of test, but none of train"),
         (lambda root: shutil.copytree(root / "test", root / "Testing"), "Testing and test are the same split"),
         (lambda root: shutil.rmtree(root), "there is no such folder"),
-        (lambda root: (root / "test/ant").rename(root / "test/fly"), "no images of fly in train"),
-        (lambda root: [f.unlink() for f in (root / "test/ant").iterdir()], "no images of ant in test"),
+        (lambda root: (root / "test/ant").rename(root / "test/fly"), "no images in train of class fly"),
+        (lambda root: [f.unlink() for f in (root / "test/ant").iterdir()], "no images in test of class ant"),
         (lambda root: [shutil.rmtree(f) for f in [*root.glob("*/ant"), *root.glob("*/bee")]], "2 classes, but has 1"),
     ],
 )
