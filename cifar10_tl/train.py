@@ -45,7 +45,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         try:
             return _train(cfg, handler, started)
         except Stopped:
-            if process_rank() == 0 and (run_dir / RUN_CONFIG).exists():
+            if process_rank() == 0 and (run_dir / "checkpoints").exists():  # else the command removes the folder
                 log.info("resume with: %s", resume_command(run_dir))
             raise
 

@@ -35,6 +35,7 @@ import soak
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.resume import resumed_config
 from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.processes import Stopped
 from cifar10_tl.io import claim
 from cifar10_tl.train import train
@@ -96,6 +97,17 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 def assert_same(run: Path, expected: dict[str, Any]) -> None:
     assert [name for name, value in soak.outcome(run).items() if value != expected[name]] == []
+
+
+def test_a_run_stopped_before_its_first_step_has_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(CIFAR10DataModule, "prepare_data", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        start(tmp_path)
+    assert "compile false" in caplog.text
+    assert "resume with" not in caplog.text
 
 
 @pytest.mark.parametrize(
