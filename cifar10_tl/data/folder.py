@@ -75,11 +75,12 @@ class Folder:
     ) -> None:
         self.root, self.fit, self.test_size, self.skip_bad = Path(root), fit, test_size, skip_bad
         self.files, self.bad = (_read_table(Path(labels)), []) if labels else _list_splits(self.root)
-        if "test" not in self.files and (other := "val" if "val" in self.files else "train" * test_only):
-            self.files["test"] = self.files.pop(other)
         if "train" not in self.files and not test_only:
-            given = f"data.labels={labels}" if labels else f"data.root={root}"
-            raise UserError(f"{given}: there are images of {min(self.files, default='no split')}, but none of train")
+            given, found = f"data.labels={labels}" if labels else f"data.root={root}", ", ".join(self.files)
+            raise UserError(f"{given}: has no training images (splits: {found or 'none'})")
+        for other in ("val", "train")[: 1 + test_only]:
+            if "test" not in self.files and other in self.files:
+                self.files["test"] = self.files.pop(other)
         self.paths = [path for files in self.files.values() for path, _ in files]
         self.class_names = tuple(sorted({name for files in self.files.values() for _, name in files}))
         if len(self.class_names) < 2:

@@ -81,7 +81,7 @@ def to_pixels(
         size: Width and height of the result in pixels.
         fit: "crop" scales the shorter side to ``size`` and takes the center, "pad" scales the longer side to ``size``
             and fills the rest with ``PAD_COLOR``, "squeeze" changes the aspect ratio.
-        extent: Width and height in pixels, if less than the last column and row belongs to the picture.
+        extent: Width and height of the content in pixels, if it ends inside the last column or row.
     """
     picture.load()
     width, height = extent or picture.size

@@ -25,7 +25,7 @@ def trivial_augment(images: Tensor, operations: Tensor, levels: Tensor, signs: T
     """
     scales = torch.stack([torch.linspace(low, high, LEVELS) for low, high, _ in OPERATIONS]).to(images.device)
     magnitudes = scales[operations, levels] * signs
-    # One synchronization with the device, for the number of images of each operation.
+    # One synchronization with the device, to read the number of images of each operation.
     groups = torch.split(operations.argsort(), operations.bincount(minlength=len(OPERATIONS)).tolist())
     augmented = images.clone()
     for (_, _, operation), group in zip(OPERATIONS[1:], groups[1:], strict=True):  # the first one changes nothing

@@ -144,12 +144,15 @@ def test_other_data_without_splits_are_a_test_split_as_a_whole(pictures: Path, t
     assert sizes(pictures) == {"test": 6}
     (tmp_path / "labels.csv").write_text("path,label\ntest/bee/0.png,bee\ntest/ant/0.png,ant\n")
     assert sizes(pictures, labels=str(tmp_path / "labels.csv")) == {"test": 2}
+    (tmp_path / "labels.csv").write_text("path,label\n")
+    with pytest.raises(UserError, match="at least 2 classes, but has 0"):
+        sizes(pictures, labels=str(tmp_path / "labels.csv"))
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "train").rename(root / "trains"), "there are images of test, but none of train"),
+        (lambda root: (root / "train").rename(root / "trains"), r"has no training images \(splits: test\)"),
         (lambda root: shutil.copytree(root / "test", root / "Testing"), "Testing and test are the same split"),
         (lambda root: shutil.rmtree(root), "there is no such folder"),
         (lambda root: (root / "test/ant").rename(root / "test/fly"), "no images in train of class fly"),
@@ -272,7 +275,8 @@ def test_a_table_lists_images_of_any_folder(tmp_path: Path) -> None:
         (b"path,class\na.png,ant\n", "labels.csv: has no column label"),
         (b"path,label\na.png,ant\nb.png,\n", "labels.csv, line 3: needs a path, a label"),
         (b"path,label,split\na.png,ant,tset\n", "labels.csv, line 2: needs .* train, val or test"),
-        (b"path,label,split\na.png,ant,test\n", "labels.csv: there are images of test, but none of train"),
+        (b"path,label,split\na.png,ant,test\n", r"labels.csv: has no training images \(splits: test\)"),
+        (b"path,label\n", r"labels.csv: has no training images \(splits: none\)"),
         (b"path,label\n\xff.png,ant\n", "labels.csv: 'utf-8' codec"),
         (b"path,label\na.png,ant\nb.png,bee\n", r"cannot use 2 paths: .*a.png \(No such file or directory\)"),
         (None, "labels.csv: No such file"),
