@@ -258,9 +258,10 @@ def test_other_data_with_ground_truth(
         run_evaluate(*options, f"human_labels={tmp_path / 'official.npy'}", checkpoint=tmp_path / "sorted.ckpt")
 
     whole = (*folder[::2], f"data.root={tmp_path / 'images' / 'test'}")  # without splits
-    results = run_evaluate(*whole, checkpoint=tmp_path / "sorted.ckpt")
+    results = run_evaluate(*whole, "report=short", checkpoint=tmp_path / "sorted.ckpt")
     assert (results["test"]["acc"], results["test"]["count"]) == (accuracy, 60)
     assert "calibrated" not in results["test"], "there are no validation images"
+    assert "temperature scaling" not in (tmp_path / "evaluation" / "report.html").read_text()
     for option, kind in (("split=val", "validation"), ("report=full", "training")):
         with pytest.raises(UserError, match=f"^{option}: there are no {kind} images in .*test$"):
             run_evaluate(*whole, option, checkpoint=tmp_path / "sorted.ckpt")
