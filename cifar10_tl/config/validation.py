@@ -103,7 +103,8 @@ has_target = Rule("the _target_ of a profiler", lambda value: isinstance(value, 
 #: The keys of each rule. A key with ? may also be null.
 _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False), "test trust data.on_device data.cache_features data.skip_bad model.head.bidirectional"),
-    (one_of(True, False), "data.augment.horizontal_flip optimizer.nesterov trainer.sync_batchnorm trainer.benchmark?"),
+    (one_of(True, False), "optimizer.nesterov trainer.sync_batchnorm trainer.benchmark?"),
+    (one_of(True, False, "alternating"), "data.augment.horizontal_flip"),
     (one_of(True, False), "data.augment.trivial_augment data.cache"),
     (one_of(True, False), "trainer.enable_progress_bar trainer.enable_model_summary trainer.detect_anomaly"),
     (one_of(True, False), "gradient_flow logistic_regression"),

@@ -22,7 +22,8 @@ class Augment:
     """Settings of :func:`augment`.
 
     Attributes:
-        horizontal_flip: Flip images horizontally with probability 0.5.
+        horizontal_flip: Flip images horizontally with probability 0.5. "alternating": a random half in the first epoch,
+            then each image in every second epoch (https://arxiv.org/abs/2404.00498, section 3.6).
         random_crop_padding: Reflection padding in pixels before a random crop to the original size.
         random_resized_crop: Range of the area, as a fraction, of a random box (https://arxiv.org/abs/1409.4842) with an
             aspect ratio from 3/4 to 4/3. The network crops and resizes at once, see :attr:`Batch.boxes`.
@@ -35,7 +36,7 @@ class Augment:
         mix_off_last: Fraction of the epochs, at the end of training, without mixing.
     """
 
-    horizontal_flip: bool = False
+    horizontal_flip: bool | Literal["alternating"] = False
     random_crop_padding: int = 0
     random_resized_crop: Sequence[float] | None = None
     trivial_augment: bool = False
@@ -83,10 +84,17 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
 def _choose_view(batch: Batch, features: Tensor, draw: KeyedRNG, settings: Augment) -> Batch:
     if not settings.horizontal_flip:
         return batch._replace(features=features[:, 0])
-    mirrored = draw.uniform("flip") < 0.5
+    mirrored = _mirrored(draw, settings)
     images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
     rows = torch.arange(len(features), device=features.device)
     return batch._replace(images=images, features=features[rows, mirrored.long()])
+
+
+def _mirrored(draw: KeyedRNG, settings: Augment) -> Tensor:
+    """Return which images are flipped, bool [N]."""
+    if settings.horizontal_flip == "alternating":
+        return (KeyedRNG(draw.seed, 0, draw.indices).uniform("flip") < 0.5) ^ (draw.epoch % 2 == 1)
+    return draw.uniform("flip") < 0.5
 
 
 def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
@@ -96,7 +104,7 @@ def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
     rows = torch.arange(height, device=images.device).expand(len(images), -1)
     columns = torch.arange(width, device=images.device).expand(len(images), -1)
     if settings.horizontal_flip:
-        columns = torch.where(draw.uniform("flip")[:, None] < 0.5, width - 1 - columns, columns)
+        columns = torch.where(_mirrored(draw, settings)[:, None], width - 1 - columns, columns)
     if padding:
         rows = _reflect(rows + draw.integer("top", 2 * padding + 1)[:, None] - padding, height)
         columns = _reflect(columns + draw.integer("left", 2 * padding + 1)[:, None] - padding, width)

@@ -163,7 +163,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split = self.splits[name]
         if self.feature_cache is None:
             return split
-        mirrored = name == "train" and self.augment.horizontal_flip
+        mirrored = name == "train" and bool(self.augment.horizontal_flip)
         features = self.feature_cache.features(name, split, mirrored=mirrored)
         return Split(split.store, split.labels, split.indices, features, split.paths, split.rows)
 

@@ -35,11 +35,11 @@ class KeyedRNG:
     )
 
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:
-        self._seed, self._epoch, self._indices = seed, epoch, indices
+        self.seed, self.epoch, self.indices = seed, epoch, indices
 
     @cached_property
     def _key(self) -> int | Tensor:
-        return hash32(hash32(self._seed, self._epoch), self._indices)
+        return hash32(hash32(self.seed, self.epoch), self.indices)
 
     def uniform(self, name: str) -> Tensor:
         """Return float32 numbers [N] in [0, 1)."""

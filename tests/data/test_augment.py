@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,11 +65,19 @@ def test_flip_mirrors_about_half_of_the_images(batch: Batch) -> None:
     assert 20 <= mirrored.sum() <= 44
 
 
-def test_cached_features_are_mirrored_with_their_images(batch: Batch) -> None:
+def test_alternating_flip_mirrors_each_image_in_every_second_epoch(batch: Batch) -> None:
+    epochs = [run(batch, Augment(horizontal_flip="alternating"), epoch=epoch).images for epoch in range(4)]
+    assert torch.equal(epochs[0], run(batch, Augment(horizontal_flip=True)).images), "the first epoch is random"
+    assert torch.equal(epochs[1], epochs[0].flip(3))
+    assert torch.equal(torch.stack(epochs[2:]), torch.stack(epochs[:2]))
+
+
+@pytest.mark.parametrize("flip", [True, "alternating"])
+def test_cached_features_are_mirrored_with_their_images(batch: Batch, flip: Any) -> None:
     views = torch.tensor([[0.0], [1.0]]).expand(64, -1, -1)  # plain and mirrored
     for epoch in (0, 1):
-        images = run(batch, Augment(horizontal_flip=True), epoch=epoch).images
-        out = run(batch._replace(features=views), Augment(horizontal_flip=True), epoch=epoch)
+        images = run(batch, Augment(horizontal_flip=flip), epoch=epoch).images
+        out = run(batch._replace(features=views), Augment(horizontal_flip=flip), epoch=epoch)
         assert torch.equal(out.images, images)
         assert torch.equal(out.features[:, 0] == 1, (images != batch.images).flatten(1).any(1))
 
