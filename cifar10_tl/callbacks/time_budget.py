@@ -87,7 +87,7 @@ class TimeBudget(Callback):
             loader: Any = trainer.train_dataloader
             num_batches = len(_split(trainer, "val")) / loader.sampler.batch_size
             self.validation_seconds = num_batches * self.phases[-1][1] / 3  # a step without the backward pass
-            self.other_seconds = self.validation_seconds + FILES_SECONDS
+            self.other_seconds = self.validation_seconds / (trainer.check_val_every_n_epoch or 1) + FILES_SECONDS
             self._plan(trainer, pl_module, done=0)
         self._epoch_start = self._epoch_start or time.perf_counter()
 
@@ -101,6 +101,7 @@ class TimeBudget(Callback):
             return
         if trainer.strategy.broadcast(self._left(trainer) < 0):
             self.is_over = trainer.should_stop = True
+            trainer.check_val_every_n_epoch = 1
             log.info("budget=%s: stopping inside epoch %d, which is too slow", self.budget, trainer.current_epoch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,18 +143,17 @@ class TimeBudget(Callback):
         """Change the number of epochs if it does not fit the time that is left, and at the beginning."""
         if self.epochs is not None and done >= self.epochs:
             return
-        left, every = self._left(trainer), trainer.check_val_every_n_epoch or 1
+        left = self._left(trainer)
         needed = partial(self._seconds, int(trainer.num_training_batches), done)
         fitting = bisect_right(range(LIMIT), left / (1 + RESERVE), lo=done + 1, key=needed) - 1
-        fitting = max(done, fitting - fitting % every)
-        if needed(planned := self.epochs or every) <= left:
+        if needed(planned := self.epochs or 1) <= left:
             fitting = max(fitting, planned)
         fitting = trainer.strategy.broadcast(fitting)
         if fitting == 0:
-            total = seconds_of(self.budget) - left + needed(every)
+            total = seconds_of(self.budget) - left + needed(1)
             raise UserError(
-                f"budget={self.budget}: training until the first validation and the test take about {total:.0f} s on "
-                f"this machine; use budget={1.1 * total:.0f}s or more, a lower data.image_limit or a smaller model"
+                f"budget={self.budget}: an epoch and the test take about {total:.0f} s on this machine; use "
+                f"budget={1.1 * total:.0f}s or more, a lower data.image_limit or a smaller model"
             )
         if fitting != self.epochs:
             change = f"{fitting} epoch{'s' * (fitting > 1)}" + (f" instead of {self.epochs}" if self.epochs else "")

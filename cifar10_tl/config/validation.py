@@ -217,15 +217,12 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError("logistic_regression=true needs cached features: add data.cache_features=true")
     if config.get("data.source") == "shapes" and isinstance(test_size := config.get("data.test_size"), float):
         raise UserError(f"data.test_size={test_size}: should be a whole number for data=shapes")
-    every, epochs = config.get("trainer.check_val_every_n_epoch", 1), config.get("trainer.max_epochs", 1)
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
         raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")
     if budget := config.get("budget"):
         for key, unlimited in {"trainer.max_steps": -1, "trainer.max_time": None}.items():
             if config.get(key, unlimited) != unlimited:
                 raise UserError(f"{key}={config[key]}: is not used with budget={budget}; remove one of them")
-    elif every > epochs:
-        raise UserError(f"trainer.check_val_every_n_epoch={every}: {epochs} epochs would have no validation")
     alternatives = {"overfit_batches": "debug=overfit", "val_check_interval": "trainer.check_val_every_n_epoch"}
     for key, alternative in alternatives.items():
         if f"trainer.{key}" in config:

@@ -37,16 +37,16 @@ def test_the_best_of_the_validated_epochs_is_tested_and_reported(
     caplog.set_level("INFO")
     results: Any = train(cfg)
     run = Path(cfg.paths.output_dir)
-    assert [row["val/loss"] != "" for row in rows(run)] == [False, True, False, True, False]
+    assert [row["val/loss"] != "" for row in rows(run)] == [False, True, False, True, True], "the last epoch, too"
     losses = {int(row["epoch"]): float(row["val/loss"]) for row in rows(run) if row["val/loss"]}
     best = min(losses, key=losses.__getitem__)
-    files = {"lowest.ckpt", "lowest-1.ckpt", "lowest-3.ckpt", "last.ckpt"}
+    files = {"lowest.ckpt", "lowest-1.ckpt", "lowest-3.ckpt", "lowest-4.ckpt", "last.ckpt"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == files
     assert (results["best_epoch"], results["val"]["loss"]) == (best, losses[best])
     (line,) = [line for line in caplog.text.splitlines() if "  checkpoint " in line]
     assert epoch_of(Path(line.split()[-1])) == epoch_of(run / "checkpoints" / "lowest.ckpt") == best
     assert epoch_of(run / "checkpoints" / "last.ckpt") == 4
-    assert [step for step, _ in scalars(run, "val/loss")] == [1, 3]
+    assert [step for step, _ in scalars(run, "val/loss")] == [1, 3, 4]
 
 
 def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_cfg: Small) -> None:

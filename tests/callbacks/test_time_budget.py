@@ -23,7 +23,6 @@ class Plan:
         self.callback.phases, self.callback.other_seconds, self.callback.validation_seconds = [(0.0, 1.0)], OTHER, 3.0
         self.trainer: Any = SimpleNamespace(
             num_training_batches=STEPS,
-            check_val_every_n_epoch=1,
             strategy=SimpleNamespace(broadcast=lambda value: value),
             fit_loop=SimpleNamespace(max_epochs=40),
             datamodule=SimpleNamespace(splits={"val": range(100), "test": range(200)}),
@@ -80,12 +79,6 @@ def test_epochs_of_several_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     left = 25 * (10 * 3 + 5) + 25 * (10 * 4 + 5)
     assert plan.callback._seconds(STEPS, 50, 100) == pytest.approx(left)
     assert plan.callback._seconds(STEPS, 90, 100) == pytest.approx(10 * 45)
-
-
-def test_all_epochs_are_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(monkeypatch, 2 + 12.5 * 15, test=False)
-    plan.trainer.check_val_every_n_epoch = 5
-    assert plan.after(0, seconds=0) == 10
 
 
 def test_budget_for_less_than_an_epoch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,11 +98,14 @@ def test_slower_machine_trains_fewer_epochs(clock: Clock, tmp_path: Path) -> Non
     assert rates[-1] == 0, "the schedule is complete"
 
 
-def test_epoch_that_is_too_slow_is_stopped(clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("every", "best"), [(1, 0), (2, 1)])  # part of an epoch is the best only if nothing else is
+def test_epoch_that_is_too_slow_is_stopped(
+    every: int, best: int, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     clock.slow = {4: 100.0}
-    results = start(tmp_path, budget(2.5))
-    assert (saved_step(tmp_path), results["best_epoch"], results["test"]["count"]) == (5, 0, 32)
+    results = start(tmp_path, budget(2.5), f"trainer.check_val_every_n_epoch={every}")
+    assert (saved_step(tmp_path), results["best_epoch"], results["test"]["count"]) == (5, best, 32)
     assert caplog.text.count("stopping inside epoch 1") == 1
     assert resume(tmp_path)["test"] == results["test"]
     assert caplog.text.count("nothing left to train") == 1
