@@ -200,7 +200,7 @@ class LitClassifier(pl.LightningModule):
         num_epochs = self.trainer.max_epochs or 0
         started = [size for start, size in self.image_sizes if round(start * num_epochs) <= self.current_epoch]
         self.network.training_size = started[-1]
-        if self.current_epoch + 1 == num_epochs:
+        if self.current_epoch + 1 == num_epochs and self.trainer.check_val_every_n_epoch:
             self.trainer.check_val_every_n_epoch = 1  # else the last epochs would be trained in vain
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
