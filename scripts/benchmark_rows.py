@@ -276,34 +276,31 @@ def gpu_fit(size: int, batch: int, compiled: bool, quick: bool) -> Measure:
     device, steps = torch.device("cuda"), GPU_STEPS[size] // (4 if quick else 1)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-
-    def measure(number: int) -> Pair:
-        cfg, module, datamodule = build_on_gpu(size, batch, compiled)
-        network = copy.deepcopy(module.network).to(device)
-        network.lay_out_for(device)
-        batches = [(x.to(device), y.to(device)) for x, y in fits.ready_batches(datamodule, 10)]
-        if compiled:
-            network.compile()
-        repeated = islice(cycle(batches), steps)
-        return in_turn(
-            lambda: fits.images_per_second(fits.our_fit(cfg, module, datamodule, steps), batch),
-            lambda: fits.images_per_second(fits.bare_fit(network, repeated, steps, "bf16-mixed"), batch),
-        )(number)
-
-    return measure
+    cfg, module, datamodule = build_on_gpu(size, batch, compiled)
+    network = copy.deepcopy(module.network).to(device)
+    network.lay_out_for(device)
+    batches = [(x.to(device), y.to(device)) for x, y in fits.ready_batches(datamodule, 10)]
+    if compiled:
+        network.compile()
+    return in_turn(
+        lambda: fits.images_per_second(fits.our_fit(cfg, module, datamodule, steps), batch),
+        lambda: fits.images_per_second(
+            fits.bare_fit(network, islice(cycle(batches), steps), steps, "bf16-mixed"), batch
+        ),
+    )
 
 
 def gpu_real(size: int, on_device: bool, quick: bool) -> Measure:
     """Compare our fit on augmented batches with the same fit on one repeated batch."""
     steps, batch = GPU_STEPS[size] // (4 if quick else 1), 512
 
-    def speed(synthetic: bool) -> float:
+    def prepared(synthetic: bool) -> Callable[[], float]:
         cfg, module, datamodule = build_on_gpu(size, batch, True, f"data.on_device={str(on_device).lower()}")
         if synthetic:
             repeat_one_batch(datamodule, "cuda")
-        return fits.images_per_second(fits.our_fit(cfg, module, datamodule, steps), batch)
+        return lambda: fits.images_per_second(fits.our_fit(cfg, module, datamodule, steps), batch)
 
-    return in_turn(partial(speed, False), partial(speed, True))
+    return in_turn(prepared(False), prepared(True))
 
 
 def repeat_one_batch(datamodule: Any, device: str) -> None:

@@ -108,15 +108,17 @@ class Suite:
         output = self.python(f"{SCRIPTS}/soak.py", *rounds, "--accelerator", self.accelerator)
         return {"result": output.splitlines()[-1]}  # a round that differs is an error
 
-    def speed(self, recipe: str, size: int, batch: int) -> Result:
-        """Measure the second epoch of a recipe."""
-        images = (2 if self.on_cpu else 60) * batch
+    def speed(self, recipe: str, sizes: list[Any], number: int, batch: int) -> Result:
+        """Measure the last epoch of an image size, in a short run of the recipe with all of its sizes."""
+        images, epochs = (2 if self.on_cpu else 40) * batch, 8 if len(sizes) > 1 else 2
         given = ("data=shapes", f"data.train_size={images + 100}", "data.val_size=100", "data.test_size=10")
-        given += ("model.weights=null", f"model.image_size={size}", "test=false", *self.tiny)
-        last = self.train(f"speed {recipe} {size}", *RECIPES[recipe], *given, "trainer.max_epochs=2")[1][-1]
-        speed = float(last["images_per_second"])
-        found = {"batch": batch, "images/s": speed, "ms/step": last["step_ms"], "peak GB": last["peak_memory_gb"]}
-        return {**found, "45,000 images (s)": 45_000 / speed}
+        given += ("model.weights=null", "test=false", *self.tiny, f"trainer.max_epochs={epochs}")
+        rows = self.train(f"speed {recipe}", *RECIPES[recipe], *given)[1]
+        ends = [round(start * epochs) for start, _ in sizes[1:]] + [epochs]
+        row = rows[ends[number] - 1]
+        speed = float(row["images_per_second"])
+        found = {"batch": batch, "images/s": speed, "ms/step": row["step_ms"], "peak GB": row["peak_memory_gb"]}
+        return {**found, "waiting for data": row["data_wait"], "45,000 images (s)": 45_000 / speed}
 
     def scratch(self) -> Result:
         """Train without weights; report the time of the training steps until val reached an accuracy."""
@@ -145,8 +147,9 @@ class Suite:
             for recipe in ("scratch",) if self.on_cpu else RECIPES:
                 cfg: Any = OmegaConf.to_container(compose("train", overrides=[*RECIPES[recipe], *self.tiny]))
                 size, batch = cfg["model"]["image_size"], cfg["data"]["batch_size"]
-                for pixels in [s for _, s in size] if isinstance(size, list) else [size]:
-                    steps[f"speed {recipe} {pixels}"] = partial(self.speed, recipe, pixels, batch)
+                sizes = size if isinstance(size, list) else [[0, size]]
+                for number, (_, pixels) in enumerate(sizes):
+                    steps[f"speed {recipe} {pixels}"] = partial(self.speed, recipe, sizes, number, batch)
         steps |= {"scratch": self.scratch} if self.data_root else {}
         return steps | {f"benchmark {r}": partial(self.benchmark, r) for r in (["help"] if self.on_cpu else GPU_ROWS)}
 
