@@ -41,15 +41,17 @@ EXPERIMENTS = {file.stem for file in (CONFIG_DIR / "experiment").iterdir()} - NO
 #: The overrides of each recipe for a GPU.
 RECIPES: dict[str, list[str]] = {"default": [], **{name: [f"experiment={name}"] for name in sorted(EXPERIMENTS)}}
 #: One step in each of five epochs, so that metrics.csv has the loss of each step. Dropout masks depend on the device.
+#: At the recipe's learning rate, rounding alone changes the fifth loss by 1 %.
 FIVE_STEPS = (
-    *("experiment=quickstart", "model.backbone=resnet18", "model.head.dropout=0", "optimizer=sgd", "test=false"),
+    *("experiment=quickstart", "model.backbone=resnet18", "model.head.dropout=0", "test=false"),
+    *("optimizer=sgd", "optimizer.lr=0.001"),
     *("trainer.precision=32-true", "trainer.deterministic=true", "trainer.limit_train_batches=1"),
     *("trainer.max_epochs=5", "data.train_size=1000", "data.val_size=128", "data.test_size=10"),
 )
 #: Overrides of a run, the run that it is compared with, and the largest relative difference of a loss.
 COMPARED = {
-    "gpu": (("compile=false",), "cpu", 1e-2),
-    "compiled": (("compile=true",), "gpu", 1e-2),
+    "gpu": (("compile=false",), "cpu", 2e-3),
+    "compiled": (("compile=true",), "gpu", 2e-3),
     "ddp": (("compile=false", "trainer.strategy=ddp"), "gpu", 1e-5),
     "cpu": (("compile=false", "trainer.accelerator=cpu"), "cpu", 0.0),
 }

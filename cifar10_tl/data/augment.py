@@ -1,4 +1,8 @@
-"""Augmentation of a whole uint8 batch on its device, with independent random numbers for each image."""
+"""Augmentation of a whole uint8 batch, with independent random numbers for each image.
+
+The random numbers and all that depends on them alone, such as boxes, are computed on the CPU, the pixels on their
+device: a few dozen numbers per image are not worth the launch of a kernel.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10_tl.data.batch import Batch
-from cifar10_tl.data.keyed_rng import KeyedRNG
+from cifar10_tl.data.keyed_rng import KeyedRNG, copied_to
 from cifar10_tl.data.trivial_augment import LEVELS, OPERATIONS, trivial_augment
 
 
@@ -78,13 +82,13 @@ def augment(batch: Batch, settings: Augment, *, seed: int, epoch: int, num_class
         boxes = _crop_boxes(images, draw, *settings.random_resized_crop)
     if settings.mix != "none":
         images, targets = _mix(images, targets, boxes, draw, settings, num_classes)
-    return Batch(images, targets, indices, boxes=boxes)
+    return Batch(images, targets, indices, boxes=None if boxes is None else copied_to(images.device, boxes))
 
 
 def _choose_view(batch: Batch, features: Tensor, draw: KeyedRNG, settings: Augment) -> Batch:
     if not settings.horizontal_flip:
         return batch._replace(features=features[:, 0])
-    mirrored = _mirrored(draw, settings)
+    mirrored = copied_to(features.device, _mirrored(draw, settings))
     images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
     rows = torch.arange(len(features), device=features.device)
     return batch._replace(images=images, features=features[rows, mirrored.long()])
@@ -101,14 +105,15 @@ def _flip_and_crop(images: Tensor, draw: KeyedRNG, settings: Augment) -> Tensor:
     """Flip and crop by one gather of the source row and column of each pixel."""
     _, channels, height, width = images.shape
     padding = settings.random_crop_padding
-    rows = torch.arange(height, device=images.device).expand(len(images), -1)
-    columns = torch.arange(width, device=images.device).expand(len(images), -1)
+    rows = torch.arange(height).expand(len(images), -1)
+    columns = torch.arange(width).expand(len(images), -1)
     if settings.horizontal_flip:
         columns = torch.where(_mirrored(draw, settings)[:, None], width - 1 - columns, columns)
     if padding:
         rows = _reflect(rows + draw.integer("top", 2 * padding + 1)[:, None] - padding, height)
         columns = _reflect(columns + draw.integer("left", 2 * padding + 1)[:, None] - padding, width)
-    source = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+    rows, columns = copied_to(images.device, rows * width), copied_to(images.device, columns)
+    source = (rows[:, :, None] + columns[:, None, :]).flatten(1)
     return images.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view_as(images)
 
 
@@ -129,7 +134,7 @@ def _jitter(images: Tensor, draw: KeyedRNG, strength: float) -> Tensor:
     """Change brightness, contrast and saturation as torchvision does, with different factors for each image."""
 
     def factor(name: str) -> Tensor:
-        return (1 + strength * (2 * draw.uniform(name) - 1))[:, None, None, None]
+        return copied_to(images.device, 1 + strength * (2 * draw.uniform(name) - 1))[:, None, None, None]
 
     x = images.float() * factor("brightness")
     x = torch.lerp(_gray(x).mean((2, 3), keepdim=True), x, factor("contrast"))
@@ -138,7 +143,8 @@ def _jitter(images: Tensor, draw: KeyedRNG, strength: float) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    return (images * images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    weights = copied_to(images.device, torch.tensor([0.2989, 0.587, 0.114]))
+    return (images * weights[:, None, None]).sum(1, keepdim=True)
 
 
 def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:
@@ -146,8 +152,8 @@ def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:
     area = 0.02 + 0.31 * draw.uniform("area")
     aspect = 0.3 ** (1 - 2 * draw.uniform("aspect"))  # log-uniform in [0.3, 1/0.3]
     boxes = _random_boxes(images, draw, (area * aspect).sqrt(), (area / aspect).sqrt())
-    chosen = draw.uniform("erase") < probability
-    return images.masked_fill(_inside(images, boxes) & chosen[:, None, None, None], 128)
+    boxes[draw.uniform("erase") >= probability] = 0
+    return images.masked_fill(_inside(images, boxes), 128)
 
 
 def _cut_out(images: Tensor, draw: KeyedRNG, side: int) -> Tensor:
@@ -169,11 +175,12 @@ def _random_boxes(
 
 
 def _inside(images: Tensor, boxes: Tensor) -> Tensor:
-    """Return masks [N, 1, H, W] of the pixels inside boxes [N, 4]."""
+    """Return masks [N, 1, H, W] of the pixels inside boxes [N, 4] on the CPU."""
     inside = []
     for size, start, length in zip(images.shape[2:], boxes[:, :2].T, boxes[:, 2:].T, strict=True):
-        position = torch.arange(size, device=images.device)
-        inside.append((position >= start[:, None]) & (position < (start + length)[:, None]))
+        position = torch.arange(size)
+        within = (position >= start[:, None]) & (position < (start + length)[:, None])
+        inside.append(copied_to(images.device, within))
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
 
 
@@ -185,22 +192,23 @@ def _mix(
     second = images.roll(-half, 0)
     fraction = _beta(draw.uniform("mix"), settings.mix_alpha)
     if settings.mix == "mixup":
-        weight = fraction[:, None, None, None]
-        images = torch.lerp(images.float(), second.float(), weight).round().byte()
+        fraction = copied_to(images.device, fraction)
+        images = torch.lerp(images.float(), second.float(), fraction[:, None, None, None]).round().byte()
     else:
         side = fraction.sqrt()
         box = _inside(images, _random_boxes(images, draw, side, side))
         images = torch.where(box, second, images)
         fraction = box.float().mean((1, 2, 3))  # after rounding to whole pixels
         if crops is not None:
-            fraction = (box & _inside(images, crops)).sum((1, 2, 3)) / crops[:, 2:].prod(1)
+            seen = (box & _inside(images, crops)).sum((1, 2, 3))
+            fraction = seen / copied_to(images.device, crops[:, 2:].prod(1))
     one_hot = F.one_hot(targets, num_classes).float()
     return images, torch.lerp(one_hot, one_hot.roll(-half, 0), fraction[:, None])
 
 
 def _beta(uniform: Tensor, alpha: float) -> Tensor:
     """Transform uniform numbers to Beta(alpha, alpha) by a table of the inverse cumulative distribution."""
-    values, cumulative = (table.to(uniform.device) for table in _beta_table(alpha))
+    values, cumulative = _beta_table(alpha)
     position = torch.searchsorted(cumulative, uniform.contiguous()).clamp(1, len(values) - 1)
     low, high = cumulative[position - 1], cumulative[position]
     between = (uniform - low) / (high - low).clamp_min(1e-12)

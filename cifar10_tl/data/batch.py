@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.keyed_rng import hash32
+from cifar10_tl.data.keyed_rng import copied_to, hash32
 
 CHUNK = 128  # images that are in memory at once when a whole split is read
 
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 [N, 3, H, W].
         targets: Labels, int64 [N], or class probabilities, float32 [N, K], after mixing.
-        indices: Index of each image in its source, int64 [N].
+        indices: Index of each image in its source, int64 [N], on the CPU.
         features: Cached features of a frozen backbone, float [N, ...], or from a loader [N, V, ...] of V views.
         boxes: Top, left, height and width in whole pixels, float32 [N, 4], of the part that the network is to see.
     """
@@ -88,15 +88,15 @@ class Split(Dataset[Batch]):
         return len(self.labels)
 
     def __getitem__(self, positions: Tensor) -> Batch:
-        positions = positions.to(self.labels.device, non_blocking=True)
         # Indexing with brackets copies byte by byte: 400 us for 128 images instead of 15.
-        labels, indices = self.labels.index_select(0, positions), self.indices.index_select(0, positions)
+        indices, positions = self.indices.index_select(0, positions), copied_to(self.labels.device, positions)
+        labels = self.labels.index_select(0, positions)
         features = None if self.features is None else self.features.index_select(0, positions)
         return Batch(self.take(positions), labels, indices, features)
 
     def take(self, positions: Tensor) -> Tensor:
         """Return the images at ``positions`` (int64 [n]) as uint8 [n, 3, H, W]."""
-        rows = self.rows.index_select(0, positions)
+        rows = self.rows.index_select(0, positions.to(self.rows.device))
         return self.store.index_select(0, rows) if isinstance(self.store, Tensor) else self.store.take(rows)
 
     def image(self, position: int) -> Tensor:
@@ -105,20 +105,20 @@ class Split(Dataset[Batch]):
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield all images in order, ``CHUNK`` at a time."""
-        return map(self.take, torch.split(torch.arange(len(self), device=self.labels.device), CHUNK))
+        return map(self.take, torch.split(torch.arange(len(self)), CHUNK))
 
     @property
     def images(self) -> Tensor:
         """All images as one tensor, uint8 [N, 3, H, W]; for few of them only."""
-        return self.take(torch.arange(len(self), device=self.labels.device))
+        return self.take(torch.arange(len(self)))
 
     def to(self, device: torch.device) -> Split:
-        """Return the split with copies of its tensors on ``device``."""
+        """Return the split with copies of its images, labels and features on ``device``."""
         images = torch.empty(self.shape, dtype=torch.uint8, device=device)
         for target, chunk in zip(torch.split(images, CHUNK), self.chunks(), strict=True):
             target.copy_(chunk)
         features = None if self.features is None else self.features.to(device)
-        return Split(images, self.labels.to(device), self.indices.to(device), features, self.paths)
+        return Split(images, self.labels.to(device), self.indices, features, self.paths)
 
     def subset(self, positions: Tensor) -> Split:
         """Return the images at ``positions`` (int64 [n]), with the same indices."""

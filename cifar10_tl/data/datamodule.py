@@ -194,6 +194,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
         dataset = RepeatedImages(split) if balanced else split
         return BatchLoader(dataset, sampler, pin_memory=device.type == "cuda" and not on_device)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Copy a batch, except the indices, from which random numbers are drawn on the CPU."""
+        unindexed = batch._replace(indices=None)  # type: ignore[arg-type]
+        copied: Batch = super().transfer_batch_to_device(unindexed, device, dataloader_idx)
+        return copied._replace(indices=batch.indices)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment a training batch on its device."""
         if self.trainer is not None and self.trainer.training:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-Operation = Callable[[Tensor, Tensor], Tensor]  # of uint8 images [n, 3, H, W] and magnitudes [n]
+from cifar10_tl.data.keyed_rng import copied_to
+
+Operation = Callable[[Tensor, Tensor], Tensor]  # of uint8 images [n, 3, H, W] and magnitudes [n] on the CPU
 
 LEVELS = 31
 
@@ -19,19 +21,16 @@ def trivial_augment(images: Tensor, operations: Tensor, levels: Tensor, signs: T
 
     Args:
         images: uint8 [N, 3, H, W].
-        operations: Position in :data:`OPERATIONS`, int64 [N].
-        levels: Strength from 0 to ``LEVELS - 1``, int64 [N].
-        signs: 1 or -1, the direction of operations that have one, [N].
+        operations: Position in :data:`OPERATIONS`, int64 [N] on the CPU.
+        levels: Strength from 0 to ``LEVELS - 1``, int64 [N] on the CPU.
+        signs: 1 or -1, the direction of operations that have one, [N] on the CPU.
     """
-    scales = torch.stack([torch.linspace(low, high, LEVELS) for low, high, _ in OPERATIONS]).to(images.device)
-    magnitudes = scales[operations, levels] * signs
-    # One synchronization with the device, to read the number of images of each operation.
-    groups = torch.split(operations.argsort(), operations.bincount(minlength=len(OPERATIONS)).tolist())
-    augmented = images.clone()
-    for (_, _, operation), group in zip(OPERATIONS[1:], groups[1:], strict=True):  # the first one changes nothing
-        if len(group):
-            augmented[group] = operation(images[group], magnitudes[group])
-    return augmented
+    counts, order = operations.bincount(minlength=len(OPERATIONS)).tolist(), operations.argsort()
+    by_operation = torch.split(images.index_select(0, copied_to(images.device, order)), counts)
+    magnitudes = torch.split((_SCALES[operations, levels] * signs)[order], counts)
+    groups = zip(OPERATIONS, by_operation, magnitudes, strict=True)
+    augmented = torch.cat([operation(group, values) for (_, _, operation), group, values in groups if len(group)])
+    return augmented.index_select(0, copied_to(images.device, order.argsort()))
 
 
 def _warp(images: Tensor, xx: Tensor, xy: Tensor, dx: Tensor, yx: Tensor, yy: Tensor, dy: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def _warp(images: Tensor, xx: Tensor, xy: Tensor, dx: Tensor, yx: Tensor, yy: Te
     """
     height, width = images.shape[2:]
     rows = (xx, xy * height / width, dx * 2 / width), (yx * width / height, yy, dy * 2 / height)
-    matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    matrices = copied_to(images.device, torch.stack([torch.stack(row, 1) for row in rows], 1))
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).byte()
 
@@ -70,19 +69,20 @@ def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Operation:
     """Return torchvision's ``adjust`` with different factors; it blends an image with its result for the factor 0."""
 
     def operation(images: Tensor, magnitudes: Tensor) -> Tensor:
-        factor = 1 + magnitudes[:, None, None, None]
+        factor = copied_to(images.device, 1 + magnitudes)[:, None, None, None]
         return (images * factor + adjust(images, 0.0) * (1 - factor)).clamp(0, 255).byte()
 
     return operation
 
 
 def _posterize(images: Tensor, bits: Tensor) -> Tensor:
-    unit = 2 ** (8 - bits.abs().round())[:, None, None, None].int()
+    unit = copied_to(images.device, 2 ** (8 - bits.abs().round()).int())[:, None, None, None]
     return (images // unit * unit).byte()
 
 
 def _solarize(images: Tensor, thresholds: Tensor) -> Tensor:
-    return torch.where(images >= 255 * thresholds.abs()[:, None, None, None], 255 - images, images)
+    smallest = copied_to(images.device, 255 * thresholds.abs())[:, None, None, None]
+    return torch.where(images >= smallest, 255 - images, images)
 
 
 #: The magnitude at the first and the last level, and the function, in torchvision's order.
@@ -102,3 +102,4 @@ OPERATIONS: tuple[tuple[float, float, Operation], ...] = (
     (0, 0, lambda images, _: tv.autocontrast(images)),
     (0, 0, lambda images, _: tv.equalize(images)),
 )
+_SCALES = torch.stack([torch.linspace(low, high, LEVELS) for low, high, _ in OPERATIONS])

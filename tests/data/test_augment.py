@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import functional as tv
 
 from cifar10_tl.data.augment import Augment, _beta, augment
@@ -47,6 +50,38 @@ def test_augmentation_of_an_image_does_not_depend_on_its_batch(batch: Batch) -> 
         assert torch.equal(some.boxes, whole.boxes[positions])
     run(batch, replace(EVERYTHING, mix="cutmix"))
     assert torch.equal(batch.images, before), "the input was changed"
+
+
+class MetaOperations(TorchDispatchMode):
+    """Counter of the operations on the device "meta", without views; on a GPU each of them is at least a kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        on_meta = any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, result)))
+        self.count += on_meta and not function.is_view
+        return result
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        (Augment(horizontal_flip=True, random_crop_padding=4), 4),
+        (Augment(horizontal_flip="alternating", random_crop_padding=4, cutout=8), 8),
+        (Augment(trivial_augment=True), 150),
+        (Augment(random_resized_crop=(0.6, 1), mix="cutmix"), 25),
+        (replace(EVERYTHING, mix="mixup"), 200),
+    ],
+)
+def test_few_operations_run_on_the_device_and_none_waits_for_it(batch: Batch, settings: Augment, most: int) -> None:
+    expected = run(batch, settings)
+    batch = batch._replace(images=batch.images.to("meta"), targets=batch.targets.to("meta"))
+    with MetaOperations() as operations:
+        found = run(batch, settings)  # reading the value of a meta tensor is an error
+    assert 0 < operations.count <= most
+    assert (found.images.shape, found.images.device.type) == (expected.images.shape, "meta")
+    assert found.boxes is None or found.boxes.is_meta
 
 
 def test_seed_and_epoch_change_the_augmentation(batch: Batch) -> None:

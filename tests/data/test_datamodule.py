@@ -124,6 +124,18 @@ def test_resuming_inside_an_epoch_gives_the_same_batches() -> None:
         assert torch.equal(a.images, b.images)
 
 
+@pytest.mark.parametrize("on_device", [True, False])
+def test_indices_stay_on_the_cpu_where_random_numbers_are_drawn(on_device: bool) -> None:
+    data, meta = datamodule(), torch.device("meta")
+    data.hparams["on_device"] = on_device
+    data.trainer.strategy.root_device = meta if on_device else torch.device("cpu")  # type: ignore[union-attr]
+    batch = next(iter(data.train_dataloader()))
+    moved = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, meta, 0), 0)
+    assert (batch.images.is_meta, moved.images.is_meta, moved.targets.is_meta) == (on_device, True, True)
+    assert moved.features is None
+    assert torch.equal(moved.indices, training_batches(datamodule())[0].indices)
+
+
 def test_evaluation_images_are_not_augmented() -> None:
     data = datamodule()
     data.trainer.training = False  # type: ignore[union-attr]
