@@ -35,7 +35,8 @@ README = ROOT / "README.md"
 COLUMNS = ("recipe", "weights", "epochs", "image size", "seeds", "test accuracy", "fit", "images/s", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
-UNCOUNTED = r"seed|paths|hydra|logger|callbacks|resume|test|trainer\.enable_progress_bar"  # no other recipe
+#: Overrides that make no other recipe.
+UNCOUNTED = r"seed|paths|hydra|logger|callbacks|resume|test|trainer\.(accelerator|devices|enable_progress_bar)"
 HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and ticks
 
 
@@ -47,6 +48,7 @@ class Point(NamedTuple):
     accuracy: float
     low: float
     high: float
+    device: str
 
 
 class Row(NamedTuple):
@@ -77,7 +79,8 @@ def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that differ from the defaults, except seed, folders, and the epochs chosen by ``budget``."""
     counted = settings_of({"config": config}).keys() - {"seed", "data.root", "data.cache_dir"}
     counted -= {"trainer.max_epochs"} if config.get("budget") else set()
-    return {key: value for key, value in changed_settings(config).items() if key in counted}
+    settings = changed_settings(config).items()
+    return {key: value for key, value in settings if key in counted and not re.match(UNCOUNTED, key)}
 
 
 def shortened(value: Any) -> Any:
@@ -122,7 +125,7 @@ def make_row(runs: Sequence[Run]) -> Row:
     given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
     command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {where['versions']['torch']}"
     title = f"{first['data']}, {count:,} test images ({first['test_images']})"
-    return Row(title, cells, command, Point(name, minutes, mean, low, high))
+    return Row(title, cells, command, Point(name, minutes, mean, low, high, where["device"]))
 
 
 def listed(values: Iterable[Any]) -> str:
@@ -152,10 +155,10 @@ def long_tables(runs: Sequence[Run]) -> str:
 def short_table(runs: Sequence[Run]) -> str:
     """Return the table of README.md."""
     rows = [(row.title.split(",")[0], row.cells) for rows in rows_by_data(runs).values() for row in rows]
-    lines = [[cells[0], data, *cells[4:7]] for data, cells in rows]
+    lines = [[cells[0], data, *cells[4:7], cells[8]] for data, cells in rows]
     rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))
-    lines += [[rest, "", "", "not measured here", ""]] if rest else []
-    return markdown_table(["recipe", "data", *COLUMNS[4:7]], lines).rstrip()
+    lines += [[rest, "", "", "not measured here", "", ""]] if rest else []
+    return markdown_table(["recipe", "data", *COLUMNS[4:7], COLUMNS[8]], lines).rstrip()
 
 
 def filled(text: str, table: str) -> str:
@@ -176,13 +179,13 @@ def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
         draw_points(panel, points)
         step = min(0.2, PANEL / len(points))
         for i, point in enumerate(points):
-            style.write(page, 5.2, top + 0.35 + i * step, style.fit(f"{i + 1} {point.name}", 3.6))
+            style.write(page, 5.2, top + 0.35 + i * step, style.fit(f"{i + 1} {point.name}, {point.device}", 3.8))
     return fig
 
 
 def draw_points(panel: Axes, points: Sequence[Point]) -> None:
     """Draw numbered points with their bars."""
-    for i, (_, minutes, accuracy, low, high) in enumerate(points):
+    for i, (_, minutes, accuracy, low, high, _) in enumerate(points):
         bar = [[accuracy - low], [high - accuracy]]
         panel.errorbar(minutes, accuracy, bar, fmt="o", color=style.BLUE, capsize=3, markersize=4, linewidth=1)
         font: dict[str, Any] = {"family": style.FONT, "fontsize": style.TINY + 1, "ha": ("left", "right")[i % 2]}

@@ -65,7 +65,7 @@ def test_seeds_of_a_recipe_are_one_row_with_students_interval(tmp_path: Path) ->
     runs = digests(tmp_path, *({"acc": 0.9 + 0.02 * seed, "on": (*recipe, f"seed={seed}")} for seed in range(3)))
     (row,) = rows(runs)
     assert row.point[:2] == ("experiment=quickstart optimizer.lr=0.01", 10)
-    assert row.point[2:] == pytest.approx((0.92, 0.87032, 0.96968), abs=1e-5)
+    assert row.point[2:5] == pytest.approx((0.92, 0.87032, 0.96968), abs=1e-5)
     cells = dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))
     assert cells["test accuracy"] == "92.00% [87.03, 96.97]"
     assert cells["seeds"] == "3"
@@ -77,7 +77,7 @@ def test_seeds_of_a_recipe_are_one_row_with_students_interval(tmp_path: Path) ->
 
 def test_one_seed_has_wilsons_interval(tmp_path: Path) -> None:
     (row,) = rows(digests(tmp_path, {"acc": 0.9, "on": ()}))
-    assert row.point == ("default", 10, 0.9, *wilson_interval(900, 1000))
+    assert row.point == ("default", 10, 0.9, *wilson_interval(900, 1000), "cpu (X)")
     assert row.command.startswith("python -m cifar10_tl.train seed=0  # commit 0123456-dirty, torch 2.15.0")
 
 
@@ -107,6 +107,14 @@ def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert "data.root" not in run["settings"]
 
 
+def test_overrides_of_the_device_make_no_other_recipe(tmp_path: Path) -> None:
+    on_device = ("seed=1", "trainer.devices=1", "trainer.accelerator=gpu", "trainer.enable_progress_bar=false")
+    runs = digests(tmp_path, {"acc": 0.5, "on": ("seed=0",)}, {"acc": 0.5, "on": on_device})
+    (row,) = rows(runs)
+    assert row.point.name == "default"
+    assert runs[1]["settings"] == RESULTS["recipe_settings"]({"trainer": {"devices": 1, "accelerator": "gpu"}}) == {}
+
+
 def test_epochs_that_a_budget_has_chosen_do_not_separate_seeds(tmp_path: Path) -> None:
     runs = digests(tmp_path, *({"acc": 0.5, "on": (f"seed={n}",)} for n in (0, 1)))
     for run, epochs in zip(runs, (12, 14), strict=True):
@@ -131,7 +139,7 @@ def test_recipes_without_a_run_are_listed(tmp_path: Path) -> None:
     assert purposes["experiment=original"] == "The original recipe, to the letter."
     last = RESULTS["short_table"](runs).splitlines()[-1]
     assert last.startswith("| `default`, `accurate`, ")
-    assert last.endswith("`scratch` |  |  | not measured here |  |")
+    assert last.endswith("`scratch` |  |  | not measured here |  |  |")
 
 
 def test_tables_are_filled_in_between_the_comments() -> None:
@@ -142,12 +150,12 @@ def test_tables_are_filled_in_between_the_comments() -> None:
 
 def test_each_point_has_its_bar_and_its_name() -> None:
     point = RESULTS["Point"]
-    points = [point("experiment=cpu", 60, 0.9, 0.88, 0.91), point("$x_1", 10, 0.8, 0.7, 0.9)]
+    points = [point("experiment=cpu", 60, 0.9, 0.88, 0.91, "a CPU"), point("$x_1", 10, 0.8, 0.7, 0.9, "a GPU")]
     fig = RESULTS["accuracy_against_time"]({"photos": points, "drawings": points[:1]})
     _, first, second = fig.axes
     assert [text.get_text() for text in first.texts] == ["1", "2"]
     assert [text.get_text() for text in second.texts] == ["1"]
-    assert {"photos", "1 experiment=cpu", "2 $x_1", "drawings"} <= set(strings(fig))
+    assert {"photos", "1 experiment=cpu, a CPU", "2 $x_1, a GPU", "drawings"} <= set(strings(fig))
     bars = [container.lines[2][0].get_segments()[0] for container in first.containers]
     assert np.allclose(bars, [[[60, 0.88], [60, 0.91]], [[10, 0.7], [10, 0.9]]])
     assert first.get_xscale() == "log"
