@@ -60,7 +60,6 @@ class TimeBudget(Callback):
         self.validation_seconds = self.other_seconds = 0.0  # of an epoch; other: everything except training steps
         self.is_over = False
         self._epoch_start, self._step_ends = 0.0, list[float]()
-        self._excess: float | None = None  # seconds of the latest validation that are not expected again
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE} | {"spent": time.perf_counter() - self.started}
@@ -107,17 +106,14 @@ class TimeBudget(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._step_ends:  # else a sanity check
-            seconds = time.perf_counter() - self._step_ends[-1]
-            # the first validation of a process may compile the network
-            self._excess = max(0.0, seconds - self.validation_seconds) if self._excess is None else 0.0
-            self.validation_seconds = seconds - self._excess
+            self.validation_seconds = time.perf_counter() - self._step_ends[-1]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Update the estimates by an epoch that this process has trained as a whole, and the plan."""
         now, ends = time.perf_counter(), self._step_ends
         if len(ends) == trainer.num_training_batches:
             seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
-            other = now - self._epoch_start - seconds * len(ends) - (self._excess or 0.0)
+            other = now - self._epoch_start - seconds * len(ends)
             weight = max(0.2, 1 / (trainer.current_epoch + 2))  # a mean first, later a moving average
             self.slowdown += weight * (seconds / self._estimate(trainer.current_epoch) - self.slowdown)
             self.other_seconds += weight * (other - self.other_seconds)

@@ -28,10 +28,6 @@ class Plan:
             datamodule=SimpleNamespace(splits={"val": range(100), "test": range(200)}),
             default_root_dir="nowhere",
             is_global_zero=True,
-            accumulate_grad_batches=1,
-            world_size=1,
-            is_last_batch=True,  # else each step would check the time
-            should_stop=False,
         )
 
     def perf_counter(self) -> float:
@@ -74,25 +70,6 @@ def test_plan_changes_only_if_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     plan.callback.slowdown = 1.5
     assert plan.after(8, seconds=10 + 8 * 15) == 9
     assert plan.after(9, seconds=10 + 60) == 9, "a schedule that has ended is not continued"
-
-
-def test_what_the_first_validation_compiles_is_not_expected_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(monkeypatch, 8 + 20 * 15)
-    assert plan.after(0, 0) == 19
-    callback, epochs = plan.callback, []
-    for epoch, validation in enumerate((43.0, 3.0, 4.0)):
-        plan.trainer.current_epoch = epoch
-        for step in range(STEPS):
-            plan.now += 1
-            callback.on_train_batch_end(plan.trainer, plan, None, None, step)  # type: ignore[arg-type]
-        plan.now += validation
-        callback.on_validation_epoch_end(plan.trainer, plan)  # type: ignore[arg-type]
-        plan.now += 2
-        callback.on_train_epoch_end(plan.trainer, plan)
-        epochs.append(callback.epochs)
-        assert callback.other_seconds == pytest.approx((5, 5, 5.25)[epoch])
-        assert callback.validation_seconds == pytest.approx((3, 3, 4)[epoch])
-    assert epochs == [16, 16, 16], "40 s are less than three epochs"
 
 
 def test_epochs_of_several_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
