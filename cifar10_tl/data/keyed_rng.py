@@ -25,7 +25,7 @@ def hash32(*keys: int | Tensor) -> Tensor | int:
 
 
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Return a tensor of the CPU on ``device``, without waiting for the work that a GPU still has to do."""
+    """Copy a CPU tensor to ``device`` without waiting for pending work on a GPU."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -34,7 +34,7 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
 class KeyedRNG:
     """Generator of random numbers on the CPU for each image of a batch, one independent stream per name.
 
-    All names are drawn at once. On a GPU, the hashes of three names took 104 kernels; the pixels take four.
+    The numbers of all names are drawn at once. On a GPU, hashing three names took 104 kernels; the pixels take four.
     """
 
     # The position of a name is part of the key: append new names at the end.
