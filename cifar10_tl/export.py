@@ -87,10 +87,13 @@ def comparison_images(folder: str | None, size: int, fit: str) -> Tensor:
     if errors or not files:
         raise UserError(f"compare_on={folder}: {errors[0] if errors else 'no files in this folder'}")
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, sum(BATCH_SIZES)).astype(int)]
-    try:
-        return torch.from_numpy(np.stack([decode_image(file, size, fit) for file in chosen]))
-    except BadImageError as error:
-        raise UserError(f"compare_on={folder}: {error}") from error
+    images = []
+    for file in chosen:
+        try:
+            images.append(decode_image(file, size, fit))
+        except BadImageError as error:
+            raise UserError(f"compare_on={folder}: {file}: {error}") from error
+    return torch.from_numpy(np.stack(images))
 
 
 def write_verified(output: Path, network: torch.nn.Module, metadata: Mapping[str, Any], images: Tensor) -> str:

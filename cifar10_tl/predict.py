@@ -94,7 +94,7 @@ def find_files(images: str | Sequence[str], run_dir: Path) -> tuple[list[str], l
         if not files and not failed:
             raise UserError(f"images={name}: no such file, or no files in this folder")
         found += map(str, sorted(files))
-        errors += failed
+        errors += {error.filename: error for error in failed}.values()
     return found, errors
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,14 +147,14 @@ def make_run(
 
 def lock(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Make listing a folder fail, also for root."""
-    scandir = os.scandir
 
-    def refuse(path: Any) -> Any:
+    def refuse(listing: Callable[..., Any], path: Any = ".") -> Any:
         if Path(path) == folder:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
+        return listing(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(refuse, getattr(os, name)))
 
 
 class StepLosses(Callback):

@@ -151,7 +151,7 @@ def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:
     """Erase a random rectangle with gray (https://arxiv.org/abs/1708.04896)."""
     area = 0.02 + 0.31 * draw.uniform("area")
     aspect = 0.3 ** (1 - 2 * draw.uniform("aspect"))  # log-uniform in [0.3, 1/0.3]
-    boxes = _random_boxes(images, draw, (area * aspect).sqrt(), (area / aspect).sqrt())
+    boxes = _random_boxes(images, draw, (area * aspect).sqrt(), (area / aspect).sqrt(), ("erase_y", "erase_x"))
     boxes[draw.uniform("erase") >= probability] = 0
     return images.masked_fill(_inside(images, boxes), 128)
 
@@ -163,9 +163,7 @@ def _cut_out(images: Tensor, draw: KeyedRNG, side: int) -> Tensor:
     return images.masked_fill(_inside(images, torch.stack([top, left, length, length], 1)), 128)
 
 
-def _random_boxes(
-    images: Tensor, draw: KeyedRNG, heights: Tensor, widths: Tensor, names: tuple[str, str] = ("y", "x")
-) -> Tensor:
+def _random_boxes(images: Tensor, draw: KeyedRNG, heights: Tensor, widths: Tensor, names: tuple[str, str]) -> Tensor:
     """Return the top, left, height and width [N, 4] of a random box per image, given fractions [N] of its sides."""
     starts, lengths = [], []
     for size, fraction, name in zip(images.shape[2:], (heights, widths), names, strict=True):
@@ -196,7 +194,7 @@ def _mix(
         images = torch.lerp(images.float(), second.float(), fraction[:, None, None, None]).round().byte()
     else:
         side = fraction.sqrt()
-        box = _inside(images, _random_boxes(images, draw, side, side))
+        box = _inside(images, _random_boxes(images, draw, side, side, ("y", "x")))
         images = torch.where(box, second, images)
         fraction = box.float().mean((1, 2, 3))  # after rounding to whole pixels
         if crops is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from cifar10_tl.config.errors import UserError, known_arguments
 from cifar10_tl.data.augment import Augment, augment
 from cifar10_tl.data.balance import RepeatedImages, balanced_order, class_weights
 from cifar10_tl.data.batch import Batch, BatchLoader, BatchSampler, Split
-from cifar10_tl.data.feature_cache import FeatureCache, tensors_checksum
+from cifar10_tl.data.feature_cache import FeatureCache, checksum, tensors_checksum
 from cifar10_tl.data.folder import largest
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.data.sources import SOURCES
@@ -84,7 +85,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
             self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all splits, once."""
+        """Load all splits, once; log their sizes unless ``stage`` is "compare"."""
         if self.splits:
             return
         splits = {name: Split(x.images, x.labels, paths=x.paths) for name, x in self.source.load().items()}
@@ -94,7 +95,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if "val" not in splits and "train" in splits:
             splits["train"], splits["val"] = self._split(splits["train"], "val_size", self.hparams["val_size"])
         self.splits = {name: self._limited(split) for name, split in splits.items()}
-        if self.hparams["source"] == "folder":
+        if self.hparams["source"] == "folder" and stage != "compare":
             for name in sorted(self.splits, key=("train", "val", "test").index):
                 log.info("  %-5s  %s", name, self._describe(self.splits[name].labels))
 
@@ -106,6 +107,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def _split(self, train: Split, key: str, given: float) -> tuple[Split, Split]:
         classes = len(self.class_names)
+        counts = torch.bincount(train.labels, minlength=classes)
+        if single := [name for name, count in zip(self.class_names, counts, strict=True) if count == 1]:
+            raise UserError(
+                f"data.{key}={given}: too few images to split: one of class {', '.join(single)} for both train and "
+                f"{key.removesuffix('_size')}; add images, or make a folder for each split"
+            )
         size = max(classes, round(given * len(train))) if isinstance(given, float) else given
         held_out = torch.zeros(len(train), dtype=torch.bool)
         held_out[stratified(train.labels, size, self.hparams["split_seed"])] = True
@@ -125,16 +132,24 @@ class CIFAR10DataModule(pl.LightningDataModule):
         return split.subset(stratified(split.labels, limit, self.hparams["split_seed"]))
 
     def state_dict(self) -> dict[str, dict[str, str]]:
-        """Return a checksum of the labels and indices of each split, to detect changed data on resume."""
+        """Return checksums of labels, indices and paths in each split, to detect changed data."""
         splits = self.splits.items()
-        return {"splits": {name: tensors_checksum({"labels": s.labels, "indices": s.indices}) for name, s in splits}}
+        return {
+            "splits": {name: tensors_checksum({"labels": s.labels, "indices": s.indices}) for name, s in splits},
+            "paths": {name: checksum(json.dumps(s.paths).encode(), ()) for name, s in splits},
+        }
+
+    def changed_splits(self, state_dict: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """Return the splits whose images are not those of an earlier :meth:`state_dict`, as far as that says."""
+        pairs = [(state_dict.get(key, {}), now) for key, now in self.state_dict().items()]
+        names = ("train", "val", "test")
+        return [name for name in names if any(old.get(name, now.get(name)) != now.get(name) for old, now in pairs)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the splits with those of the checkpoint when a training run is resumed."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        current = self.state_dict()["splits"]
-        if changed := [name for name, found in state_dict.get("splits", {}).items() if current.get(name) != found]:
+        if changed := self.changed_splits(state_dict):
             raise UserError(
                 f"the data has changed since the checkpoint was written ({', '.join(changed)}): restore it, or start a "
                 "new run with init_from=CHECKPOINT"

@@ -9,8 +9,10 @@ import math
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from cifar10_tl.data.batch import CHUNK, Split
 
 log = logging.getLogger(__name__)
 
+DAY = 24 * 3600  # seconds
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -78,6 +81,10 @@ class FeatureCache:
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{run}.tmp")
         try:
             if first and _read(path) is None:
+                for abandoned in self.folder.glob(f".*.{socket.gethostname()}.*.tmp"):  # by a killed process
+                    with suppress(FileNotFoundError):  # renamed by its process
+                        if time.time() - abandoned.stat().st_mtime > DAY:
+                            abandoned.unlink()
                 temporary.write_bytes(header)
             strategy.barrier()
             if temporary.exists():

@@ -46,4 +46,4 @@ class FileImages:
         try:
             return decode_image(path, self.size, self.fit)
         except BadImageError as error:
-            raise UserError(f"{path} cannot be read ({error}): restore it, then resume the run") from error
+            raise UserError(f"{path} cannot be read ({error}): restore it, then start or resume again") from error

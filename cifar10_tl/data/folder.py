@@ -170,7 +170,7 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
         raise UserError(f"data.root={root}: there is no such folder")
     folders = _folders(root)
     # a class may be named like a split, but has no folders of classes in it
-    outer = [path for path in folders if any(child.is_dir() for child in path.iterdir())]
+    outer = [path for path in folders if next(os.walk(path), ("", [], []))[1]]  # none in a locked folder
     found = {split: [f for f in outer if f.name.casefold() in names] for split, names in SPLITS.items()}
     if twice := next((f for f in found.values() if len(f) > 1), None):
         raise UserError(f"data.root={root}: {twice[0].name} and {twice[1].name} are the same split; merge them")
@@ -178,7 +178,8 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
     if folders and not splits and all(any(f.name.casefold() in names for names in SPLITS.values()) for f in folders):
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
-        log.warning("data.root=%s: folders that are not train, val or test are not used: %s", root, ", ".join(others))
+        unused = ", ".join(others)
+        log.warning("data.root=%s: ignored, because not train, val or test with class folders: %s", root, unused)
     bad: list[str] = []
     return {split: _list_classes(folder, root, bad) for split, folder in (splits or {"train": root}).items()}, bad
 
@@ -186,7 +187,7 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
 def _folders(parent: Path) -> list[Path]:
     """Return the visible folders in ``parent``, sorted, except those of caches."""
     folders = (path for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith("."))
-    return [path for path in folders if not (path / CACHE_TAG).exists()]
+    return [path for path in folders if not os.path.exists(path / CACHE_TAG)]
 
 
 def _list_classes(folder: Path, root: Path, bad: list[str]) -> list[tuple[str, str]]:

@@ -123,6 +123,8 @@ class ImageCache:
         with self.pixels.open("r+b") as pixels, self.index.open("ab") as index:
             index.write(b"\n" * (index.tell() > 0))  # ends a line that was cut off
             first = math.ceil(pixels.seek(0, os.SEEK_END) / self.row_bytes)  # never overwrite what others may read
+            # reserved: the workers of a stopped run may still write to its rows
+            pixels.truncate((first + len(files)) * self.row_bytes)
             # processes, because the threads of one process decode small files one after another (the GIL of Python)
             loader: DataLoader[Any] = DataLoader(
                 [*enumerate(files, first)],  # type: ignore[arg-type] # a list is a map-style dataset

@@ -143,10 +143,13 @@ def list_files(folder: Path) -> tuple[list[str], list[OSError]]:
     """
     files: list[str] = []
     errors: list[OSError] = []
-    seen = set()
+    seen = set[str]()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        seen.add(os.path.realpath(parent))
-        folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) not in seen]
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if f[0] != ".")
         paths = (os.path.join(parent, name) for name in names if name[0] != ".")
         files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
     return sorted(files, key=lambda path: path.split(os.sep)), errors

@@ -42,7 +42,7 @@ class KeyedRNG:
         *("flip", "top", "left", "brightness", "contrast", "saturation"),
         *("erase", "area", "aspect", "y", "x", "mix"),
         *("operation", "level", "sign", "cutout_y", "cutout_x"),
-        *("crop_area", "crop_aspect", "crop_y", "crop_x"),
+        *("crop_area", "crop_aspect", "crop_y", "crop_x", "erase_y", "erase_x"),
     )
 
     def __init__(self, seed: int, epoch: int, indices: Tensor) -> None:

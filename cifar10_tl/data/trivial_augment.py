@@ -33,36 +33,31 @@ def trivial_augment(images: Tensor, operations: Tensor, levels: Tensor, signs: T
     return augmented.index_select(0, copied_to(images.device, order.argsort()))
 
 
-def _warp(images: Tensor, xx: Tensor, xy: Tensor, dx: Tensor, yx: Tensor, yy: Tensor, dy: Tensor) -> Tensor:
+def _warp(
+    images: Tensor,
+    *,
+    xx: Tensor | float = 1.0,
+    xy: Tensor | float = 0.0,
+    dx: Tensor | float = 0.0,
+    yx: Tensor | float = 0.0,
+    yy: Tensor | float = 1.0,
+    dy: Tensor | float = 0.0,
+) -> Tensor:
     """Copy the pixel at (x, y) from (xx * x + xy * y + dx, yx * x + yy * y + dy), rounded; black outside the image.
 
-    Coordinates are in pixels from the center.
+    Coordinates are in pixels from the center; tensors are [n] on the CPU.
     """
     height, width = images.shape[2:]
-    rows = (xx, xy * height / width, dx * 2 / width), (yx * width / height, yy, dy * 2 / height)
-    matrices = copied_to(images.device, torch.stack([torch.stack(row, 1) for row in rows], 1))
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    entries = (xx, xy * height / width, dx * 2 / width, yx * width / height, yy, dy * 2 / height)
+    columns = torch.broadcast_tensors(*map(torch.as_tensor, entries))  # type: ignore[no-untyped-call]
+    matrices = torch.stack(columns, 1).view(-1, 2, 3)
+    grid = F.affine_grid(copied_to(images.device, matrices), list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).byte()
 
 
-def _shear_x(images: Tensor, magnitudes: Tensor) -> Tensor:
-    one, zero = torch.ones_like(magnitudes), torch.zeros_like(magnitudes)
-    return _warp(images, one, magnitudes, magnitudes * images.shape[2] / 2, zero, one, zero)  # the top row stays
-
-
-def _translate_x(images: Tensor, magnitudes: Tensor) -> Tensor:
-    one, zero = torch.ones_like(magnitudes), torch.zeros_like(magnitudes)
-    return _warp(images, one, zero, -magnitudes.trunc(), zero, one, zero)
-
-
-def _transposed(operation: Operation) -> Operation:
-    """Return the operation along the other axis."""
-    return lambda images, magnitudes: operation(images.mT, magnitudes).mT
-
-
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    cos, sin, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
-    return _warp(images, cos, -sin, zero, sin, cos, zero)
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    return _warp(images, xx=cos, xy=-sin, yx=sin, yy=cos)
 
 
 def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Operation:
@@ -88,10 +83,10 @@ def _solarize(images: Tensor, thresholds: Tensor) -> Tensor:
 #: The magnitude at the first and the last level, and the function, in torchvision's order.
 OPERATIONS: tuple[tuple[float, float, Operation], ...] = (
     (0, 0, lambda images, _: images),
-    (0, 0.99, _shear_x),
-    (0, 0.99, _transposed(_shear_x)),
-    (0, 32, _translate_x),
-    (0, 32, _transposed(_translate_x)),
+    (0, 0.99, lambda images, m: _warp(images, xy=m, dx=m * images.shape[2] / 2)),  # the top row stays
+    (0, 0.99, lambda images, m: _warp(images, yx=m, dy=m * images.shape[3] / 2)),
+    (0, 32, lambda images, m: _warp(images, dx=-m.trunc())),
+    (0, 32, lambda images, m: _warp(images, dy=-m.trunc())),
     (0, 135, _rotate),
     (0, 0.99, _enhanced(tv.adjust_brightness)),
     (0, 0.99, _enhanced(tv.adjust_saturation)),

@@ -31,6 +31,7 @@ from cifar10_tl.plots import evaluation_figures, to_png
 
 log = logging.getLogger(__name__)
 
+SPLIT_SETTINGS = ("val_size", "split_seed", "test_size")
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -51,9 +52,11 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     evaluator = Evaluator(module, trainer, datamodule.hparams["batch_size"])
     evaluation = evaluator(split, cfg.split)
     temperature = None
-    if "val" in datamodule.splits:
-        val = evaluation if cfg.split == "val" else evaluator(datamodule.splits["val"], "val, to fit the temperature")
+    if "val" in datamodule.splits and cfg.split != "val":
+        val = evaluator(datamodule.splits["val"], "val, to fit the temperature")
         temperature = fit_temperature(val.logits, val.labels)
+        if temperature is None:
+            log.info("no temperature scaling: the loss of the %d validation images has no minimum", len(val))
 
     results = {
         "checkpoint": str(cfg.checkpoint),
@@ -154,15 +157,19 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
 
 def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModule:
     """Return the data of ``cfg.data``, completed by the settings in the checkpoint and loaded."""
-    trained_with = read_checkpoint(Path(cfg.checkpoint)).get("datamodule_hyper_parameters", {})
+    content = read_checkpoint(Path(cfg.checkpoint))
+    trained_with = content.get("datamodule_hyper_parameters", {})
+    recorded = content.get(CIFAR10DataModule.__qualname__, {})
     settings: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings.pop("cache_features", None)
     options = data_options(settings, trained_with)
-    check_same_split(options, trained_with)
     for key in ("native_size", "fit"):  # other images are resized as in training
         if key in options:
             options[key] = module.hparams[key]
-    if options["source"] == "folder" and _origin(options) != _origin(trained_with):
+    is_moved = is_moved_training_data(options, trained_with, recorded)
+    check_same_split(options | ({"root": trained_with["root"]} if is_moved else {}), trained_with)
+    is_same = is_moved or _origin(options) == _origin(trained_with)
+    if options["source"] == "folder" and not is_same:
         options["test_only"] = True
     datamodule = CIFAR10DataModule(**options)
     names, found = ", ".join(module.class_names), ", ".join(datamodule.class_names)
@@ -170,7 +177,45 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
         raise UserError(f"the classes of the checkpoint ({names}) differ from those of the data ({found})")
     datamodule.prepare_data()
     datamodule.setup()
+    if is_same and options.get("image_limit") == trained_with.get("image_limit"):
+        check_same_images(datamodule, recorded, cfg.split)
     return datamodule
+
+
+def is_moved_training_data(
+    options: Mapping[str, Any], trained_with: Mapping[str, Any], recorded: Mapping[str, Mapping[str, str]]
+) -> bool:
+    """Return whether another folder has the images of training, according to their names in a checkpoint."""
+    if not options["source"] == trained_with.get("source") == "folder" or "paths" not in recorded:
+        return False
+    same = {key: trained_with[key] for key in (*SPLIT_SETTINGS, "image_limit") if key in trained_with}
+    try:
+        datamodule = CIFAR10DataModule(**{**options, **same})
+        datamodule.setup("compare")
+    except UserError:  # no training images, or too few
+        return False
+    return _origin(options) != _origin(trained_with) and not datamodule.changed_splits(recorded)
+
+
+def check_same_images(datamodule: CIFAR10DataModule, recorded: Mapping[str, Mapping[str, str]], split: str) -> None:
+    """Refuse a split that may contain training images because images were added or removed, and leave out such a val.
+
+    Args:
+        datamodule: Current images of the folder or dataset of training.
+        recorded: State of the DataModule in the checkpoint.
+        split: Split to evaluate.
+    """
+    changed = datamodule.changed_splits(recorded)
+    if "train" not in changed:
+        return
+    if split in changed and split != "train":
+        raise UserError(
+            f"the images of {', '.join(changed)} have changed since training, so {split} may contain training images: "
+            "restore them, or evaluate a folder of new images with data.root=DIR"
+        )
+    if "val" in changed:
+        del datamodule.splits["val"]
+        log.info("the images of train and val have changed since training: no temperature scaling")
 
 
 def data_options(settings: Mapping[str, Any], trained_with: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +231,7 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
     """Refuse to split the images of training in another way, which would put training images into val."""
     if _origin(options) != _origin(trained_with):
         return
-    for key in ("val_size", "split_seed", *(("test_size", "labels") if "root" in options else ("train_size",))):
+    for key in (*SPLIT_SETTINGS[:2], *(("test_size", "labels") if "root" in options else ("train_size",))):
         own, used = options.get(key), trained_with.get(key)
         if key in trained_with and own != used:
             raise UserError(

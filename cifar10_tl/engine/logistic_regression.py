@@ -156,4 +156,5 @@ def checkpoint_content(module: LitClassifier, head: nn.Module, datamodule: CIFAR
         "state_dict": state | {f"network.head.{name}": value for name, value in head.state_dict().items()},
         "hyper_parameters": {**module.hparams, "head": {"name": "linear"}},
         "datamodule_hyper_parameters": dict(datamodule.hparams),
+        type(datamodule).__qualname__: datamodule.state_dict(),
     }

@@ -52,6 +52,20 @@ def test_augmentation_of_an_image_does_not_depend_on_its_batch(batch: Batch) -> 
     assert torch.equal(batch.images, before), "the input was changed"
 
 
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_each_random_number_is_used_once(batch: Batch, monkeypatch: pytest.MonkeyPatch, mix: Any) -> None:
+    used: list[str] = []
+    uniform = KeyedRNG.uniform
+
+    def recorded(draw: KeyedRNG, name: str) -> Tensor:
+        used.append(name)
+        return uniform(draw, name)
+
+    monkeypatch.setattr(KeyedRNG, "uniform", recorded)
+    run(batch, replace(EVERYTHING, mix=mix))
+    assert len(used) == len({*used}) > 15
+
+
 class MetaOperations(TorchDispatchMode):
     """Counter of the operations on the device "meta", without views; on a GPU each of them is at least a kernel."""
 

@@ -216,11 +216,19 @@ def test_changed_data_is_rejected_on_resume(change: dict[str, int]) -> None:
     changed.load_state_dict(state)
 
 
+def test_exchanged_files_are_rejected_on_resume() -> None:
+    data = datamodule()
+    state, val = data.state_dict(), data.splits["val"]
+    val.paths = ("another.png", *val.paths[1:])
+    with pytest.raises(UserError, match=r"the data has changed .*\(val\)"):
+        data.load_state_dict(state)
+
+
 def test_class_of_one_image_is_not_moved_to_validation() -> None:
     data = datamodule(val_size=0.9)
     labels = torch.tensor([1] + [i for i in range(10) if i != 1] * 10)
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"data.val_size=0.9 does not fit .*\(missing: ring\)"):
+    with pytest.raises(UserError, match=r"val_size=0.9: too few .* one of class ring for both train and val;"):
         data._split(Split(images, labels), "val_size", 0.9)
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +25,7 @@ from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
 
 IMAGES = torch.randint(0, 256, (2 * CHUNK + 40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+HOST = socket.gethostname()
 PLAIN, MIRRORED = (view.flatten(1)[:, :5].bfloat16() for view in (IMAGES, IMAGES.flip(-1)))
 
 
@@ -48,6 +52,17 @@ def cached(
 ) -> torch.Tensor:
     split = Split(images, torch.zeros(len(images)).long())
     return FeatureCache(folder, extract, lambda: description, trainer()).features("train", split, mirrored=mirrored)
+
+
+def test_files_of_killed_processes_are_removed_after_a_day(tmp_path: Path) -> None:
+    abandoned, recent, other = (
+        tmp_path / f".a.safetensors.{host}.tmp" for host in (f"{HOST}.1", f"{HOST}.2", "other.1")
+    )
+    for file, age in ((abandoned, 25), (recent, 23), (other, 25)):
+        file.touch()
+        os.utime(file, (time.time() - 3600 * age,) * 2)
+    cached(tmp_path, Extractor())
+    assert [file.exists() for file in (abandoned, recent, other)] == [False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -94,11 +94,11 @@ def test_resuming_inside_an_epoch_gives_its_remaining_batches(files: Split, done
 def test_a_file_that_becomes_unreadable_is_named_in_one_line(files: Split, tmp_path: Path) -> None:
     path = tmp_path / "wide" / "05.png"
     path.write_bytes(b"no image")
-    message = f"{path} cannot be read (not an image format that Pillow can read): restore it, then resume"
+    message = f"{path} cannot be read (not an image format that Pillow can read): restore it, then start or resume"
     for read in (lambda: files.images, lambda: small_fit(tmp_path, split=files)):
         with pytest.raises(UserError) as raised:
             read()
-        assert str(raised.value) == f"{message} the run"
+        assert str(raised.value) == f"{message} again"
     assert multiprocessing.active_children() == [], "workers end with the fit"
     path.unlink()
     with pytest.raises(UserError, match=r"05\.png cannot be read \(No such file or directory\)"):

@@ -242,7 +242,16 @@ def test_val_without_test_is_the_test_split(pictures: Path, caplog: pytest.LogCa
     (pictures / "annotations").mkdir()
     splits = folder_of(pictures).load()
     assert {name: len(split.labels) for name, split in splits.items()} == {"train": 14, "test": 6}
-    assert "not train, val or test are not used: annotations" in caplog.text
+    assert "ignored, because not train, val or test with class folders: annotations" in caplog.text
+
+
+def test_a_locked_folder_beside_the_splits_is_not_used(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "lost+found").mkdir()
+    lock(monkeypatch, pictures / "lost+found")
+    assert set(folder_of(pictures).load()) == {"train", "test"}
+    assert "with class folders: lost+found" in caplog.text
 
 
 def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:

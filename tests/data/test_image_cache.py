@@ -136,13 +136,11 @@ def test_many_files_are_decoded_by_several_processes(cache: ImageCache, monkeypa
 
 def test_an_error_of_another_process_is_reported(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_cache, "available_cores", lambda: 2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * cache.row_bytes, hard))
-    try:
-        with pytest.raises(UserError, match=r"cache: File too large; choose another data\.cache_dir"):
-            cache.update(FILES)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    init, limits = image_cache._init_worker, (10 * cache.row_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    monkeypatch.setattr(image_cache, "_init_worker", lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    with pytest.raises(UserError, match=r"cache: File too large; choose another data\.cache_dir"):
+        cache.update(FILES)
+    monkeypatch.setattr(image_cache, "_init_worker", init)
     assert values(cache) == WANTED
 
 

@@ -258,6 +258,7 @@ def test_files_are_listed_with_the_folders_that_cannot_be_read(tmp_path: Path, m
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "z" / "loop").symlink_to(tmp_path)
+    (tmp_path / "zz").symlink_to(tmp_path / "z")
     (tmp_path / "z" / "broken.png").symlink_to(tmp_path / "nowhere")
     lock(monkeypatch, tmp_path / "locked")
     files, errors = list_files(tmp_path)

@@ -11,20 +11,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, compose_command, write_png
+from helpers import REPOSITORY, compose_command, write_png, write_shapes
 from torch.nn.functional import one_hot
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.data.batch import Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.engine.checkpoints import restore
-from cifar10_tl.engine.evaluator import build_trainer, check_same_split, data_options, recorded_precision
+from cifar10_tl.engine.evaluator import (
+    build_datamodule,
+    build_trainer,
+    check_same_split,
+    data_options,
+    recorded_precision,
+)
 from cifar10_tl.evaluate import evaluate, main, quote_list
 from cifar10_tl.metrics.calibration import fit_temperature
 from cifar10_tl.metrics.tta import additional_views
@@ -135,8 +143,13 @@ def test_views_match_a_plain_loop(full_evaluation: Path, best: Path, data: CIFAR
     assert results["tta"]["loss"] == pytest.approx(float(-mean[torch.arange(100), test.labels].log().mean()), rel=1e-5)
 
 
-def test_val_equals_the_best_epoch_and_fits_the_temperature(
-    run_evaluate: Evaluate, finished_run: Path, best: Path, data: CIFAR10DataModule, caplog: pytest.LogCaptureFixture
+def test_val_equals_the_best_epoch_and_its_temperature_is_used_for_the_test(
+    run_evaluate: Evaluate,
+    finished_run: Path,
+    full_evaluation: Path,
+    best: Path,
+    data: CIFAR10DataModule,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level("INFO"):
         results = run_evaluate("split=val", "tta=flip")
@@ -144,8 +157,8 @@ def test_val_equals_the_best_epoch_and_fits_the_temperature(
     assert {key: results["val"][key] for key in in_training} == in_training
     with torch.inference_mode():
         temperature = fit_temperature(restore(best)(data.splits["val"].images), data.splits["val"].labels)
-    assert results["val"]["calibrated"]["temperature"] == pytest.approx(temperature, rel=1e-3)
-    assert results["val"]["calibrated"]["nll"] <= results["val"]["nll"]
+    assert results_of(full_evaluation)["test"]["calibrated"]["temperature"] == pytest.approx(temperature, rel=1e-3)
+    assert "calibrated" not in results["val"], "on the images that it was fitted to, it is too good"
     assert "precision 32-true: as in the run" in caplog.text
     accuracy = next(line for line in caplog.text.splitlines() if line.startswith("  accuracy"))
     assert accuracy.split() == ["accuracy", f"{results['val']['acc']:.2%}", f"{results['tta']['acc']:.2%}"]
@@ -156,6 +169,7 @@ def test_train_is_evaluated_without_augmentation(
 ) -> None:
     content = torch.load(best, weights_only=True)
     content["datamodule_hyper_parameters"]["image_limit"] = 20
+    del content["CIFAR10DataModule"]  # of all images
     content["hyper_parameters"]["weights"] = "IMAGENET1K_V1"  # must not be downloaded
     torch.save(content, tmp_path / "limited.ckpt")
     assert run_evaluate("split=train", checkpoint=tmp_path / "limited.ckpt")["train"]["count"] == 20
@@ -183,6 +197,29 @@ def test_another_split_of_the_training_images_is_refused(run_evaluate: Evaluate,
     with pytest.raises(UserError, match=message):
         run_evaluate("data.split_seed=1")
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_added(tmp_path: Path) -> None:
+    write_shapes(tmp_path, num_classes=3, pictures=20)
+    folder, checkpoint = tmp_path / "pictures", tmp_path / "best.ckpt"
+    sizes: Any = {"val_size": 0.2, "test_size": 0.2}
+    data = CIFAR10DataModule(source="folder", root=str(folder), cache_dir=str(tmp_path / "cache"), **sizes)
+    data.setup()
+    content = {"state_dict": {}, "hyper_parameters": {}, "epoch": 0, "datamodule_hyper_parameters": dict(data.hparams)}
+    torch.save({**content, "CIFAR10DataModule": data.state_dict()}, checkpoint)
+    module: Any = SimpleNamespace(class_names=data.class_names, hparams={"native_size": 32, "fit": "squeeze"})
+
+    def test_of(*overrides: str) -> Split:
+        cfg = compose_command("evaluate", f"checkpoint={checkpoint}", *overrides)
+        return build_datamodule(cfg, module).splits["test"]
+
+    moved = f"data.root={shutil.copytree(folder, tmp_path / 'moved')}"
+    assert test_of().paths == test_of(moved).paths == data.splits["test"].paths
+    for root in (folder, tmp_path / "moved"):
+        shutil.copy(root / "class 0" / "00.png", root / "class 0" / "000.png")
+    assert len(test_of(moved)) == 61, "other images are tested as a whole"
+    with pytest.raises(UserError, match=r"^the images of train, val, test have changed .*data\.root=DIR"):
+        test_of()
 
 
 SHAPES = {"source": "shapes", "drawing_seed": 0, "val_size": 80, "split_seed": 0, "train_size": 400}
@@ -298,7 +335,7 @@ def test_runs_and_evaluations_are_compared(finished_run: Path, full_evaluation: 
     first, second = evaluate(compose_command("evaluate", folders, f"paths.output_dir={tmp_path}"))["runs"]
     assert first["test acc"] == second["test acc"] == results_of(finished_run)["test"]["acc"]
     assert (second["only first correct"], second["only this correct"], second["McNemar p"]) == (0, 0, 1.0)
-    assert second["different settings"] == f"checkpoint={finished_run / 'checkpoints' / 'best.ckpt'}"
+    assert second["different settings"] is None
     table = list(csv.DictReader((tmp_path / "comparison.csv").open()))
     assert [float(row["test acc"]) for row in table] == [first["test acc"]] * 2
     assert (tmp_path / "comparison.md").read_text().count("\n") == 4

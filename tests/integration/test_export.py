@@ -180,7 +180,7 @@ def test_invalid_settings_are_refused_before_any_work(tmp_path: Path, monkeypatc
     assert "ends in .onnx" in error_of(given, f"output={tmp_path}/a.ckpt")
     assert "ends in .pt2" in error_of(given, "format=torch_export", f"output={tmp_path}/a.pt2")
     assert "no files" in error_of(given, f"compare_on={tmp_path}/a.pt2")
-    assert f"compare_on={tmp_path}: not an image" in error_of(given, f"compare_on={tmp_path}")
+    assert f"compare_on={tmp_path}: {tmp_path}/a.ckpt: not an image" in error_of(given, f"compare_on={tmp_path}")
     assert "broken.ckpt" in error_of(f"checkpoint={tmp_path}/broken.ckpt", f"paths.output_dir={tmp_path}")
     assert files_in(tmp_path) == ["a.ckpt", "a.pt2", "broken.ckpt"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
