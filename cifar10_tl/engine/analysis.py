@@ -29,9 +29,9 @@ TITLES = {
     ),
     "probable_label_errors": (
         "Probable label errors",
-        "The prediction is at least as confident as for most images of the predicted class, and all "
-        f"{NUM_NEIGHBORS} nearest training images have that class. A hint, the most confident first: look at them. "
-        "As all of them are errors of the network, accuracy without them can only be higher.",
+        "The prediction is at least as confident as it is, on average, for the images labeled as the predicted class, "
+        f"and all {NUM_NEIGHBORS} nearest training images have that class. A hint, the most confident first: look at "
+        "them. As all of them are errors of the network, accuracy without them can only be higher.",
     ),
 }
 

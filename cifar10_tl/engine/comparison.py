@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.engine.results import text_table
-from cifar10_tl.engine.settings import flat
+from cifar10_tl.engine.results import read_results, text_table
+from cifar10_tl.engine.settings import MONITOR, flat
 from cifar10_tl.metrics.intervals import further_pairs, spread, wilson_interval
+
+log = logging.getLogger(__name__)
 
 #: Columns of the table and their number formats.
 COLUMNS = {
@@ -60,14 +63,17 @@ def read_run(folder: Path) -> Run:
     try:
         results = json.loads((folder / "results.json").read_text())
         with (folder / "predictions.csv").open(newline="") as file:
-            header, *table = csv.reader(file)
-        has_path = header[-1:] == ["path"]
-        # the first column of each name, but the last for the path: a class may have the same name
-        rows = (dict(zip(header[::-1], row[::-1], strict=True)) | {"path": row[-1] * has_path} for row in table)
-        predictions = {int(row["index"]): row for row in rows}
+            reader = csv.reader(file)
+            header = next(reader, [])
+            # the first column of each name, but the last for the path: a class may have the same name
+            columns = {name: header.index(name) for name in ("index", "true_label", "predicted_label")}
+            columns |= {name: header.index(name) for name in ("probability",) if name in header}
+            has_path = header[-1:] == ["path"]
+            rows = ({name: row[i] for name, i in columns.items()} | {"path": row[-1] * has_path} for row in reader)
+            predictions = {int(row["index"]): row for row in rows}
         labels = {index: row["true_label"] for index, row in predictions.items()}
         correct = {index for index, row in predictions.items() if row["predicted_label"] == labels[index]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise UserError(f"compare={folder}: not the folder of a tested run or an evaluation: {error}") from error
     if not labels or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
@@ -97,14 +103,19 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
 def compare_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the ``SETTINGS_COLUMNS`` of each group of runs that differ in the seed alone, none if all are alone."""
     groups: dict[str, dict[Any, float]] = {}  # accuracies by the seed
+    repeated: list[str] = []
     for run in runs:
         settings = settings_of(run.results)
         seed = settings.pop("seed", None)
         if settings.get("budget"):
             settings.pop("trainer.max_epochs", None)  # chosen by the budget
         changes = _changes(settings, settings_of(runs[0].results)) or "the first"
-        groups.setdefault(changes, {})[seed] = len(run.correct) / len(run.labels)
+        group = groups.setdefault(changes, {})
+        repeated += [str(run.folder)] if seed in group else []
+        group.setdefault(seed, len(run.correct) / len(run.labels))
     has_seeds = max(map(len, groups.values())) > 1
+    if has_seeds and repeated:
+        log.warning("not in the table of seeds, because another run has the same settings: %s", ", ".join(repeated))
     return [_settings_row(*group, groups) for group in groups.items()] if has_seeds else []
 
 
@@ -122,11 +133,19 @@ def _changes(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that the content of results.json depends on, with dotted keys."""
-    if "checkpoint" in results:  # of the evaluate command
-        return {"checkpoint": results["checkpoint"]}
+    """Return the settings that the content of results.json depends on, with dotted keys.
+
+    An evaluation has the settings of its run, and the name of the checkpoint unless it is the best one.
+    """
+    if "checkpoint" in results:
+        checkpoint = Path(results["checkpoint"])
+        training = read_results(checkpoint.resolve().parent.parent)
+        if "epochs" not in training:
+            return {"checkpoint": results["checkpoint"]}
+        return settings_of(training) | ({} if checkpoint.name == "best.ckpt" else {"checkpoint": checkpoint.name})
     ignored = ("paths", "callbacks", "logger", "resume", "test", "report", "imports")  # they do not change a result
-    return flat({key: value for key, value in results.get("config", {}).items() if key not in ignored})
+    settings = flat(results.get("config", {})).items()
+    return {key: value for key, value in settings if key.split(".")[0] not in ignored or key == MONITOR}
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:

@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 from cifar10_tl.config.resume import as_override
 from cifar10_tl.data.batch import Split
 from cifar10_tl.engine.results import REPORT, read_results
-from cifar10_tl.engine.settings import changed_options, repeat_command
+from cifar10_tl.engine.settings import MONITOR, changed_options, flat, repeat_command
 from cifar10_tl.io import atomic_write_text, read_csv
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.plots.style import as_percent
@@ -94,8 +94,8 @@ class Pictures:
         self.evaluation, self.neighbors = evaluation, neighbors
         self.heatmaps: dict[int, Tensor] = {}  # by position
         self.split = split.subset(split.positions_of(evaluation.indices))
-        self.probabilities, self.predictions = evaluation.probabilities.tolist(), evaluation.predictions.tolist()
-        self.labels, self.indices = evaluation.labels.tolist(), evaluation.indices.tolist()
+        self.predictions, self.labels = evaluation.predictions.tolist(), evaluation.labels.tolist()
+        self.indices = evaluation.indices.tolist()
         self.sprite, self.overlays = Sprite(), Sprite()
 
     def explain(self, function: Callable[[Tensor, Tensor], Tensor], positions: Iterable[int]) -> None:
@@ -114,13 +114,13 @@ class Pictures:
             "path": self.split.paths[position],
             "true": self.labels[position],
             "predicted": self.predictions[position],
-            "probabilities": self.probabilities[position],
+            "probabilities": self.evaluation.probabilities[position].tolist(),
         }
 
     def card(self, position: int) -> dict[str, Any]:
         """Return an image for the template, with its most likely classes, Grad-CAM and neighbors."""
-        card, row = self.thumbnail(position), self.probabilities[position]
-        likely = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:3]
+        card = self.thumbnail(position)
+        likely = self.evaluation.probabilities[position].argsort(descending=True, stable=True)[:3].tolist()
         card["classes"] = dict.fromkeys([*likely, card["true"]])
         if position in self.heatmaps:
             explained = overlay(self.split.image(position), self.heatmaps[position])
@@ -146,7 +146,8 @@ class Pictures:
             cells[self.labels[position], self.predictions[position]].append(position)
         # errors first, and of these the most frequent; of correct predictions, the least confident
         found = sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1])))
-        found = found[: None if self.evaluation.num_classes <= MATRIX_LIMIT else PAIR_LIMIT]
+        if self.evaluation.num_classes > MATRIX_LIMIT:
+            found = [cell for cell in found if cell[0][0] != cell[0][1]][:PAIR_LIMIT]
         budget, sizes = PIXELS // min(SIDE, self.split.shape[-1]) ** 2, [len(positions) for _, positions in found]
         limit = max((n for n in range(1, PER_CELL + 1) if sum(min(size, n) for size in sizes) <= budget), default=1)
         shown = {(i, j): (positions[::-1] if i == j else positions)[:limit] for (i, j), positions in found}
@@ -217,6 +218,7 @@ def _page(run_dir: Path) -> dict[str, Any]:
         "results": results,
         "training": training,
         "config": config,
+        "monitor": flat(config).get(MONITOR),
         "split": split,
         "scores": results[split],
         "charts": curves({split: (train_dir / "metrics.csv", split) for split in ("train", "val")}),
@@ -255,10 +257,11 @@ class Axis:
 
     def __init__(self, values: Iterable[float], start: float, end: float, unit: str = "", margin: float = 0.05) -> None:
         low, high = min(values := list(values)), max(values)
-        spare = margin * (high - low) or 0.5 * (low == high)  # centers a single value
+        spare = margin * (high - low) or (0.005 if unit == "%" else 0.5) * (low == high)  # centers a single value
         self.low, self.high, self.start, self.end, self.unit = low - spare, high + spare, start, end, unit
         ticks = MaxNLocator(6, integer=unit == "epochs", min_n_ticks=1).tick_values(self.low, self.high)
-        self.ticks = [float(tick) for tick in ticks if self.low <= tick <= self.high]
+        top = min(self.high, 1 + 1e-9) if unit == "%" else self.high
+        self.ticks = [float(tick) for tick in ticks if self.low <= tick <= top]
         texts = {digits: {f"{tick:.{digits}g}" for tick in self.ticks} for digits in range(17, 3, -1)}
         self.digits = min(digits for digits in texts if len(texts[digits]) == len(texts[17]))  # tells ticks apart
 

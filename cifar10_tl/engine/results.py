@@ -26,10 +26,12 @@ from cifar10_tl.data.feature_cache import checksum
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.hardware import device_name
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
+from cifar10_tl.engine.settings import MONITOR, flat
 from cifar10_tl.io import atomic_write_text, csv_text
 from cifar10_tl.metrics.calibration import NUM_BINS
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.lit_classifier import LitClassifier
+from cifar10_tl.plots.style import as_percent
 
 REPORT = "report.html"
 
@@ -117,7 +119,7 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
         parts.append(text_table(["most frequent confusions", "images", "of the class"], rows))
     if scores["confident_errors"]:
         errors = [(e, e["path"] or str(e["index"])) for e in scores["confident_errors"][:5]]
-        rows = [[_confusion(error), image, f"{error['probability']:.2%}"] for error, image in errors]
+        rows = [[_confusion(error), image, as_percent(error["probability"])] for error, image in errors]
         parts.append(text_table(["most confident errors", "image", "confidence"], rows))
     if people := results.get("human_labels"):
         parts.append(
@@ -154,7 +156,8 @@ def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> 
         "Brier score": ("brier", ".4f"),
         f"calibration error ({NUM_BINS} bins)": ("ece", ".2%"),
     }
-    rows = [[title, *(_cell(c.get(key), form) for c in columns.values())] for title, (key, form) in formats.items()]
+    shown = [(title, key, form) for title, (key, form) in formats.items() if key in scores]
+    rows = [[title, *(_cell(column.get(key), form) for column in columns.values())] for title, key, form in shown]
     return text_table(["", *columns], rows)
 
 
@@ -246,7 +249,9 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
             share = f"{pair['count']} images, {pair['share']:.1%} of {pair['true']}"
             lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")
     if (val_acc := results["val"]["acc"]) is not None:
-        lines.append(f"  val acc      {val_acc:.2%} in epoch {results['best_epoch']}, the best of {results['epochs']}")
+        monitor = flat(results["config"]).get(MONITOR)
+        which = {"val/acc": f"the best of {results['epochs']}", None: "the last"}.get(monitor, f"the best by {monitor}")
+        lines.append(f"  val acc      {val_acc:.2%} in epoch {results['best_epoch']}, {which}")
     if probe := results.get("logistic_regression"):
         scores = ", ".join(f"{split} acc {probe[split]['acc']:.2%}" for split in ("val", "test") if split in probe)
         lines.append(f"  logistic regression (l2 {probe['l2']:.2g}): {scores}, in {CHECKPOINT}")
@@ -254,7 +259,7 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
         if (run_dir / file).exists():
             lines.append(f"  {name:<12} {run_dir / file}")
     lines += [f"  trace        {path}, for https://ui.perfetto.dev" for path in sorted(run_dir.glob("*.pt.trace.json"))]
-    return "\n".join([*lines, f"  checkpoint   {best or 'none'}", *_next_commands(results["config"], run_dir, best)])
+    return "\n".join([*lines, f"  checkpoint   {best or 'none'}", *_next_commands(results, run_dir, best)])
 
 
 def _relative(path: Path) -> Path:
@@ -262,17 +267,16 @@ def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _next_commands(config: Mapping[str, Any], run_dir: Path, best: Path | None) -> list[str]:
+def _next_commands(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> list[str]:
     """Return the commands that a person may want to type after a run."""
-    commands, logdir = [], shlex.quote(str(run_dir))
+    commands, logdir, max_epochs = [], shlex.quote(str(run_dir)), results["config"]["trainer"]["max_epochs"]
     if any(run_dir.glob("events.out*")):
         commands.append(f"tensorboard --host localhost --logdir {logdir} --samples_per_plugin=images=1000")
     if best is not None:
         checkpoint = shlex.quote(as_override("checkpoint", str(best)))
         commands.append(f"python -m cifar10_tl.evaluate {checkpoint} report=full  # calibration, label errors")
-    if not config.get("budget"):
-        epochs = f"trainer.max_epochs={2 * config['trainer']['max_epochs']}"
-        commands.append(f"{resume_command(run_dir)} {epochs}  # train further")
+    if results["epochs"] == max_epochs and not results["config"].get("budget"):  # else something else ended it
+        commands.append(f"{resume_command(run_dir)} trainer.max_epochs={2 * max_epochs}  # train further")
     return ["  next commands", *(f"    {command}" for command in commands)] if commands else []
 
 

@@ -19,6 +19,8 @@ from cifar10_tl.config.resume import as_override
 
 #: Settings of a start or of its folder, not of what is run.
 OF_THE_START = ("paths.output_dir", "resume", "trust")
+#: Metric that selects the checkpoint for the test; without it, the last one is tested.
+MONITOR = "callbacks.best_checkpoint.monitor"
 _CHOICES = {"data": "data.source", "optimizer": "optimizer.name", "scheduler": "scheduler.name"}
 _CHOICES["model/head"] = "model.head.name"
 

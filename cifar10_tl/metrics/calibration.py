@@ -44,18 +44,26 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
     return float((probabilities.double() - one_hot).square().sum(1).mean())
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def expected_calibration_error(bins: ReliabilityBins) -> float:
+    """Return the mean distance of confidence and accuracy over the images (Guo et al., equation 3)."""
+    gaps = (bins.confidence - bins.accuracy).abs()
+    return float((bins.counts * gaps)[bins.counts > 0].sum() / bins.counts.sum())
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Return the temperature T that minimizes the loss of softmax(logits / T) (Guo et al., section 4.2).
+
+    Return None if there is no minimum from 0.05 to 20, as with few images whose predictions are all correct.
 
     The loss is convex in 1 / T, so the minimum is found by bisection on the sign of its slope. The ``logits``, float
     [N, K], should be of images that were not used for training.
     """
     logits = logits.double()
     true = logits.gather(1, labels[:, None]).squeeze(1)
-    low, high = 0.05, 20.0  # limits, because there is no minimum if all predictions are correct or at chance level
+    lowest, highest = low, high = 0.05, 20.0
     for _ in range(60):
         temperature = (low * high) ** 0.5
         expected = ((logits / temperature).softmax(1) * logits).sum(1)
         slope = (expected - true).mean()  # of the loss, in 1 / temperature
         low, high = (temperature, high) if slope > 0 else (low, temperature)
-    return (low * high) ** 0.5
+    return None if low == lowest or high == highest else (low * high) ** 0.5

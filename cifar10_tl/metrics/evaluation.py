@@ -13,13 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
-    multiclass_calibration_error,
     multiclass_f1_score,
     multiclass_precision,
     multiclass_recall,
 )
 
-from cifar10_tl.metrics.calibration import NUM_BINS, ReliabilityBins, brier_score, reliability_bins
+from cifar10_tl.metrics.calibration import (
+    ReliabilityBins,
+    brier_score,
+    expected_calibration_error,
+    reliability_bins,
+)
 from cifar10_tl.metrics.intervals import wilson_interval
 
 
@@ -119,21 +123,24 @@ class Evaluation:
         return {**means, "loss": self.loss, "count": len(self)}
 
     def scores(self) -> dict[str, Any]:
-        """Return :meth:`metrics` and all other scalar metrics of at least one image; ``nll`` is the loss."""
+        """Return :meth:`metrics` and all other scalar metrics of at least one image; ``nll`` is the loss.
+
+        Two classes have no top-2 accuracy, which would always be 1.
+        """
         top2 = multiclass_accuracy(self.probabilities, self.labels, self.num_classes, average="micro", top_k=2)
         num_correct = int((self.predictions == self.labels).sum())
         return {
             **self.metrics(),
             "acc_interval": list(wilson_interval(num_correct, len(self))),
-            "top2_acc": _rounded(top2),
+            **({"top2_acc": _rounded(top2)} if self.num_classes > 2 else {}),
             "nll": self.loss,
             **self.calibration(),
         }
 
     def calibration(self) -> dict[str, float]:
-        """Return the Brier score and the expected calibration error (Guo et al., equation 3)."""
-        ece = multiclass_calibration_error(self.probabilities, self.labels, self.num_classes, NUM_BINS, norm="l1")
-        return {"brier": brier_score(self.probabilities, self.labels), "ece": _rounded(ece)}
+        """Return the Brier score and the expected calibration error."""
+        ece = expected_calibration_error(self.reliability_bins())
+        return {"brier": brier_score(self.probabilities, self.labels), "ece": ece}
 
     def reliability_bins(self) -> ReliabilityBins:
         """Return the bins of a reliability diagram."""

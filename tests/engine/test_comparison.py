@@ -82,6 +82,34 @@ def test_settings_are_compared_over_the_seeds_that_both_have(tmp_path: Path) -> 
     assert compare_settings(runs[1:3]) == [], "no setting has several seeds"
 
 
+def test_the_metric_of_the_best_checkpoint_is_a_setting_and_no_run_is_counted_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(name: str, seed: int, monitor: str, correct: str) -> Run:
+        callbacks = {"best_checkpoint": {"monitor": monitor}, "curves": {"name": name}}
+        return read_run(make_run(tmp_path / name, correct, config={"seed": seed, "callbacks": callbacks}))
+
+    runs = [run("a", 0, "val/acc", "11110000"), run("b", 1, "val/acc", "11100000")]
+    runs += [run("c", 0, "val/loss", "10000000"), run("d", 1, "val/acc", "11111111")]
+    first, other = compare_settings(runs)
+    assert (first["seeds"], first["mean test acc"]) == (2, 3.5 / 8)
+    assert other["settings"] == "callbacks.best_checkpoint.monitor=val/loss"
+    assert f"not in the table of seeds, because another run has the same settings: {tmp_path / 'd'}\n" in caplog.text
+
+
+def test_an_evaluation_has_the_settings_of_its_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"run{seed}", "11110000", config={"seed": seed, "optimizer": {"lr": 0.1}})
+    checkpoints = ("run0/checkpoints/best.ckpt", "run1/checkpoints/best.ckpt", "run0/checkpoints/last.ckpt")
+    evaluations = [
+        read_run(make_run(tmp_path / f"evaluation{i}", "11110000", checkpoint=str(tmp_path / checkpoint)))
+        for i, checkpoint in enumerate(checkpoints)
+    ]
+    rows = compare_runs([*evaluations, read_run(tmp_path / "run1")])
+    assert [row["different settings"] for row in rows] == [None, "seed=1", "checkpoint=last.ckpt", "seed=1"]
+    assert [row["settings"] for row in compare_settings(evaluations)] == ["the first", "checkpoint=last.ckpt"]
+
+
 def test_the_command_shows_and_writes_both_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def config(lr: float, seed: int) -> dict[str, object]:
         return {"seed": seed, "optimizer": {"lr": lr}}

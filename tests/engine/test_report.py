@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import compose_train
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from cifar10_tl.data.batch import Split
@@ -180,8 +181,8 @@ def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
     page = write(tmp_path, evaluation, split, extra=run | also)
     assert (page.values["tta.acc"], page.values["logistic_regression.test.acc"]) == ("0.875", "1.0")
     assert "n/a accuracy without images of doubtful labels" in page.text
-    texts = ("python -m cifar10_tl.train optimizer=sgd seed=3", "optimizer=sgd seed=3 ", "best is epoch 4; SGD")
-    for text in texts:
+    command = "python -m cifar10_tl.train optimizer=sgd seed=3"
+    for text in (command, "optimizer=sgd seed=3 ", "the best by val/acc is epoch 4; SGD"):
         assert text in page.text
     assert "1.5 min of training, 123 images/s" in page.text
 
@@ -223,12 +224,21 @@ def test_labels_of_a_chart_fit_beside_it(values: tuple[float, float], unit: str)
     assert len({*labels}) == len(labels) > 0
 
 
+def test_lines_of_the_same_color_are_told_apart() -> None:
+    environment = Environment(loader=PackageLoader("cifar10_tl.engine"), autoescape=True)
+    environment.filters |= dict.fromkeys(("at", "spec", "percent"), str)
+    macros: Any = environment.get_template("macros.html.jinja").module
+    assert [macros.line_style(number) for number in (0, 5, 6, 11)] == ["s0", "s5", "s0 dashed", "s5 dashed"]
+
+
 def test_axes_map_values_to_pixels() -> None:
     axis = Axis([0, 10], 100, 0, margin=0.1)
     assert [axis(value) for value in (-1, 5, 11)] == [100, 50, 0]
     assert axis.ticks == [0, 2, 4, 6, 8, 10]
     assert Axis([3], 0, 100, "epochs").ticks == [3]
-    assert [Axis([0.5], 0, 1, unit).text(0.125) for unit in ("%", "")] == ["12.5%", "0.125"]
+    full = Axis([1.0, 1.0], 0, 100, "%")
+    assert (full.low, full.ticks[-1]) == (0.995, 1.0)
+    assert [Axis([0, 1], 0, 1, unit).text(0.125) for unit in ("%", "")] == ["12.5%", "0.125"]
     near = Axis([2.2985, 2.3012], 0, 1)
     assert [float(near.text(tick)) for tick in near.ticks] == pytest.approx(near.ticks, abs=1e-9)
 
@@ -269,6 +279,11 @@ def test_many_classes_are_listed_by_pair(tmp_path: Path) -> None:
     assert len(pairs) == page.tags["section"] == 100
     assert all(i != j for i, j in pairs)
     assert counts == sorted(counts, reverse=True)
+    logits, labels = 5 * torch.eye(31)[[1, *range(1, 31)]], torch.arange(31)
+    one_error = Evaluation.of(logits, labels, labels, evaluation.class_names)
+    page = write(tmp_path, one_error, Split(split.images[:31], labels))
+    assert [link for link in page.links if link.startswith("#c-")] == ["#c-0-1"]
+    assert page.tags["section"] == 1, "correct predictions have no link"
 
 
 def test_a_failure_is_logged_and_keeps_the_results(

@@ -38,7 +38,8 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
         (run / name).touch()
     labels = torch.tensor([0, 1, 1, 1])
     evaluation = Evaluation.of(torch.eye(2)[[0, 0, 0, 1]], labels, torch.arange(4), ("cat", "dog"))
-    config = {"budget": None, "trainer": {"max_epochs": 5}}
+    config: dict[str, Any] = {"budget": None, "trainer": {"max_epochs": 5}}
+    config["callbacks"] = {"best_checkpoint": {"monitor": "val/acc"}}
     test = evaluation.scores() | {"confused_pairs": evaluation.confused_pairs()}
     results: dict[str, Any] = {"test": test, "val": {"acc": 0.75}, "best_epoch": 3, "epochs": 5, "config": config}
     text = summary(results, run, tmp_path / run / "checkpoints" / "best.ckpt")
@@ -59,5 +60,9 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
     ]
     equal = summary(results | {"test": test | {"balanced_acc": test["acc"] + 1e-16}}, run, None)
     assert "balanced" not in equal
+    for checkpoint, chosen in (({"monitor": "val/loss"}, "the best by val/loss"), (None, "the last")):
+        other = results | {"epochs": 4, "config": config | {"callbacks": {"best_checkpoint": checkpoint}}}
+        assert f"  val acc      75.00% in epoch 3, {chosen}\n" in summary(other, run, None)
+        assert "train further" not in summary(other, run, None), "early stopping has ended the run"
     untested = {"val": {"acc": None}, "best_epoch": None, "epochs": 5, "config": config | {"budget": "10min"}}
     assert summary(untested, tmp_path / "gone", None).splitlines() == ["", "  checkpoint   none"]

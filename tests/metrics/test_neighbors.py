@@ -51,6 +51,13 @@ def test_correlation_of_pixels_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(found, torch.tensor([[1.0, -1, 0], [1, -1, 0]]), atol=1e-6)
 
 
+def test_images_of_the_same_color_are_no_copies() -> None:
+    color = torch.tensor([40, 200, 90])[:, None, None]
+    noise = torch.randint(-30, 31, (2, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    images = (color + noise).byte()
+    assert pixel_correlations(split(images[:1]), split(images[1:]), torch.tensor([[0]])).abs() < 0.3
+
+
 def test_a_noisy_copy_is_a_near_duplicate_and_another_image_of_the_class_is_not() -> None:
     images, _ = draw_shapes(60, seed=0, image_size=32)
     noise = torch.randint(-12, 13, images.shape, generator=torch.Generator().manual_seed(0))
