@@ -26,6 +26,8 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, filename: str, monitor: str | None = None, save_top_k: int = 1, **options: Any) -> None:
         keeps_several = monitor is not None and save_top_k not in (0, 1) and "{" not in filename
         self._copy_best_to = f"{filename}.ckpt" if keeps_several else None
+        self._stops = False
+        self._copied = ""  # not known after a start: the run may have been killed before it copied the best one
         pattern = f"{filename}-{{epoch}}" if keeps_several else filename
         mode = "min" if monitor == "val/loss" else "max"
         super().__init__(filename=pattern, monitor=monitor, mode=mode, save_top_k=save_top_k, **options)
@@ -47,21 +49,26 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: Any) -> None:
         """Save inside an epoch, after an optimizer step; the last step of an epoch is saved after validation."""
-        if trainer.is_last_batch:
+        accumulates = (step[-1] + 1) % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
+        if self.monitor is None:  # a request to stop, such as that of max_time, waits for the optimizer step
+            self._stops = self._stops or trainer.should_stop
+            trainer.should_stop = self._stops and not accumulates
+            self._stops = self._stops and accumulates
+        if trainer.is_last_batch or accumulates:
             return
         if self.monitor is None and (trainer.should_stop or trainer.global_step == trainer.max_steps):
             self.best_model_path = self.format_checkpoint_name({})
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
-        elif (step[-1] + 1) % trainer.accumulate_grad_batches == 0:
+        else:
             super().on_train_batch_end(trainer, pl_module, *step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a complete epoch; one that was not validated cannot be the best."""
         if not trainer.is_last_batch or (self.monitor is not None and pl_module.evaluation is None):
             return
-        before = self.best_model_path
         super().on_train_epoch_end(trainer, pl_module)
-        if self._copy_best_to and self.best_model_path != before and trainer.is_global_zero:
-            best = Path(self.best_model_path)
+        best, is_copied = Path(self.best_model_path), self.best_model_path == self._copied
+        if self._copy_best_to and not is_copied and trainer.is_global_zero and best.is_file():
+            self._copied = self.best_model_path
             with best.open("rb") as source, atomic_write(best.with_name(self._copy_best_to)) as target:
                 shutil.copyfileobj(source, target)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 
 class WeightEMA(WeightAveraging):
@@ -29,14 +31,18 @@ class WeightEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float, bn_batches: int = 0) -> None:
-        super().__init__(multi_avg_fn=self._average)
+        super().__init__()
         self.decay, self.bn_batches = decay, bn_batches
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move the average to the device; its step count stays on the CPU, where reading it costs nothing."""
+        """Move the average to the device; its step count stays on the CPU, where reading it costs nothing.
+
+        ``AveragedModel.update_parameters`` would copy the count to the device and back in each step.
+        """
         average: Any = self._average_model
         average.to(pl_module.device)
         average.n_averaged = average.n_averaged.cpu()
+        average.update_parameters = partial(self._update, average)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore both sets of weights for a fit; a test keeps the average, where Lightning would undo it."""
@@ -49,13 +55,21 @@ class WeightEMA(WeightAveraging):
         if self.bn_batches and trainer.state.fn == "fit" and not trainer.sanity_checking:
             estimate_statistics(trainer, pl_module, self.bn_batches)
 
-    def _average(self, averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
-        """Update tensors of one dtype and device; AveragedModel itself copies the weights of the first step."""
-        if not averages[0].is_floating_point():  # BatchNorm's count of batches
+    def _update(self, average: AveragedModel, model: nn.Module) -> None:
+        """Update the average of weights and buffers by those of ``model``; the first step copies them."""
+        n = int(average.n_averaged)
+        kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        tensors = [[x.detach() for x in chain(m.parameters(), m.buffers())] for m in (average.module, model)]
+        floats: list[tuple[Tensor, ...]] = []
+        counts: list[tuple[Tensor, ...]] = []  # of batches, in BatchNorm
+        for pair in zip(*tensors, strict=True):
+            (floats if pair[0].is_floating_point() else counts).append(pair)
+        averages, weights = map(list, zip(*floats, strict=True))
+        torch._foreach_lerp_(averages, weights, 1 - kept)
+        if counts:
+            averages, weights = map(list, zip(*counts, strict=True))
             torch._foreach_copy_(averages, weights)
-            return
-        n = int(num_averaged)
-        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))
+        average.n_averaged += 1
 
 
 def estimate_statistics(trainer: pl.Trainer, pl_module: Any, num_batches: int) -> None:

@@ -47,7 +47,9 @@ class NaNGuard(Callback):
             steps_ago = int(trainer.strategy.reduce(torch.tensor(float(steps_ago), device=losses.device), None, "max"))
         if steps_ago:
             batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - steps_ago
-            _stop(trainer, f"the loss is {float(losses[-steps_ago])} at epoch {trainer.current_epoch}, batch {batch}")
+            loss: Any = float(losses[-steps_ago])
+            loss = "not finite" if math.isfinite(loss) else loss  # in another process
+            _stop(trainer, f"the loss is {loss} at epoch {trainer.current_epoch}, batch {batch}")
 
 
 def _stop(trainer: pl.Trainer, problem: str) -> None:

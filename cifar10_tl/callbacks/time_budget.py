@@ -60,6 +60,7 @@ class TimeBudget(Callback):
         self.validation_seconds = self.other_seconds = 0.0  # of an epoch; other: everything except training steps
         self.is_over = False
         self._epoch_start, self._step_ends = 0.0, list[float]()
+        self._every: int | None = None  # epochs between validations
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE} | {"spent": time.perf_counter() - self.started}
@@ -77,6 +78,7 @@ class TimeBudget(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Skip the training of a resumed run whose budget is spent."""
         trainer.should_stop = trainer.should_stop or self.is_over
+        self._every = trainer.check_val_every_n_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Time a step and plan the epochs of a new run."""
@@ -94,8 +96,10 @@ class TimeBudget(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop inside an epoch if there is no time left for more than the test."""
+        """Stop inside an epoch if there is no time left for more than the test; validate one that may be the last."""
         self._step_ends.append(time.perf_counter())
+        if trainer.is_last_batch and self._every is not None and trainer.current_epoch + 1 != self.epochs:
+            trainer.check_val_every_n_epoch = 1 if self._may_end(trainer) else self._every
         every = trainer.accumulate_grad_batches * (1 if trainer.world_size == 1 else 10)  # processes have to agree
         if trainer.is_last_batch or (batch_idx + 1) % every:
             return
@@ -120,6 +124,14 @@ class TimeBudget(Callback):
         self._epoch_start, self._step_ends = now, []
         if not trainer.should_stop:
             self._plan(trainer, pl_module, done=trainer.current_epoch + 1)
+
+    def _may_end(self, trainer: pl.Trainer) -> bool:
+        """Return whether the plan at the end of this epoch may have no time for another one; equal on all processes."""
+        ends, done = self._step_ends, trainer.current_epoch + 1
+        measured = (ends[-1] - ends[0]) / max(len(ends) - 1, 1) / self._estimate(trainer.current_epoch)
+        needed = self._seconds(int(trainer.num_training_batches), done, done + 1) * max(1, measured / self.slowdown)
+        left = self._left(trainer) - self.validation_seconds
+        return bool(trainer.strategy.broadcast(left < 1.2 * needed))  # the estimates may still change
 
     def _estimate(self, epoch: int) -> float:
         """Return the estimated seconds per step of an epoch."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,10 +69,38 @@ def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_
         assert scalars(a, tag) == scalars(b, tag)
 
 
+def test_the_best_of_several_is_copied_after_a_kill_before_the_copy(small_cfg: Small) -> None:
+    several = "callbacks.best_checkpoint.save_top_k=-1"
+    cfg = small_cfg(*FROZEN, several, "callbacks.best_checkpoint.monitor=val/loss", "trainer.max_epochs=1")
+    train(cfg)
+    copy = Path(cfg.paths.output_dir) / "checkpoints" / "best.ckpt"
+    copy.unlink()
+    resume(Path(cfg.paths.output_dir), "trainer.max_epochs=2")
+    losses = [float(row["val/loss"]) for row in rows(Path(cfg.paths.output_dir))]
+    assert epoch_of(copy) == losses.index(min(losses))
+
+
 @pytest.mark.parametrize("name", ["acc", "balanced_acc", "macro_f1", "loss"])
 def test_the_highest_accuracy_and_the_lowest_loss_are_the_best(name: str) -> None:
     monitor = compose_train(f"callbacks.best_checkpoint.monitor=val/{name}").callbacks.best_checkpoint.monitor
     assert RunCheckpoint("best", monitor=monitor).mode == ("min" if name == "loss" else "max")
+
+
+def test_max_time_stops_after_an_optimizer_step(tmp_path: Path) -> None:
+    saved: list[int] = []
+    module: Any = None
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=3, global_step=7, max_steps=-1, should_stop=True)
+    callback = RunCheckpoint("last", dirpath=tmp_path)
+    for batch_idx in range(3):
+        trainer.is_last_batch = False
+        trainer.save_checkpoint = lambda *_, batch_idx=batch_idx, **__: saved.append(batch_idx)
+        callback.on_train_batch_end(trainer, module, None, None, batch_idx)
+        assert trainer.should_stop == (batch_idx == 2)
+    assert saved == [2]
+    trainer.should_stop, trainer.is_last_batch = True, True
+    callback.on_train_batch_end(trainer, module, None, None, 4)
+    assert trainer.should_stop, "the last batches of an epoch are a group of their own"
+    assert saved == [2], "saved after validation"
 
 
 def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_slower_machine_trains_fewer_epochs(clock: Clock, tmp_path: Path) -> Non
     assert rates[-1] == 0, "the schedule is complete"
 
 
-@pytest.mark.parametrize(("every", "best"), [(1, 0), (2, 1)])  # part of an epoch is the best only if nothing else is
+# part of an epoch is the best only if nothing else is
+@pytest.mark.parametrize(("every", "best"), [(1, 0), (2, 1)])
 def test_epoch_that_is_too_slow_is_stopped(
     every: int, best: int, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,6 +110,13 @@ def test_epoch_that_is_too_slow_is_stopped(
     assert caplog.text.count("stopping inside epoch 1") == 1
     assert resume(tmp_path)["test"] == results["test"]
     assert caplog.text.count("nothing left to train") == 1
+
+
+def test_an_epoch_after_which_no_other_fits_was_validated(clock: Clock, tmp_path: Path) -> None:
+    """Four epochs are planned, but the third takes three times as long as expected."""
+    clock.slow = dict.fromkeys(range(6, 9), 3.0)
+    start(tmp_path, budget(3.5), "trainer.check_val_every_n_epoch=2")
+    assert [row["val/acc"] != "" for row in rows(tmp_path)] == [False, True, True]
 
 
 def test_resumed_run_has_the_time_that_was_left(clock: Clock, tmp_path: Path) -> None:
