@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.resume import resume_command
 from cifar10_tl.config.run_dir import RUN_CONFIG, process_rank
-from cifar10_tl.engine.processes import SignalHandler, Stopped, own_processes
+from cifar10_tl.engine.processes import SignalHandler, Stopped, own_processes, requeue
 from cifar10_tl.io import claim, remove_temporary
 
 if TYPE_CHECKING:  # slow to import, therefore imported by the functions that need it
@@ -45,6 +46,8 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
         try:
             return _train(cfg, handler, started)
         except Stopped:
+            if process_rank() == 0 and handler.received == signal.SIGUSR1:
+                requeue()
             if process_rank() == 0 and (run_dir / "checkpoints").exists():  # else the command removes the folder
                 log.info("resume with: %s", resume_command(run_dir))
             raise
@@ -52,9 +55,11 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
 
 def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str, Any] | None:
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from cifar10_tl.engine import analysis, builder, checkpoints, hardware, logistic_regression, report, results
     from cifar10_tl.engine.tensorboard import log_start, log_test
+    from cifar10_tl.models.weights import check_weights
 
     hardware.quiet_libraries()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -64,24 +69,35 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     module = builder.build_module(cfg, datamodule)
     if start is not None:
         check_same_run(start, resumed, module)
+        if 0 < (cfg.trainer.max_epochs or 0) < (done := builder.next_epoch(resumed)):
+            raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs}: {run_dir} already has {done} epochs")
+        module.has_weights = True  # those of the checkpoint
     elif cfg.init_from:
         module.load_weights_from(Path(cfg.init_from))
+    else:
+        check_weights(cfg.model.backbone, cfg.model.weights)
     trainer = builder.build_trainer(cfg, handler, checkpoint_io, builder.next_epoch(resumed), started)
     builder.speed_up(cfg, module, trainer)
     if cfg.data.cache_features:
         datamodule.feature_cache = builder.build_feature_cache(cfg, module, trainer)
     earlier = results.read_results(run_dir)
     if trainer.is_global_zero:
-        results.begin(cfg)
+        if start is None:
+            results.begin(cfg)
+        else:  # the folder keeps its settings if these do not fit the checkpoint
+            begin = LambdaCallback(on_train_start=lambda *_: results.begin(cfg))
+            trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         log_start(cfg, trainer, builder.next_epoch(resumed))
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if cfg.get("budget"):
         cfg.trainer.max_epochs = trainer.max_epochs
+    if trainer.is_global_zero:
+        results.begin(cfg)
     if resumed and trainer.global_step == resumed["global_step"]:
         log.info(
-            "nothing left to train after step %d: to train further, raise the limit that ended the run "
-            "(trainer.max_epochs, max_steps or max_time, or early stopping)",
+            "nothing left to train after step %d: raise trainer.max_epochs, max_steps or max_time to train further, or "
+            "start a new run with init_from= if budget= or early stopping has ended this one",
             trainer.global_step,
         )
         has_report = cfg.get("report", "none") == "none" or (run_dir / results.REPORT).exists()

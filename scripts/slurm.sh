@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several machines with SLURM:   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh [key=value ...]
-# Download the data first, on a node with a network: python scripts/download.py
+# Download the data first, on a node with a network: python scripts/download.py. In a new job, resume=RUN_DIR resumes.
 #
 # SLURM sends SIGUSR1 two minutes before the time limit or a preemption. The run then saves its state and requeues
 # itself, and the next start resumes it in the same folder.
@@ -17,8 +17,9 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -f .venv/bin/activate ]] && source .venv/bin/activate
 
+[[ " $*" == *" resume="* ]] || set -- trainer=ddp paths.output_dir="outputs/runs/slurm-${SLURM_JOB_ID}" \
+    checkpoint_every_n_steps=200 "$@"
 # --kill-on-bad-exit ends the job when one process is killed. srun has not inherited --cpus-per-task since Slurm 22.05.
 exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    python -m cifar10_tl.train trainer=ddp trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" \
-    trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" paths.output_dir="outputs/runs/slurm-${SLURM_JOB_ID}" \
-    checkpoint_every_n_steps=200 "$@"
+    python -m cifar10_tl.train trainer.num_nodes="${SLURM_JOB_NUM_NODES:-1}" \
+    trainer.devices="${SLURM_NTASKS_PER_NODE:-1}" "$@"

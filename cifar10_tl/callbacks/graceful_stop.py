@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +23,7 @@ class GracefulStop(Callback):
     """Callback that saves ``checkpoints/last.ckpt`` and stops after the step in which a signal was received.
 
     After the last step of an epoch, validation and the regular checkpoints come first. All processes stop at the same
-    step: a signal reaches them at different times, so they agree after about every ten batches. A SLURM job that
-    receives SIGUSR1 (see scripts/slurm.sh) is also requeued.
+    step: a signal reaches them at different times, so they agree after about every ten batches.
     """
 
     def __init__(self, handler: SignalHandler) -> None:
@@ -83,18 +80,4 @@ class GracefulStop(Callback):
     def _stop(self, trainer: pl.Trainer, when: str) -> None:
         signum = self.handler.received or signal.SIGTERM  # received by another process
         log.info("stopped by %s %s", signum.name, when)
-        if "SLURM_JOB_ID" in os.environ and signum == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue()
         self.handler.stop()
-
-
-def requeue() -> None:
-    """Put this SLURM job back into the queue."""
-    job = os.environ["SLURM_JOB_ID"]
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)  # noqa: S603, S607
-        log.info("job %s is requeued and will resume in this folder", job)
-    except (OSError, subprocess.CalledProcessError):
-        log.warning("scontrol requeue %s failed: submit the job again to resume the run", job)

@@ -32,7 +32,8 @@ _LOST_PROCESS = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gl
 #: What errors of torch mean, by a pattern of "TypeName: message".
 _MEANINGS = {
     "^OutOfMemoryError": (
-        "out of device memory; reduce data.batch_size or model.image_size, or set trainer.precision=bf16-mixed"
+        "out of device memory; reduce data.batch_size (predict: batch_size) or model.image_size, or set "
+        "trainer.precision=bf16-mixed"
     ),
     "^MemoryError|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking": (
         "this machine does not have enough memory; reduce the sizes in the settings"
@@ -100,7 +101,7 @@ def is_connection_loss(error: BaseException) -> bool:
 def _raised_by(error: BaseException, *libraries: str) -> bool:
     """Return whether a library raised ``error``: Hydra and Lightning raise plain ValueErrors for wrong settings."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    while modules and modules[-1] in ("os", "pathlib"):
+    while modules and modules[-1].split(".")[0] in ("os", "pathlib"):  # pathlib._local in Python 3.13
         modules.pop()
     return bool(modules) and modules[-1].split(".")[0] in libraries
 

@@ -123,6 +123,8 @@ def _prepared(arguments: list[str], name: str = "train") -> list[str]:
             raise UserError(f"{argument}: not supported; search with python -m cifar10_tl.tune (see docs/search.md)")
         if name == "tune" and key in ("-m", "--multirun"):
             raise UserError(f"{argument}: a search is one run; use {{choices: [a, b]}} instead of a sweep")
+        if key == "resume" and {"-m", "--multirun"} & {*arguments}:
+            raise UserError(f"{argument}: a command resumes one run; leave -m out")
         if name == "tune" and key == "resume":
             raise UserError(f"{argument}: a search is continued by its own command; leave resume out")
         if value.startswith("~") and "," not in value:

@@ -83,6 +83,8 @@ def _new_stamp() -> str:
         if job != "none":
             return f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}"
         process = os.getppid()
+        if not Path("/proc").is_dir():  # macOS
+            return f"torchrun-{env['MASTER_PORT']}-{process}"
         started = Path(f"/proc/{process}").stat().st_mtime
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{process}"
 

@@ -34,7 +34,6 @@ from cifar10_tl.engine.logistic_regression import LogisticRegression
 from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.optim import find_optimizer, schedule_factor
-from cifar10_tl.models.weights import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +67,7 @@ def build_module(cfg: DictConfig, datamodule: CIFAR10DataModule) -> LitClassifie
         "scheduler": plain(cfg.scheduler),
         "seed": cfg.seed,
     }
-    module = LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
-    check_weights(cfg.model.backbone, cfg.model.weights)
-    return module
+    return LitClassifier(**own, **known_arguments(LitClassifier, plain(cfg.model), "model", taken=own))
 
 
 def build_trainer(
@@ -186,6 +183,7 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     tune_for(device, module.network)
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
+        torch.compiler.reset()  # graphs of an earlier run in this process count against the limit
         num_sizes = len(module.image_sizes)
         torch._dynamo.config.recompile_limit += num_sizes - 1  # compiled once per size
         # else a smaller batch of validation would make the graphs of later sizes dynamic

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.engine.logistic_regression import CHECKPOINT
 from cifar10_tl.io import atomic_write
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.weights import load_safely
@@ -60,7 +61,7 @@ def find_resumable(run_dir: Path, checkpoint_io: RunCheckpointIO) -> tuple[Path,
 
     A run killed while it saved an epoch has a best checkpoint that is newer than the last one.
     """
-    paths = list((run_dir / "checkpoints").glob("*.ckpt"))
+    paths = [path for path in (run_dir / "checkpoints").glob("*.ckpt") if path.name != CHECKPOINT.name]
     for path in sorted(paths, key=lambda path: (_step(path), path.name == "last.ckpt"), reverse=True):
         try:
             content = checkpoint_io.read(path)

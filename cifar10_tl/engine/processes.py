@@ -155,6 +155,18 @@ def end_with_parent(parent: int, grace: float = 10) -> None:
     _fail(f"process {os.environ.get('LOCAL_RANK', 0)}: its parent process ({parent}) was killed")
 
 
+def requeue() -> None:
+    """Put this SLURM job back into the queue after SIGUSR1, see scripts/slurm.sh."""
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)  # noqa: S603, S607
+        log.info("job %s is requeued", job)
+    except (OSError, subprocess.CalledProcessError):
+        log.warning("scontrol requeue %s failed: submit the job again with resume=RUN_DIR", job)
+
+
 def _is_managed() -> bool:
     """Return whether torchrun or SLURM started this process."""
     return not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}.isdisjoint(os.environ)

@@ -57,7 +57,8 @@ class Search:
         median = MedianPruner(cfg.pruner.startup_trials, cfg.pruner.warmup_epochs)
         self.pruner: BasePruner = median if cfg.pruner.name == "median" else NopPruner()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(self.folder / "study.journal")))
+        # absolute: Optuna's lock is a symbolic link to this path, and a relative target would be broken
+        storage = JournalStorage(JournalFileBackend(str(self.folder.resolve() / "study.journal")))
         self.study = optuna.create_study(
             storage=storage, study_name="search", direction="maximize", load_if_exists=True
         )

@@ -30,7 +30,7 @@ from cifar10_tl.models.weights import load_backbone, load_network, read_weights
 class LitClassifier(pl.LightningModule):
     """A :class:`TransferResNet` trained with cross-entropy.
 
-    Pretrained weights are loaded when a fit starts, never when a checkpoint is restored.
+    Pretrained weights are loaded when a fit starts, unless ``has_weights`` is set or ``load_from_checkpoint`` was used.
 
     The logged losses of train, val and test are comparable: label smoothing and the class weights of the DataModule
     affect only the loss that is minimized.
@@ -100,7 +100,7 @@ class LitClassifier(pl.LightningModule):
         self._eval_outputs: list[tuple[Tensor, ...]] = []
         self._totals = torch.zeros(3, dtype=torch.float64)  # loss, hits and images of this epoch
         self._class_weights: Tensor | None = None  # of the loss, from the DataModule of a fit
-        self._has_weights = weights is None
+        self.has_weights = weights is None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [N, K] of uint8 images [N, 3, H, W]."""
@@ -141,7 +141,7 @@ class LitClassifier(pl.LightningModule):
     def load_weights_from(self, checkpoint: Path) -> None:
         """Start from the weights of another run's checkpoint, see :func:`load_network`."""
         load_network(self.network, self.class_names, checkpoint)
-        self._has_weights = True
+        self.has_weights = True
 
     def prepare_data(self) -> None:
         """Download the weights that a fit starts from, once per machine."""
@@ -153,10 +153,10 @@ class LitClassifier(pl.LightningModule):
         if self._needs_weights():
             name, weights = self.hparams["backbone"], self.hparams["weights"]
             load_backbone(self.network.backbone, read_weights(name, weights), f"model.weights={weights}")
-            self._has_weights = True
+            self.has_weights = True
 
     def _needs_weights(self) -> bool:
-        return self.trainer.state.fn == "fit" and not self._has_weights and not self.trainer.ckpt_path
+        return self.trainer.state.fn == "fit" and not self.has_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the running totals of all processes; Lightning calls this in each of them."""
@@ -164,7 +164,7 @@ class LitClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the running totals of a partial epoch."""
-        self._has_weights = True
+        self.has_weights = True
         self.restored_epoch = checkpoint["epoch"]
         self._totals = checkpoint.get("train_totals", self._totals)
 

@@ -139,6 +139,11 @@ def test_flags_may_stand_anywhere_between_the_settings() -> None:
     assert launcher._prepared(given) == ["--config-dir=own", "-c=job", "--resolve", "seed=1", "data=shapes"]
 
 
+def test_one_run_is_resumed_per_command() -> None:
+    with pytest.raises(UserError, match=r"resume=a,b: a command resumes one run; leave -m out"):
+        launcher._prepared(["resume=a,b", "-m"])
+
+
 def test_an_unwritable_run_folder_is_one_line() -> None:
     handlers = {"file": {"class": "logging.FileHandler", "filename": "/proc/train.log"}}
     with pytest.raises(ValueError, match="file") as raised:

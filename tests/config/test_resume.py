@@ -36,6 +36,16 @@ def test_a_resumed_run_keeps_its_settings_but_its_length(
         resumed_config(compose_train("resume=nowhere"), ["resume=nowhere"])
 
 
+def test_settings_that_are_named_like_a_moved_folder_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = compose_train("paths.output_dir=lstm", "model/head=lstm")
+    Path("moved").mkdir()
+    Path("moved", RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
+    cfg = resumed_config(compose_train("resume=moved"), ["resume=moved"])
+    assert (cfg.model.head.name, cfg.paths.output_dir) == ("lstm", "moved")
+    assert (cfg.callbacks.best_checkpoint.dirpath, cfg.logger.tensorboard.save_dir) == ("moved/checkpoints", "moved")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -53,8 +63,10 @@ def test_the_resume_command_is_parsed_by_shell_and_hydra(name: str) -> None:
 
 TRUSTED = ("cifar10_tl.callbacks.Curves", "lightning.pytorch.callbacks.LearningRateMonitor", "torch.optim.SGD")
 TRUSTED += ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.strategies.DDPStrategy")
+TRUSTED += ("torch.profiler.schedule",)  # type: ignore[assignment]
 UNTRUSTED = ("os.system", "torch.load", "cifar10_tl.io.atomic_write_text", "cifar10_tl.io.Path", "cifar10_tlx.Thing")
 UNTRUSTED += ("lightning.pytorch.callbacks.model_checkpoint.os.system", ["os.system"])  # type: ignore[assignment]
+UNTRUSTED += ("torch.profiler.schedule.x", "torch.profiler.profiler.os.system")  # type: ignore[assignment]
 
 
 def test_only_classes_of_trusted_packages_are_trusted() -> None:

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from helpers import compose_train
@@ -52,6 +53,12 @@ def test_processes_of_a_job_share_a_stamp_and_have_ranks(
     assert re.fullmatch(stamp, run_dir.run_stamp())
     assert run_dir.run_stamp() == os.environ[STAMP_VARIABLE]
     assert process_rank() == rank
+
+
+def test_processes_of_torchrun_share_a_stamp_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, TORCHRUN | {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29501"})
+    monkeypatch.setattr(Path, "is_dir", lambda path: str(path) != "/proc")
+    assert run_dir.run_stamp() == f"torchrun-29501-{os.getppid()}"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from cifar10_tl import load_classifier
 from cifar10_tl.callbacks import TimeBudget
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine import logistic_regression
+from cifar10_tl.engine.checkpoints import RunCheckpointIO, find_resumable
 from cifar10_tl.engine.evaluator import evaluate_checkpoint
 from cifar10_tl.engine.logistic_regression import CHECKPOINT, PENALTIES, solutions
 from cifar10_tl.engine.results import read_results
@@ -136,6 +137,14 @@ def test_a_time_budget_counts_the_fit_and_the_features_of_all_splits(
     paths = (f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}")
     with pytest.raises(InterruptedError):
         train(compose_train(*SMALL, *settings, *paths))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name in ("best.ckpt", "last.ckpt"):
+        (copy / "checkpoints" / name).unlink()
+    assert (copy / CHECKPOINT).is_file()
+    assert find_resumable(copy, RunCheckpointIO()) is None
 
 
 def test_finished_run_does_not_fit_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

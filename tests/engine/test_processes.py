@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import start_python
+from helpers import compose_train, start_python
 
-from cifar10_tl.engine.processes import SignalHandler, Stopped
+from cifar10_tl import train
+from cifar10_tl.engine.processes import SignalHandler, Stopped, requeue
 
 
 def start(code: str) -> subprocess.Popen[str]:
@@ -44,6 +46,36 @@ def test_second_interrupt_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> N
         assert exits == []
         os.kill(os.getpid(), signal.SIGINT)
         assert exits == [130]
+
+
+@pytest.mark.parametrize(
+    ("array", "job"), [({}, "17"), ({"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}, "15_2")]
+)
+def test_job_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: dict[str, str], job: str) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n')
+    scontrol.chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": "17", **array, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    requeue()
+    assert (tmp_path / "arguments").read_text() == f"requeue {job}\n"
+
+
+def test_failed_requeue_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", "")
+    requeue()
+    assert "scontrol requeue 17 failed" in caplog.text
+
+
+def test_a_signal_before_or_after_training_requeues_the_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    requeued: list[bool] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(train, "_train", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(train, "requeue", lambda: requeued.append(True))
+    with pytest.raises(Stopped) as stopped:
+        train.train(compose_train(f"paths.output_dir={tmp_path}"))
+    assert (stopped.value.code, requeued) == (128 + signal.SIGUSR1, [True])
 
 
 def test_private_parts_of_lightning_exist() -> None:

@@ -78,6 +78,23 @@ def outcome(search: Search) -> list[tuple[Any, ...]]:
     return [(t.state.name, t.value, t.params, t.intermediate_values) for t in search.study.trials]
 
 
+def test_the_lock_of_a_relative_folder_is_no_broken_link(
+    runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna waits forever for a broken link that a killed search left."""
+    monkeypatch.chdir(tmp_path)
+    targets: list[str] = []
+    symlink = os.symlink
+
+    def recorded(target: str, link: str) -> None:
+        targets.append(target)
+        symlink(target, link)
+
+    monkeypatch.setattr(os, "symlink", recorded)
+    search_in(Path("search"))
+    assert {*targets} == {str(tmp_path / "search" / "study.journal")}
+
+
 def test_trials_are_recorded_with_their_end(runs: FakeRuns, tmp_path: Path) -> None:
     search = search_in(tmp_path)
     trials = search.study.trials

@@ -281,6 +281,19 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
     assert {"--kill-on-bad-exit=1", "--cpus-per-task=8"} == set((tmp_path / "srun-options").read_text().split())
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_slurm_script_resumes_in_a_new_job(tmp_path: Path, resumed: bool) -> None:
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    given = ["seed=1", *["resume=outputs/runs/a"] * resumed]
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = ["bash", str(REPOSITORY / "scripts" / "slurm.sh"), *given]
+    printed = subprocess.run(script, cwd=tmp_path, env=variables, check=True, capture_output=True, text=True).stdout
+    new = ["trainer=ddp", "paths.output_dir=outputs/runs/slurm-7", "checkpoint_every_n_steps=200"]
+    settings = ["trainer.num_nodes=1", "trainer.devices=1", *([] if resumed else new), *given]
+    assert printed.split("cifar10_tl.train ")[1].split() == settings
+
+
 # ------------------------------------------------------------------------------------------------------------------ end
 
 

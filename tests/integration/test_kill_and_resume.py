@@ -185,6 +185,16 @@ def test_finished_run_can_be_made_longer(run: Path) -> None:
     assert results["val"]["acc"] == max(float(row["val/acc"]) for row in rows(run))
 
 
+def test_settings_of_a_refused_resume_are_not_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run / RUN_CONFIG).read_bytes()
+    with pytest.raises(UserError, match=r"trainer\.max_epochs=1: .* already has 2 epochs"):
+        resume(run, "trainer.max_epochs=1")
+    monkeypatch.setattr(CIFAR10DataModule, "changed_splits", lambda *_: ["train"])
+    with pytest.raises(UserError, match="the data has changed"):
+        resume(run, "trainer.max_epochs=3")
+    assert (run / RUN_CONFIG).read_bytes() == before
+
+
 # -------------------------------------------------------------------------------------------------- damaged run folders
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torchvision.models import resnet18
 
 from cifar10_tl.config.errors import UserError, explain
 from cifar10_tl.config.run_dir import RUN_CONFIG
@@ -263,6 +264,15 @@ def test_frozen_backbone_keeps_the_weights_of_another_run(small_cfg: Small, fini
     assert all(torch.allclose(value, start[name], atol=1e-4) for name, value in end.items())
     changed = {name for name, value in end.items() if not torch.equal(value, start[name])}
     assert changed == {name for name in start if name.startswith("network.head.")}
+
+
+def test_a_resumed_run_needs_no_pretrained_weights(small_cfg: Small, tmp_path: Path) -> None:
+    torch.save(resnet18().state_dict(), tmp_path / "trunk.pth")
+    cfg = small_cfg(*QUICK, f"model.weights={tmp_path / 'trunk.pth'}", "test=false")
+    train(cfg)
+    (tmp_path / "trunk.pth").unlink()
+    resume(Path(cfg.paths.output_dir), "trainer.max_epochs=2")
+    assert len(rows(Path(cfg.paths.output_dir))) == 2
 
 
 @pytest.mark.parametrize(("head", "mix"), [("linear", "cutmix"), ("lstm", "mixup")])

@@ -81,6 +81,25 @@ def test_one_seed_has_wilsons_interval(tmp_path: Path) -> None:
     assert row.command.startswith("python -m cifar10_tl.train seed=0  # commit 0123456-dirty, torch 2.15.0")
 
 
+def test_flip_averaging_is_the_one_of_the_same_test(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(seed), 0.9, f"seed={seed}") for seed in range(2)]
+
+    def evaluation(run: Path, acc: float, epoch: int = 3, images: str = "aa", name: str = "flip") -> dict[str, Any]:
+        checkpoint = str(run / "checkpoints" / "best.ckpt")
+        return {"checkpoint": checkpoint, "epoch": epoch, "test_images": images, "tta": {"name": name, "acc": acc}}
+
+    first, second = (evaluation(run, acc) for run, acc in zip(folders, (0.91, 0.93), strict=True))
+    changes = ({"epoch": 2}, {"images": "bb"}, {"name": "flip_shift"})
+    others = [evaluation(folders[1], 0.99, **change) for change in changes]
+
+    def cell(*evaluations: dict[str, Any]) -> str:
+        (row,) = rows(RESULTS["merged"](RESULTS["digest"](folder, "shapes", evaluations) for folder in folders))
+        return dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))["flip averaging"]
+
+    assert cell(first, second, *others) == "92.00%"
+    assert cell(first, *others) == "", "not the mean of other seeds than those of the test accuracy"
+
+
 def test_settings_hardware_and_test_images_are_kept_apart(tmp_path: Path) -> None:
     runs = digests(
         tmp_path,
@@ -178,6 +197,16 @@ def test_runs_are_added_and_everything_is_written(
     assert "90.00% [87.98, 91.71]" in (tmp_path / "page.md").read_text()
     assert "| `experiment=quickstart` | drawn shapes | 1 | 90.00%" in (tmp_path / "readme.md").read_text()
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    averaged = {"checkpoint": str(run / "checkpoints" / "best.ckpt"), "epoch": 3, "test": {}, "test_images": "aa"}
+    (tmp_path / "flip").mkdir()
+    (tmp_path / "flip" / "results.json").write_text(json.dumps({**averaged, "tta": {"name": "flip", "acc": 0.925}}))
+    monkeypatch.setattr(sys, "argv", ["results.py", "add", str(run), str(tmp_path / "flip")])
+    RESULTS["main"]()
+    assert "| 90.00% [87.98, 91.71] | 92.50% | 10 min |" in (tmp_path / "page.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path / "flip")])
+    with pytest.raises(SystemExit, match="2"):
+        RESULTS["main"]()
+    assert "an evaluation is not one with tta=flip of the best epoch" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"config": {}, "test": {}}')  # of the evaluate command
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
