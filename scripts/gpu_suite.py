@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,10 @@ class Suite:
         images, epochs = (2 if self.on_cpu else 40) * batch, 8 if len(sizes) > 1 else 2
         given = ("data=shapes", f"data.train_size={images + 100}", "data.val_size=100", "data.test_size=10")
         given += ("model.weights=null", "test=false", *self.tiny, f"trainer.max_epochs={epochs}")
-        rows = self.train(f"speed {recipe}", *RECIPES[recipe], *given)[1]
+        run = self.out / "runs" / f"speed_{recipe}"
+        if not read_results(run):  # resumed, the run of an earlier call would measure another epoch
+            shutil.rmtree(run, ignore_errors=True)
+        rows = self.train(run.name, *RECIPES[recipe], *given)[1]
         ends = [round(start * epochs) for start, _ in sizes[1:]] + [epochs]
         row = rows[ends[number] - 1]
         speed = float(row["images_per_second"])

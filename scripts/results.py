@@ -1,10 +1,11 @@
 """Collect the results of tested runs in docs/results.json, and make the tables in docs/results.md and README.md.
 
-python scripts/results.py add RUN_DIR... --data-name "JPEG q75 CIFAR-10"     add runs of the train command, and render
+python scripts/results.py add DIR... --data-name "JPEG q75 CIFAR-10"         add runs of the train command, and render
 python scripts/results.py render                                             render after a change in conf/experiment
 
-Runs that differ only in the seed are one row. Adding a recipe, seed and hardware again replaces the older run. The
-tables are written between two comments, ``<!-- results -->`` and ``<!-- end of results -->``.
+Folders of ``evaluate tta=flip`` given together with their runs add the accuracy with flip averaging. Runs that differ
+only in the seed are one row. Adding a recipe, seed and hardware again replaces the older run. The tables are written
+between two comments, ``<!-- results -->`` and ``<!-- end of results -->``.
 """
 
 import argparse
@@ -32,11 +33,16 @@ Run = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, PAGE, FIGURE = (ROOT / "docs" / name for name in ("results.json", "results.md", "images/results.png"))
 README = ROOT / "README.md"
-COLUMNS = ("recipe", "weights", "epochs", "image size", "seeds", "test accuracy", "fit", "images/s", "hardware")
+COLUMNS = (
+    *("recipe", "weights", "epochs", "image size", "seeds"),
+    *("test accuracy", "flip averaging", "fit", "images/s", "hardware"),
+)
+SHORT = ("recipe", "data", "seeds", "test accuracy", "fit", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
 #: Overrides that make no other recipe.
-UNCOUNTED = r"seed|paths|hydra|logger|callbacks|resume|test|trainer\.(accelerator|devices|enable_progress_bar)"
+UNCOUNTED = r"seed|paths|hydra|logger|callbacks(?!\.best_checkpoint\.monitor)|resume|test"
+UNCOUNTED += r"|trainer\.(accelerator|devices|enable_progress_bar)"
 HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and ticks
 
 
@@ -60,9 +66,17 @@ class Row(NamedTuple):
     point: Point
 
 
-def digest(folder: Path, data_name: str) -> Run:
-    """Return what docs/results.json keeps of a run, without names of the machine's folders."""
+def digest(folder: Path, data_name: str, evaluations: Iterable[Run] = ()) -> Run:
+    """Return what docs/results.json keeps of a run, without names of the machine's folders.
+
+    Args:
+        folder: Folder of the run.
+        data_name: Name of the test images.
+        evaluations: Results of the evaluate command, of which those of this run's test with ``tta=flip`` are used.
+    """
     results = read_results(folder)
+    test = (folder.resolve(), results["best_epoch"], results["test_images"], "flip")
+    averaged = {tested_by(evaluation): evaluation["tta"]["acc"] for evaluation in evaluations}
     return {
         "data": data_name,
         "seed": results["config"]["seed"],
@@ -71,8 +85,15 @@ def digest(folder: Path, data_name: str) -> Run:
         "weights": shortened(results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],
         "test": {key: results["test"][key] for key in ("acc", "loss", "count")},
+        "flip_averaging": averaged.get(test),
         **{key: results[key] for key in COPIED},
     }
+
+
+def tested_by(evaluation: Run) -> tuple[Path, int, str, str]:
+    """Return the run, epoch, test images and views of an evaluation with test-time augmentation."""
+    run = Path(evaluation["checkpoint"]).resolve().parent.parent
+    return run, evaluation["epoch"], evaluation["test_images"], evaluation["tta"]["name"]
 
 
 def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +139,9 @@ def make_row(runs: Sequence[Run]) -> Row:
     name = " ".join(o for o in first["overrides"] if not re.match(r"data(\.root)?=", o)) or "default"
     sizes = listed(pixels for _, pixels in size) if isinstance(size, list) else str(size)
     cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
-    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", f"{minutes:.3g} min"]
-    cells += [f"{fmean(run['images_per_second'] for run in runs):,.0f}"]
+    averaged: list[Any] = [run.get("flip_averaging") for run in runs]
+    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", f"{fmean(averaged):.2%}" if all(averaged) else ""]
+    cells += [f"{minutes:.3g} min", f"{fmean(run['images_per_second'] for run in runs):,.0f}"]
     cells += [f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"]
     commits = listed(re.sub(r"(?<=^\w{7})\w+", "", str(run["environment"]["git"])) for run in runs)
     given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
@@ -154,11 +176,12 @@ def long_tables(runs: Sequence[Run]) -> str:
 
 def short_table(runs: Sequence[Run]) -> str:
     """Return the table of README.md."""
-    rows = [(row.title.split(",")[0], row.cells) for rows in rows_by_data(runs).values() for row in rows]
-    lines = [[cells[0], data, *cells[4:7], cells[8]] for data, cells in rows]
+    rows = [row for rows in rows_by_data(runs).values() for row in rows]
+    cells = [{"data": row.title.split(",")[0], **dict(zip(COLUMNS, row.cells, strict=True))} for row in rows]
+    lines = [[row[column] for column in SHORT] for row in cells]
     rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))
     lines += [[rest, "", "", "not measured here", "", ""]] if rest else []
-    return markdown_table(["recipe", "data", *COLUMNS[4:7], COLUMNS[8]], lines).rstrip()
+    return markdown_table(SHORT, lines).rstrip()
 
 
 def filled(text: str, table: str) -> str:
@@ -202,12 +225,19 @@ def main() -> None:
     """Add runs and write everything; exit with status 2 after an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("add", "render"))
-    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_DIR", help="folders of tested runs")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="folders of tested runs and evaluations")
     parser.add_argument("--data-name", default="CIFAR-10", help="name of the test images (default: %(default)s)")
     arguments = parser.parse_args()
-    if bad := [folder for folder in arguments.folders if not {"best_epoch", "test"} <= read_results(folder).keys()]:
+    results = {folder: read_results(folder) for folder in arguments.folders}
+    evaluations = [content for content in results.values() if {"checkpoint", "test", "tta"} <= content.keys()]
+    folders = [folder for folder, content in results.items() if content not in evaluations]
+    if bad := [folder for folder in folders if not {"best_epoch", "test"} <= results[folder].keys()]:
         parser.error(f"{bad[0]}: not the folder of a tested run; finish it with resume={bad[0]} test=true")
-    added = [digest(folder, arguments.data_name) for folder in arguments.folders]
+    added = [digest(folder, arguments.data_name, evaluations) for folder in folders]
+    if len(evaluations) > sum(run["flip_averaging"] is not None for run in added):
+        parser.error(
+            "an evaluation is not one with tta=flip of the best epoch and the test images of one of these runs"
+        )
     runs = merged([*json.loads(RUNS.read_text()), *added])
     RUNS.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     PAGE.write_text(filled(PAGE.read_text(), long_tables(runs)))
