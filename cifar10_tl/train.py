@@ -27,6 +27,8 @@ from cifar10_tl.engine.processes import SignalHandler, Stopped, own_processes, r
 from cifar10_tl.io import claim, remove_temporary
 
 if TYPE_CHECKING:  # slow to import, therefore imported by the functions that need it
+    import lightning.pytorch as pl
+
     from cifar10_tl.models.lit_classifier import LitClassifier
 
 log = logging.getLogger(__name__)
@@ -57,8 +59,8 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from cifar10_tl.engine import analysis, builder, checkpoints, hardware, logistic_regression, report, results
-    from cifar10_tl.engine.tensorboard import log_start, log_test
+    from cifar10_tl.engine import builder, checkpoints, hardware, results
+    from cifar10_tl.engine.tensorboard import log_start
     from cifar10_tl.models.weights import check_weights
 
     hardware.quiet_libraries()
@@ -69,8 +71,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     module = builder.build_module(cfg, datamodule)
     if start is not None:
         check_same_run(start, resumed, module)
-        if 0 < (cfg.trainer.max_epochs or 0) < (done := builder.next_epoch(resumed)):
-            raise UserError(f"trainer.max_epochs={cfg.trainer.max_epochs}: {run_dir} already has {done} epochs")
+        check_length(cfg, builder.next_epoch(resumed))
         module.has_weights = True  # those of the checkpoint
     elif cfg.init_from:
         module.load_weights_from(Path(cfg.init_from))
@@ -105,8 +106,17 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
             kept = run_dir / "checkpoints" / "best.ckpt"
             log.info("%s", results.summary(earlier, run_dir, kept if kept.exists() else None))
             return earlier
+    return _finish(cfg, trainer, module, time.perf_counter() - clock)
+
+
+def _finish(cfg: DictConfig, trainer: pl.Trainer, module: LitClassifier, seconds: float) -> dict[str, Any] | None:
+    """Test the best checkpoint after a fit of ``seconds``, write the results, and return them."""
+    from cifar10_tl.engine import analysis, checkpoints, logistic_regression, report, results
+    from cifar10_tl.engine.tensorboard import log_test
+
+    run_dir, datamodule = Path(cfg.paths.output_dir), trainer.datamodule  # type: ignore[attr-defined]
     best, best_epoch = checkpoints.best_checkpoint(trainer) or (None, None)
-    outcome = results.fit_results(cfg, module, trainer, best_epoch, time.perf_counter() - clock)
+    outcome = results.fit_results(cfg, module, trainer, best_epoch, seconds)
     outcome |= logistic_regression.results(trainer, module)
     if cfg.test:
         clock = time.perf_counter()
@@ -158,6 +168,14 @@ def check_same_run(start: Path, checkpoint: Mapping[str, Any], module: LitClassi
                 f"{start} was saved with {key}={value}, but {RUN_CONFIG} or the data has {module.hparams[key]}: "
                 f"restore it, or start a new run with init_from={start}"
             )
+
+
+def check_length(cfg: DictConfig, done: int) -> None:
+    """Check that a resumed run is not shorter than the ``done`` epochs that it has."""
+    if 0 < (cfg.trainer.max_epochs or 0) < done:
+        raise UserError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: {cfg.paths.output_dir} already has {done} epochs"
+        )
 
 
 def main() -> None:

@@ -140,7 +140,8 @@ def make_row(runs: Sequence[Run]) -> Row:
     sizes = listed(pixels for _, pixels in size) if isinstance(size, list) else str(size)
     cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
     averaged: list[Any] = [run.get("flip_averaging") for run in runs]
-    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", f"{fmean(averaged):.2%}" if all(averaged) else ""]
+    flips = "" if None in averaged else f"{fmean(averaged):.2%}"
+    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", flips]
     cells += [f"{minutes:.3g} min", f"{fmean(run['images_per_second'] for run in runs):,.0f}"]
     cells += [f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"]
     commits = listed(re.sub(r"(?<=^\w{7})\w+", "", str(run["environment"]["git"])) for run in runs)
@@ -235,9 +236,7 @@ def main() -> None:
         parser.error(f"{bad[0]}: not the folder of a tested run; finish it with resume={bad[0]} test=true")
     added = [digest(folder, arguments.data_name, evaluations) for folder in folders]
     if len(evaluations) > sum(run["flip_averaging"] is not None for run in added):
-        parser.error(
-            "an evaluation is not one with tta=flip of the best epoch and the test images of one of these runs"
-        )
+        parser.error("an evaluation matches no run: it needs tta=flip, the best epoch and the same test images")
     runs = merged([*json.loads(RUNS.read_text()), *added])
     RUNS.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     PAGE.write_text(filled(PAGE.read_text(), long_tables(runs)))

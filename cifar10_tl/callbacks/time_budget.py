@@ -96,7 +96,7 @@ class TimeBudget(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop inside an epoch if there is no time left for more than the test; validate one that may be the last."""
+        """Stop inside an epoch if only the test still fits into the budget; validate an epoch that may be the last."""
         self._step_ends.append(time.perf_counter())
         if trainer.is_last_batch and self._every is not None and trainer.current_epoch + 1 != self.epochs:
             trainer.check_val_every_n_epoch = 1 if self._may_end(trainer) else self._every
@@ -126,7 +126,7 @@ class TimeBudget(Callback):
             self._plan(trainer, pl_module, done=trainer.current_epoch + 1)
 
     def _may_end(self, trainer: pl.Trainer) -> bool:
-        """Return whether the plan at the end of this epoch may have no time for another one; equal on all processes."""
+        """Return whether there may be no time for another epoch after this one; the same in all processes."""
         ends, done = self._step_ends, trainer.current_epoch + 1
         measured = (ends[-1] - ends[0]) / max(len(ends) - 1, 1) / self._estimate(trainer.current_epoch)
         needed = self._seconds(int(trainer.num_training_batches), done, done + 1) * max(1, measured / self.slowdown)

@@ -110,7 +110,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         counts = torch.bincount(train.labels, minlength=classes)
         if single := [name for name, count in zip(self.class_names, counts, strict=True) if count == 1]:
             raise UserError(
-                f"data.{key}={given}: too few images to split: one of class {', '.join(single)} for both train and "
+                f"data.{key}={given}: too few images: only one of class {', '.join(single)} for both train and "
                 f"{key.removesuffix('_size')}; add images, or make a folder for each split"
             )
         size = max(classes, round(given * len(train))) if isinstance(given, float) else given
@@ -140,7 +140,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         }
 
     def changed_splits(self, state_dict: Mapping[str, Mapping[str, str]]) -> list[str]:
-        """Return the splits whose images are not those of an earlier :meth:`state_dict`, as far as that says."""
+        """Return the names of the splits that differ from an earlier :meth:`state_dict`, in what that contains."""
         pairs = [(state_dict.get(key, {}), now) for key, now in self.state_dict().items()]
         names = ("train", "val", "test")
         return [name for name in names if any(old.get(name, now.get(name)) != now.get(name) for old, now in pairs)]

@@ -179,7 +179,7 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         unused = ", ".join(others)
-        log.warning("data.root=%s: ignored, because not train, val or test with class folders: %s", root, unused)
+        log.warning("data.root=%s: ignored folders, which are not train, val or test: %s", root, unused)
     bad: list[str] = []
     return {split: _list_classes(folder, root, bad) for split, folder in (splits or {"train": root}).items()}, bad
 

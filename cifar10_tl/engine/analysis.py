@@ -29,7 +29,7 @@ TITLES = {
     ),
     "probable_label_errors": (
         "Probable label errors",
-        "The prediction is at least as confident as it is, on average, for the images labeled as the predicted class, "
+        "The probability of the predicted class is at least its mean over the images with that label, "
         f"and all {NUM_NEIGHBORS} nearest training images have that class. A hint, the most confident first: look at "
         "them. As all of them are errors of the network, accuracy without them can only be higher.",
     ),

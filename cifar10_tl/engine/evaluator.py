@@ -31,7 +31,6 @@ from cifar10_tl.plots import evaluation_figures, to_png
 
 log = logging.getLogger(__name__)
 
-SPLIT_SETTINGS = ("val_size", "split_seed", "test_size")
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -186,19 +185,21 @@ def is_moved_training_data(
     options: Mapping[str, Any], trained_with: Mapping[str, Any], recorded: Mapping[str, Mapping[str, str]]
 ) -> bool:
     """Return whether another folder has the images of training, according to their names in a checkpoint."""
-    if not options["source"] == trained_with.get("source") == "folder" or "paths" not in recorded:
+    are_folders = options["source"] == trained_with.get("source") == "folder"
+    if not are_folders or _origin(options) == _origin(trained_with) or "paths" not in recorded:
         return False
-    same = {key: trained_with[key] for key in (*SPLIT_SETTINGS, "image_limit") if key in trained_with}
+    keys = ("val_size", "test_size", "split_seed", "image_limit")
+    same = {key: trained_with[key] for key in keys if key in trained_with}
     try:
         datamodule = CIFAR10DataModule(**{**options, **same})
         datamodule.setup("compare")
     except UserError:  # no training images, or too few
         return False
-    return _origin(options) != _origin(trained_with) and not datamodule.changed_splits(recorded)
+    return not datamodule.changed_splits(recorded)
 
 
 def check_same_images(datamodule: CIFAR10DataModule, recorded: Mapping[str, Mapping[str, str]], split: str) -> None:
-    """Refuse a split that may contain training images because images were added or removed, and leave out such a val.
+    """Raise an error if a split may contain training images because images were added or removed; remove such a val.
 
     Args:
         datamodule: Current images of the folder or dataset of training.
@@ -231,7 +232,7 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
     """Refuse to split the images of training in another way, which would put training images into val."""
     if _origin(options) != _origin(trained_with):
         return
-    for key in (*SPLIT_SETTINGS[:2], *(("test_size", "labels") if "root" in options else ("train_size",))):
+    for key in ("val_size", "split_seed", *(("test_size", "labels") if "root" in options else ("train_size",))):
         own, used = options.get(key), trained_with.get(key)
         if key in trained_with and own != used:
             raise UserError(

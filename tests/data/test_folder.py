@@ -242,7 +242,7 @@ def test_val_without_test_is_the_test_split(pictures: Path, caplog: pytest.LogCa
     (pictures / "annotations").mkdir()
     splits = folder_of(pictures).load()
     assert {name: len(split.labels) for name, split in splits.items()} == {"train": 14, "test": 6}
-    assert "ignored, because not train, val or test with class folders: annotations" in caplog.text
+    assert "ignored folders, which are not train, val or test: annotations" in caplog.text
 
 
 def test_a_locked_folder_beside_the_splits_is_not_used(
@@ -251,7 +251,7 @@ def test_a_locked_folder_beside_the_splits_is_not_used(
     (pictures / "lost+found").mkdir()
     lock(monkeypatch, pictures / "lost+found")
     assert set(folder_of(pictures).load()) == {"train", "test"}
-    assert "with class folders: lost+found" in caplog.text
+    assert "not train, val or test: lost+found" in caplog.text
 
 
 def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:

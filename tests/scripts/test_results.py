@@ -206,7 +206,7 @@ def test_runs_are_added_and_everything_is_written(
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path / "flip")])
     with pytest.raises(SystemExit, match="2"):
         RESULTS["main"]()
-    assert "an evaluation is not one with tta=flip of the best epoch" in capsys.readouterr().err
+    assert "an evaluation matches no run" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"config": {}, "test": {}}')  # of the evaluate command
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
