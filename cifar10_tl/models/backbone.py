@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from cifar10_tl.config.errors import UserError
 
@@ -49,6 +49,17 @@ class Backbone(nn.Sequential):
         for stage in list(self.stages().values())[: self.num_frozen]:
             stage.requires_grad_(False)
         self.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature map of images [N, 3, H, W].
+
+        On a CPU, layer4 of ResNet18 and ResNet34 reads contiguous maps: with bf16 and 512 channels, oneDNN's 3x3
+        convolutions take 1.4 times as long in channels_last. All other layers are faster in channels_last.
+        """
+        *layers, layer4 = self
+        for layer in layers:
+            x = layer(x)
+        return layer4(x.contiguous() if x.device.type == "cpu" and self.num_features == 512 else x)
 
     def stages(self) -> dict[str, nn.Module]:
         """Return the parts of the network by the names in ``STAGES``."""

@@ -21,6 +21,16 @@ def test_the_cifar_stem_keeps_four_times_the_resolution() -> None:
     assert backbone.conv1.weight.shape == (64, 3, 3, 3)
 
 
+@pytest.mark.parametrize(("name", "contiguous"), [("resnet18", True), ("resnet50", False)])
+def test_layer4_of_basic_blocks_reads_contiguous_maps_on_a_cpu(name: str, contiguous: bool) -> None:
+    backbone = Backbone(name)
+    maps = []
+    backbone.layer4.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    backbone(torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+    assert maps[0].is_contiguous() == contiguous
+    assert maps[0].is_contiguous(memory_format=torch.channels_last) != contiguous
+
+
 def test_the_backbones_are_all_of_torchvision_that_are_resnets() -> None:
     plain = {f"resnet{depth}": 512 if depth < 50 else 2048 for depth in (18, 34, 50, 101, 152)}
     wide = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
