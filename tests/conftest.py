@@ -15,9 +15,10 @@ import torch
 from helpers import REAL_IMAGES, SMALL, compose_train
 from omegaconf import DictConfig
 
-#: Test processes side by side share the cores: more threads than cores stand in each other's way.
-_SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, torch.get_num_threads() // _SIDE_BY_SIDE))))
+if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # test processes share the cores, and so do the processes that they start: more threads than cores are slow
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // side_by_side)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the tests in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
