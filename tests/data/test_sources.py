@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import runpy
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +13,8 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
+from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from cifar10_tl.config.errors import UserError
@@ -69,6 +73,23 @@ def test_partial_copy_is_completed_from_the_archive(archive: Archive) -> None:
     source = Cifar10(str(path.parent), [], md5(path.read_bytes()))
     source.prepare()
     assert len(source.load()["train"].labels) == 20
+
+
+def test_the_download_script_writes_jpeg_files_in_the_official_order(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, images, labels = archive
+    Cifar10(str(path.parent), [], md5(path.read_bytes())).prepare()
+    monkeypatch.setattr(sys, "argv", ["download.py", "--root", str(path.parent), "--jpeg", str(tmp_path / "jpeg")])
+    runpy.run_path(str(REPOSITORY / "scripts" / "download.py"), run_name="__main__")
+    for split, originals, own in (("train", images[:5], labels[:5].flatten()), ("test", images[5], labels[5])):
+        candidates = originals.reshape(-1, 3, 32, 32).astype(float)
+        for label, name in enumerate(Cifar10.class_names):
+            files = sorted((tmp_path / "jpeg" / split / name).iterdir())
+            pixels = [np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files]
+            nearest = [int(((candidates - image) ** 2).sum((1, 2, 3)).argmin()) for image in pixels]
+            assert nearest == np.flatnonzero(own == label).tolist()
+    assert Image.open(tmp_path / "jpeg" / "train" / "deer" / "0000.jpg").quantization[0][0] == 8, "quality 75"
 
 
 def test_archive_without_cifar10_is_rejected(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
