@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.resume import quoted
-from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.config.run_dir import check_owner
 from cifar10_tl.io import atomic_write_text, csv_text
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,7 @@ log = logging.getLogger(__name__)
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate ``cfg.checkpoint``, or compare the runs of ``cfg.compare``, and return the results."""
-    if (Path(cfg.paths.output_dir) / RUN_CONFIG).is_file():
-        raise UserError(f"paths.output_dir={cfg.paths.output_dir}: contains a training run; choose another folder")
+    check_owner(Path(cfg.paths.output_dir), "evaluate")
     if cfg.human_labels and cfg.split != "test":
         raise UserError(f"human_labels={cfg.human_labels}: contains labels of the test images; use split=test")
     if cfg.compare:

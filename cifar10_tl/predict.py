@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
+from cifar10_tl.config.run_dir import check_owner
 from cifar10_tl.io import atomic_write
 
 if TYPE_CHECKING:  # slow to import, therefore imported by the functions that need them
@@ -41,6 +42,7 @@ def predict(cfg: DictConfig) -> list[Prediction]:
     from cifar10_tl.inference import Prediction, load_classifier
 
     run_dir = Path(cfg.paths.output_dir)
+    check_owner(run_dir, "predict")
     files, errors = find_files(cfg.images, run_dir)
     keep_freed_memory()
     quiet_libraries()

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.resume import resume_command
-from cifar10_tl.config.run_dir import RUN_CONFIG, process_rank
+from cifar10_tl.config.run_dir import RUN_CONFIG, check_owner, process_rank
 from cifar10_tl.engine.processes import SignalHandler, Stopped, own_processes, requeue
 from cifar10_tl.io import claim, remove_temporary
 
@@ -145,6 +145,7 @@ def prepare_resume(cfg: DictConfig, checkpoint_io: Any) -> tuple[Path | None, Ma
     exists = (run_dir / RUN_CONFIG).exists()
     is_requeued = exists and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0  # SLURM repeats the first command
     if not cfg.resume and not is_requeued:
+        check_owner(run_dir, "train")
         if exists and is_rank_zero:
             raise UserError(
                 f"paths.output_dir={run_dir}: contains a run; resume it with resume={run_dir}, or use another folder"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import config_dir_flags, run_command
-from cifar10_tl.config.run_dir import RUN_CONFIG
+from cifar10_tl.config.run_dir import check_owner
 from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.io import claim
 
@@ -25,8 +25,7 @@ log = logging.getLogger(__name__)
 def tune(cfg: DictConfig) -> dict[str, Any]:
     """Search in the folder ``cfg.paths.output_dir`` and return the content of results.json."""
     run_dir = Path(cfg.paths.output_dir)
-    if (run_dir / RUN_CONFIG).is_file():
-        raise UserError(f"paths.output_dir={run_dir}: contains a training run; choose another folder")
+    check_owner(run_dir, "tune")
     if find_spec("optuna") is None:
         raise UserError("the search needs Optuna: run pip install 'cifar10_tl[tune]' first")
     from cifar10_tl.engine.search import Search

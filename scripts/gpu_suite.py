@@ -68,6 +68,8 @@ class Suite:
         self.accelerator, self.tiny, file = *(("cpu", TINY) if on_cpu else ("gpu", ())), out / "state.json"
         new = {"environment": environment(torch.device("cpu" if on_cpu else "cuda"), 1, "auto"), "steps": {}}
         self.state: Result = json.loads(file.read_text()) if file.is_file() else new
+        if self.state["environment"] != new["environment"]:
+            sys.exit(f"error: {out} has results of another commit or machine; choose another --out")
 
     def python(self, *command: str) -> str:
         """Return the output of a Python process, and stop it gracefully at the deadline."""

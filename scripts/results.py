@@ -105,8 +105,15 @@ def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shortened(value: Any) -> Any:
-    """Return a value, or an override such as ``data.root=/data/jpeg``, with only the last part of a path."""
-    return re.sub(r"(^|=)[^=\s]*/([^=/\s]+)/?$", r"\1\2", value) if isinstance(value, str) else value
+    """Return a value, or an override such as ``data.root=/data/jpeg``, with only the last part of a path.
+
+    A checkpoint keeps the name of its run, ``RUN/checkpoints/best.ckpt``.
+    """
+    if not isinstance(value, str):
+        return value
+    key, equals, path = value.rpartition("=")
+    *folders, last = path.rstrip("/").split("/")
+    return f"{key}{equals}{'/'.join([*folders[-2:], last]) if folders[-1:] == ['checkpoints'] else last}"
 
 
 def identity(run: Run) -> str:

@@ -13,5 +13,12 @@ for override in "$@"; do
     [[ $override != seed=* ]] || { echo "error: $override: the seeds are 0 to N - 1; leave seed out" >&2; exit 2; }
 done
 "${PYTHON:-python}" -m cifar10_tl.train --multirun "$@" "seed=$seeds" "paths.output_dir=$sweep"
-"${PYTHON:-python}" -c 'import sys, pathlib; from cifar10_tl.engine.comparison import describe_sweep
-print(describe_sweep(pathlib.Path(sys.argv[1])))' "$sweep"
+"${PYTHON:-python}" -c '
+import sys
+from pathlib import Path
+from cifar10_tl.config.errors import UserError
+from cifar10_tl.engine.comparison import describe_sweep
+try:
+    print(describe_sweep(Path(sys.argv[1]).expanduser()))
+except UserError as error:
+    sys.exit(f"error: {error}")' "$sweep"

@@ -1,13 +1,14 @@
-"""Transfer without ImageNet: compare a trunk that was trained on other classes with random weights, on few images.
+"""Transfer without ImageNet: compare a backbone that was trained on other classes with random weights, on few images.
 
 python scripts/transfer.py --data-root FOLDER --out DIR [key=value ...]     FOLDER/train/<class>, FOLDER/test/<class>
 
 A ResNet18 is trained on every second class, saved as a torchvision state dict, and fine-tuned on the other classes with
-model.weights=DIR/trunk.pth. Random weights get the same settings and steps. Each seed has other training images.
+model.weights=DIR/backbone.pth. Random weights get the same settings and steps. Each seed has other training images.
 Writes a table with 95 % intervals (Student's t) to DIR/transfer.md. The same command continues after an interruption.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def command(name: str, run: Path, *overrides: str) -> None:
         subprocess.run([sys.executable, "-m", f"cifar10_tl.{name}", *given], check=True, stdout=subprocess.DEVNULL)
 
 
-def save_trunk(checkpoint: Path, file: Path) -> None:
+def save_backbone(checkpoint: Path, file: Path) -> None:
     """Save the backbone of a checkpoint under torchvision's names, without ``fc``."""
     state, prefix = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], "network.backbone."
     torch.save({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, file)
@@ -57,25 +58,32 @@ def main() -> None:
     for name in ("--data-root", "--out"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--images", type=int, nargs="+", default=[50, 200, 1000], help="images per class")
-    for name, default in (("--seeds", 3), ("--steps", 1000), ("--trunk-epochs", 8)):
+    for name, default in (("--seeds", 3), ("--steps", 1000), ("--backbone-epochs", 8)):
         parser.add_argument(name, type=int, default=default, help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
     given = parser.parse_args()
     if not (given.data_root / "train").is_dir():
         parser.error(f"{given.data_root}: has no folder train with a folder per class")
+    record, own = given.out / "arguments.json", ("data_root", "steps", "backbone_epochs", "overrides")
+    arguments = json.dumps({name: str(getattr(given, name)) for name in own})
+    if record.is_file() and record.read_text() != arguments:
+        parser.error(f"{given.out}: has results of other arguments, {record.read_text()}; choose another --out")
+    atomic_write_text(record, arguments)
     out, classes = given.out.resolve(), sorted(path.name for path in (given.data_root / "train").iterdir())
     for number, name in enumerate(classes):
         for split in ("train", "test"):
-            (folder := out / ("trunk", "other")[number % 2] / "data" / split).mkdir(parents=True, exist_ok=True)
+            (folder := out / ("backbone", "other")[number % 2] / "data" / split).mkdir(parents=True, exist_ok=True)
             if not (folder / name).exists():
                 (folder / name).symlink_to((given.data_root / split / name).resolve())
     shared = [f"paths.cache_dir={out}/cache", *given.overrides]
-    data, length = f"data.root={out}/trunk/data", f"trainer.max_epochs={given.trunk_epochs}"
-    command("train", out / "trunk" / "run", *SETTINGS, data, length, "model.weights=null", "optimizer.lr=0.1", *shared)
-    save_trunk(out / "trunk" / "run" / "checkpoints" / "best.ckpt", out / "trunk.pth")
+    data, length = f"data.root={out}/backbone/data", f"trainer.max_epochs={given.backbone_epochs}"
+    command(
+        "train", out / "backbone" / "run", *SETTINGS, data, length, "model.weights=null", "optimizer.lr=0.1", *shared
+    )
+    save_backbone(out / "backbone" / "run" / "checkpoints" / "best.ckpt", out / "backbone.pth")
     rows = []
     for images in given.images:
-        found: dict[str, list[float]] = {"null": [], f"{out}/trunk.pth": []}
+        found: dict[str, list[float]] = {"null": [], f"{out}/backbone.pth": []}
         for weights, seed in ((weights, seed) for weights in found for seed in range(given.seeds)):
             own = (f"seed={seed}", f"data.split_seed={seed}", f"model.weights={weights}", f"data.root={out}/other/data")
             run = out / "other" / f"{images}_{Path(weights).stem}_{seed}"
@@ -83,7 +91,9 @@ def main() -> None:
         found["gain"] = [b - a for a, b in zip(*found.values(), strict=True)]
         texts = (f"{100 * s.mean:.2f} [{100 * s.low:.2f}, {100 * s.high:.2f}]" for s in map(spread, found.values()))
         rows.append([str(images), *texts])
-    table = markdown_table(["images per class", "random weights, %", "trunk of other classes, %", "gain, points"], rows)
+    table = markdown_table(
+        ["images per class", "random weights, %", "backbone of other classes, %", "gain, points"], rows
+    )
     atomic_write_text(out / "transfer.md", table)
     print(table)
 

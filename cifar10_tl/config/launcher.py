@@ -23,6 +23,7 @@ from cifar10_tl.config import CONFIG_DIR, run_dir
 from cifar10_tl.config.errors import UserError, explain, is_connection_loss
 from cifar10_tl.config.resume import quoted, resumed_config
 from cifar10_tl.config.validation import check_config
+from cifar10_tl.io import claim
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,10 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
             import_modules(cfg.get("imports") or [])
             return task(cfg)
         except (Exception, SystemExit) as error:
-            if is_new and run_dir.process_rank() == 0 and _holds_only(folder, (*records, *_FIRST_FILES)):
-                shutil.rmtree(folder, ignore_errors=True)
+            if is_new and run_dir.process_rank() == 0:
+                with claim(folder) as is_own:  # it may be that of a run that has just started
+                    if is_own and _holds_only(folder, (*records, *_FIRST_FILES)):
+                        shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, SystemExit):  # by a signal
                 raise
             report(error)

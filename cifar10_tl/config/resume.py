@@ -33,13 +33,11 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return the config of the run in ``cfg.resume``, updated with those ``overrides`` that are allowed."""
     run_dir = Path(str(cfg.resume)).expanduser()
     saved = _read_run_config(run_dir)
-    if "trust=true" not in (override.lower() for override in overrides):
-        for key, target in walk(saved):
-            if (f".{key}".endswith("._target_") and not is_trusted(target)) or (key == "imports" and target):
-                raise UserError(
-                    f"{run_dir / RUN_CONFIG} names code from outside this project and Lightning: {key}={target}; read "
-                    "it, and add trust=true if you trust it"
-                )
+    if "trust=true" not in (override.lower() for override in overrides) and (code := foreign_code(saved)):
+        raise UserError(
+            f"{run_dir / RUN_CONFIG} refers to code outside this project and Lightning: {code}; read it, and add "
+            "trust=true if you trust it"
+        )
     own = OmegaConf.create(_moved(saved, str(saved["paths"]["output_dir"]), str(run_dir)))
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
@@ -100,6 +98,14 @@ def _moved(node: Any, old: str, new: str) -> Any:
     if isinstance(node, list):
         return [_moved(child, old, new) for child in node]
     return new + node[len(old) :] if isinstance(node, str) and node.startswith(f"{old}/") else node
+
+
+def foreign_code(config: Any) -> str | None:
+    """Return the first ``key=value`` of a config that names code outside this project and Lightning, None if none."""
+    for key, value in walk(config):
+        if (f".{key}".endswith("._target_") and not is_trusted(value)) or (key == "imports" and value):
+            return f"{key}={value}"
+    return None
 
 
 def is_trusted(target: Any) -> bool:

@@ -14,6 +14,13 @@ from cifar10_tl.config.errors import UserError
 
 RUN_CONFIG = "config.yaml"
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
+#: Files that only one command writes: its name, and what the folder is.
+_OWNERS = {
+    RUN_CONFIG: ("train", "a training run"),
+    "study.journal": ("tune", "a search"),
+    "predictions.png": ("predict", "predictions"),
+    "results.json": ("evaluate", "an evaluation"),
+}
 _NUMBERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE"),
@@ -35,7 +42,7 @@ def check_launch_variables() -> None:
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): should be 1 to 65535")
     if "TORCHELASTIC_RUN_ID" in env:
         _check_job("torchrun", "TORCHELASTIC_RUN_ID", _TORCHRUN, "WORLD_SIZE")
-    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    elif is_of_srun():
         _check_job("srun", "SLURM_NTASKS", _SLURM, "SLURM_NTASKS")
     else:
         names = ("RANK", "SLURM_PROCID")
@@ -58,12 +65,18 @@ def _check_job(launcher: str, mark: str, names: tuple[str, ...], size: str) -> N
         raise UserError(f"{names[0]}={env[names[0]]} (environment variable): should be below {size}={env[size]}")
 
 
+def is_of_srun() -> bool:
+    """Return whether srun started this process, by the rule of Lightning's ``SLURMEnvironment``."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
 def process_rank() -> int:
     """Return 0 in the first process of a job and a positive number in all others."""
     env = os.environ
-    # without RANK, Lightning starts the other processes of each node, and the user sets the node's number
+    # without RANK, Lightning starts the other processes of each node, and the user sets the node's number; inside a
+    # shell of SLURM they inherit SLURM_PROCID=0
     local = int(env.get("LOCAL_RANK", 0)) or int(env.get("NODE_RANK", 0))
-    return int(env.get("RANK", env.get("SLURM_PROCID", local)))
+    return int(env.get("RANK", local or env.get("SLURM_PROCID", 0)))
 
 
 def run_stamp() -> str:
@@ -87,6 +100,13 @@ def _new_stamp() -> str:
             return f"torchrun-{env['MASTER_PORT']}-{process}"
         started = Path(f"/proc/{process}").stat().st_mtime
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{process}"
+
+
+def check_owner(folder: Path, command: str) -> None:
+    """Raise :class:`UserError` if ``folder`` holds the results of another command."""
+    owner, content = next((owner for file, owner in _OWNERS.items() if (folder / file).is_file()), (command, ""))
+    if owner != command:
+        raise UserError(f"paths.output_dir={folder}: contains {content}; choose another folder")
 
 
 def default_run_dir() -> str:

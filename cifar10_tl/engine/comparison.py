@@ -105,11 +105,8 @@ def compare_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     groups: dict[str, dict[Any, float]] = {}  # accuracies by the seed
     repeated: list[str] = []
     for run in runs:
-        settings = settings_of(run.results)
-        seed = settings.pop("seed", None)
-        if settings.get("budget"):
-            settings.pop("trainer.max_epochs", None)  # chosen by the budget
-        changes = _changes(settings, settings_of(runs[0].results)) or "the first"
+        settings, seed = _without_seed(run.results)
+        changes = _changes(settings, _without_seed(runs[0].results)[0]) or "the first"
         group = groups.setdefault(changes, {})
         repeated += [str(run.folder)] if seed in group else []
         group.setdefault(seed, len(run.correct) / len(run.labels))
@@ -129,7 +126,16 @@ def _settings_row(name: str, group: Mapping[Any, float], groups: Mapping[str, Ma
 
 
 def _changes(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items() if value != other.get(key))
+    texts = {key: f"~{key}" for key in other} | {key: f"{key}={value}" for key, value in settings.items()}
+    if settings.get("budget"):  # which chose the epochs
+        texts.pop("trainer.max_epochs", None)
+    return " ".join(text for key, text in texts.items() if settings.get(key) != other.get(key))
+
+
+def _without_seed(results: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return the settings without the seed, and the seed."""
+    settings = settings_of(results)
+    return settings, settings.pop("seed", None)
 
 
 def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,11 +174,14 @@ def format_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] = 
 
 
 def describe_sweep(folder: Path) -> str:
-    """Return a table of the test accuracies in a sweep, with their mean, standard deviation and interval."""
-    results = {str(file.parent): json.loads(file.read_text()) for file in folder.glob("*/results.json")}
+    """Return a table of the test accuracies in a sweep over seeds, with their mean, standard deviation and interval."""
+    results = {str(file.parent): json.loads(file.read_text()) for file in sorted(folder.glob("*/results.json"))}
     tested = sorted((r["config"]["seed"], run, r["test"]["acc"]) for run, r in results.items() if "test" in r)
     if not tested:
         raise UserError(f"{folder}: has no run with a test result")
+    first, *others = [_without_seed(r)[0] for r in results.values() if "test" in r]
+    if changes := next(filter(None, (_changes(settings, first) for settings in others)), None):
+        raise UserError(f"{folder}: has runs of other settings ({changes}); compare them with evaluate compare=RUN,RUN")
     rows = [[run, str(seed), f"{acc:.2%}"] for seed, run, acc in tested]
     found = spread([acc for _, _, acc in tested])
     summary = f"{found.n} run{'s' * (found.n > 1)}: mean test acc {found.mean:.2%}"

@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cifar10_tl.config.errors import UserError, walk
-from cifar10_tl.config.resume import quoted
+from cifar10_tl.config.resume import foreign_code, quoted
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.engine.processes import PARENT_VARIABLE, SignalHandler
 from cifar10_tl.engine.search_report import best_trial, describe
@@ -51,10 +51,13 @@ class Search:
         self.folder = Path(cfg.paths.output_dir)
         self.seed, self.trust = cfg.seed, cfg.trust
         settings: Any = OmegaConf.to_container(cfg)  # keeps interpolations, because the folder may be moved
+        if not cfg.trust and (code := foreign_code(settings)):
+            raise UserError(f"{code}: add trust=true, because a search resumes interrupted runs")
         del settings["trials"], settings["paths"]["output_dir"]
         self.space = read_space(settings.get("search") or {}, dict(walk(settings)))
         self.overrides = shared_overrides(overrides, self.space)
-        median = MedianPruner(cfg.pruner.startup_trials, cfg.pruner.warmup_epochs)
+        # Optuna's warm-up ends before the step of this number, and epochs count from 0
+        median = MedianPruner(cfg.pruner.startup_trials, max(0, cfg.pruner.warmup_epochs - 1))
         self.pruner: BasePruner = median if cfg.pruner.name == "median" else NopPruner()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # absolute: Optuna's lock is a symbolic link to this path, and a relative target would be broken
@@ -62,6 +65,8 @@ class Search:
         self.study = optuna.create_study(
             storage=storage, study_name="search", direction="maximize", load_if_exists=True
         )
+        if "settings" not in self.study.user_attrs and (self.folder / "trials").exists():
+            raise UserError(f"{self.folder / 'trials'}: trials of another search; choose another paths.output_dir")
         check_same_settings(self.folder, self.study.user_attrs.get("settings", settings), settings)
         self.study.set_user_attr("settings", settings)
 
@@ -71,12 +76,30 @@ class Search:
             run_dir = self.folder / "trials" / str(number)
             params = self.params_of(run_dir)
             log.info("trial %d (%d of %d): %s", number, number + 1, trials, " ".join(as_overrides(params)))
-            status = 0
+            status, is_resumed = 0, (run_dir / RUN_CONFIG).is_file()
             if not (run_dir / "results.json").is_file():
                 status = train(self.train_overrides(run_dir, params), run_dir, handler, lambda d: self.judge(d)[1])
-            self.study.add_trial(self.ended_trial(run_dir, params, status))
+            trial = self.ended_trial(run_dir, params, status)
+            if trial.state == TrialState.FAIL:
+                self.check_cause(run_dir, trial.user_attrs["error"], is_resumed)
+            self.study.add_trial(trial)
             self.remove_checkpoints()
             log.info("trial %d: %s", number, describe(self.study.trials[number]))
+
+    def check_cause(self, run_dir: Path, error: str, is_resumed: bool) -> None:
+        """Raise :class:`UserError` if the cause of a failure may be outside the trial, such as missing data.
+
+        This is assumed of a run that was resumed, and of the third trial in a row with the same error. If the same
+        error returns in the next start of the search, it is the trial's own.
+        """
+        file, last = run_dir / "failed.txt", [trial.user_attrs["error"] for trial in self.study.trials[-2:]]
+        known = file.is_file() and file.read_text() == error
+        if not known and (is_resumed or last == [error, error]):
+            atomic_write_text(file, error)
+            raise UserError(
+                f"trial {run_dir.name}: {error.removeprefix('error: ')}; the same command continues with this trial, "
+                "which is recorded as failed if this error returns"
+            )
 
     def params_of(self, run_dir: Path) -> dict[str, Any]:
         """Return the values of the next trial: those in its folder if it was started before."""
@@ -134,7 +157,7 @@ class Search:
 def check_same_settings(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` if the search in ``folder`` was started with other settings."""
     old, new = ({key: value for key, value in walk(s) if not isinstance(value, dict)} for s in (saved, settings))
-    if changed := [key for key in {**old, **new} if old.get(key) != new.get(key)]:
+    if changed := [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "trust"]:
         key = changed[0]
         raise UserError(
             f"{key}={new.get(key)}: the search in {folder} has {key}={old.get(key)}; use its settings to continue it, "
@@ -160,8 +183,8 @@ def train(overrides: Sequence[str], run_dir: Path, handler: SignalHandler, is_po
         (run_dir / "output.log").open("ab") as output,
         subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process,  # noqa: S603
     ):
-        handler.children = [process]
         try:
+            handler.children = [process]
             while process.poll() is None and not is_poor(run_dir):
                 time.sleep(POLL_SECONDS)
         finally:

@@ -17,11 +17,14 @@ from omegaconf import OmegaConf
 
 from cifar10_tl.config import errors, launcher, run_dir, validation
 from cifar10_tl.config.errors import UserError, explain
+from cifar10_tl.io import claim
 
 
 def test_bugs_are_not_explained_as_user_errors() -> None:
     assert explain(ZeroDivisionError(), "train") is None
     assert explain(RuntimeError("shapes differ"), "train") is None
+    busy = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for ...")
+    assert explain(busy, "train") == "the GPU cannot be used, perhaps because another process uses it (see nvidia-smi)"
     assert explain(OSError(28, "No space left on device"), "train") == "[Errno 28] No space left on device"
 
 
@@ -92,6 +95,16 @@ def test_a_user_error_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     full = command("data.batch_size=abc", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert full.returncode == 1
     assert "Traceback" in full.stderr
+
+
+@pytest.mark.slow
+def test_a_failed_command_removes_its_folder_unless_another_process_has_started_there(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with claim(tmp_path / "run"):
+        assert command("data.batch_size=abc", "paths.output_dir=run", cwd=tmp_path).returncode == 2
+    assert (tmp_path / "run" / "train.log").is_file()
+    assert command("data.batch_size=abc", "paths.output_dir=run", cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

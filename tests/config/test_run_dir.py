@@ -11,7 +11,7 @@ from helpers import compose_train
 
 from cifar10_tl.config import launcher, run_dir
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.run_dir import STAMP_VARIABLE, check_launch_variables, process_rank
+from cifar10_tl.config.run_dir import STAMP_VARIABLE, check_launch_variables, check_owner, process_rank
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "night", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
@@ -41,6 +41,8 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) 
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, r"\d{4}-.*_PARENT", 3),
         (SLURM, "slurm-77-2", 3),
         ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, r"\d{4}-.*_SELF", 0),
+        # started by Lightning in an interactive shell of SLURM
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),
         ({"MASTER_ADDR": "a", "NODE_RANK": "1"}, r"\d{4}-.*", 1),
         ({"MASTER_ADDR": "a", "NODE_RANK": "0", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),
     ],
@@ -53,6 +55,26 @@ def test_processes_of_a_job_share_a_stamp_and_have_ranks(
     assert re.fullmatch(stamp, run_dir.run_stamp())
     assert run_dir.run_stamp() == os.environ[STAMP_VARIABLE]
     assert process_rank() == rank
+
+
+@pytest.mark.parametrize(
+    ("file", "owner", "content"),
+    [
+        ("config.yaml", "train", "a training run"),
+        ("study.journal", "tune", "a search"),
+        ("predictions.png", "predict", "predictions"),
+        ("results.json", "evaluate", "an evaluation"),
+    ],
+)
+def test_a_folder_belongs_to_one_command(file: str, owner: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").touch()
+    (tmp_path / file).touch()
+    for command in ("train", "tune", "predict", "evaluate"):
+        if command == owner:
+            check_owner(tmp_path, command)
+        else:
+            with pytest.raises(UserError, match=f"paths.output_dir={tmp_path}: contains {content}; choose another"):
+                check_owner(tmp_path, command)
 
 
 def test_processes_of_torchrun_share_a_stamp_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,18 @@ def test_an_evaluation_has_the_settings_of_its_run(tmp_path: Path) -> None:
     assert [row["settings"] for row in compare_settings(evaluations)] == ["the first", "checkpoint=last.ckpt"]
 
 
+def test_a_setting_that_only_the_first_run_has_is_a_difference(tmp_path: Path) -> None:
+    optimizers = ({"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.1})
+    runs = [
+        read_run(make_run(tmp_path / str(i), "11110000", config={"seed": seed, "optimizer": optimizer}))
+        for i, (seed, optimizer) in enumerate(zip((0, 1, 1), optimizers, strict=True))
+    ]
+    changes = [row["different settings"] for row in compare_runs(runs)]
+    assert changes == [None, "seed=1", "seed=1 ~optimizer.weight_decay"]
+    rows = compare_settings(runs)
+    assert [(row["settings"], row["seeds"]) for row in rows] == [("the first", 2), ("~optimizer.weight_decay", 1)]
+
+
 def test_the_command_shows_and_writes_both_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def config(lr: float, seed: int) -> dict[str, object]:
         return {"seed": seed, "optimizer": {"lr": lr}}
@@ -178,3 +190,6 @@ def test_a_sweep_is_described_by_mean_deviation_and_interval(tmp_path: Path) -> 
     assert describe_sweep(tmp_path / "alone").endswith("1 run: mean test acc 50.00%")
     with pytest.raises(UserError, match="no run with a test result"):
         describe_sweep(tmp_path)
+    make_run(tmp_path / "sweep" / "3", "11110000", config={"seed": 3, "optimizer": {"lr": 0.1}})
+    with pytest.raises(UserError, match=r"has runs of other settings \(optimizer\.lr=0\.1\); compare them"):
+        describe_sweep(tmp_path / "sweep")

@@ -126,18 +126,50 @@ def test_stopped_search_continues_as_if_it_had_not_been(killed: int, tmp_path: P
     runs.started, runs.dies_in = [], killed
     with pytest.raises(Stopped):
         search_in(tmp_path / "stopped")
+    fails = CURVES[killed] is None
+    if fails:  # perhaps because the data is missing now
+        with pytest.raises(UserError, match="trial 2: seed=x: bad; the same command continues with this trial"):
+            search_in(tmp_path / "stopped")
     continued = search_in(tmp_path / "stopped")
     assert outcome(continued) == expected
     assert runs.started[killed + 1] == [f'resume="{tmp_path}/stopped/trials/{killed}"', "trust=False"]
-    assert len(runs.started) == 6
+    assert len(runs.started) == 6 + fails
+
+
+def test_a_search_stops_at_the_third_trial_in_a_row_with_the_same_error(runs: FakeRuns, tmp_path: Path) -> None:
+    runs.curves = [[0.5], None, None, None, [0.6]]
+    with pytest.raises(UserError, match="trial 3: seed=x: bad"):
+        search_in(tmp_path)
+    runs.curves = [*runs.curves[:3], [0.7], [0.6]]  # the cause has been removed
+    assert [name for name, *_ in outcome(search_in(tmp_path))] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_code_that_a_resumed_run_would_refuse_is_refused_at_once(runs: FakeRuns, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"imports=\['my_heads'\]: add trust=true"):
+        search_in(tmp_path, "imports=[my_heads]")
+    search_in(tmp_path, "imports=[my_heads]", "trust=true", trials=1)
+    assert len(runs.started) == 1
+
+
+def test_every_run_takes_the_epochs_of_the_warmup(runs: FakeRuns, tmp_path: Path) -> None:
+    runs.curves = [[0.5, 0.6, 0.7], [0.5, 0.6, 0.7], [0.1, 0.2, 0.3]]
+    for epochs in (1, 2):
+        search = search_in(tmp_path / str(epochs), f"pruner.warmup_epochs={epochs}", trials=3)
+        assert len(search.study.trials[2].intermediate_values) == epochs
 
 
 def test_run_that_finished_before_it_was_recorded_is_not_started_again(tmp_path: Path, runs: FakeRuns) -> None:
     expected = outcome(search_in(tmp_path / "whole"))
+    search_in(tmp_path / "killed", trials=0)
+    journal = tmp_path / "killed" / "study.journal"
+    content = journal.read_bytes()
     search_in(tmp_path / "killed", trials=1)
-    (tmp_path / "killed" / "study.journal").unlink()
+    journal.write_bytes(content)
     assert outcome(search_in(tmp_path / "killed")) == expected
     assert len(runs.started) == 5 + 5
+    journal.unlink()
+    with pytest.raises(UserError, match="trials of another search"):
+        search_in(tmp_path / "killed")
 
 
 def test_search_can_be_made_longer(tmp_path: Path, runs: FakeRuns) -> None:

@@ -65,7 +65,7 @@ def test_a_head_is_trained_evaluated_and_resumed(session: Session) -> None:
     trusted = documented("resume=outputs/runs/@time@")
     status, printed = session(["-m", "cifar10_tl.train", f"resume={run}", "trainer.max_epochs=2"])
     assert status == 2
-    assert "names code from outside this project and Lightning: imports=my_heads; read it" in printed
+    assert "refers to code outside this project and Lightning: imports=my_heads; read it" in printed
     session.run(trusted)
     assert read_results(run)["epochs"] == 2
 

@@ -138,10 +138,13 @@ def test_without_a_readable_image_an_older_table_is_kept(
         (["checkpoint={file}", "images=x", "batch_size=0"], "batch_size=0"),
         (["checkpoint={file}", "images=x", "top_k=0"], "top_k=0"),
         (["checkpoint={file}", "images=x", "device=gpu"], "device=gpu"),
+        (["checkpoint={file}", "images=x", "paths.output_dir={file}.run"], "paths.output_dir="),
     ],
 )
 def test_invalid_settings_are_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "file.run").mkdir()
+    (tmp_path / "file.run" / "config.yaml").touch()
     assert error_of(*(o.format(file=tmp_path / "file") for o in overrides)).startswith(message)
 
 

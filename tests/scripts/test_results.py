@@ -124,6 +124,10 @@ def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert run["overrides"] == ["data=folder", "data.root=jpeg", "model.weights=trunk.pth", "model.backbone=resnet18"]
     assert run["settings"]["model.weights"] == run["weights"] == "trunk.pth"
     assert "data.root" not in run["settings"]
+    (best := tmp_path / "a" / "checkpoints" / "best.ckpt").parent.mkdir(parents=True)
+    best.touch()
+    (run,) = digests(tmp_path / "other", {"acc": 0.5, "on": (f"init_from={best}",)})
+    assert run["overrides"] == ["init_from=a/checkpoints/best.ckpt"], "runs from other checkpoints are other recipes"
 
 
 def test_overrides_of_the_device_make_no_other_recipe(tmp_path: Path) -> None:
