@@ -63,7 +63,7 @@ class Classifier:
     Attributes:
         class_names: Names of the K classes, in the order of the logits.
         native_size: Height and width S in pixels to which :func:`~cifar10_tl.data.images.to_pixels` resizes images.
-        fit: How it makes images square: "crop", "pad" or "squeeze", as in training.
+        fit: How images are made square: "crop", "pad" or "squeeze", as in training.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ def _from_onnx(path: Path, device: str) -> Classifier:
     except KeyError as error:
         raise UserError(f"{path} was not exported by this project: its metadata has no {error}") from error
     except Exception as error:  # the exceptions of ONNX Runtime have no common base class
-        raise UserError(f"{path} is missing, broken or of another kind: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is missing, damaged or not an ONNX model: {str(error).splitlines()[0]}") from error
 
     def network(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return session.run(["logits"], {"images": images})[0]

@@ -123,7 +123,7 @@ def test_stream_reads_at_most_two_batches(classify: Classifier) -> None:
 
 def test_a_broken_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:100_000])
-    with pytest.raises(UserError, match=r"cut\.ckpt is broken"):
+    with pytest.raises(UserError, match=r"cut\.ckpt is damaged"):
         load_classifier(tmp_path / "cut.ckpt")
 
 
@@ -170,7 +170,7 @@ def test_unusable_onnx_models_are_refused(onnx_file: Path, tmp_path: Path, monke
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     (tmp_path / "cut.onnx").write_bytes(onnx_file.read_bytes()[:100])
-    for name, reason in {"none": "is missing", "foreign": "class_names", "cut": "broken"}.items():
+    for name, reason in {"none": "is missing", "foreign": "class_names", "cut": "damaged"}.items():
         with pytest.raises(UserError, match=rf"{name}\.onnx .*{reason}"):
             load_classifier(tmp_path / f"{name}.onnx")
     with pytest.raises(UserError, match="device=mps: "):

@@ -26,8 +26,8 @@ class WeightEMA(WeightAveraging):
 
     With ``bn_batches``, each validation is preceded by a new estimate of the statistics of BatchNorm for the averaged
     weights (section 3.2 of https://arxiv.org/abs/1803.05407): their mean over the first batches of the epoch, augmented
-    as in training. Each process averages over its share of the images and then over the processes, which is the
-    estimate of one process without the variance between the shares of a batch. Frozen layers keep their statistics.
+    as in training. Each process averages over its own images, then over the processes, which omits the variance between
+    the processes' parts of a batch. Frozen layers keep their statistics.
     """
 
     def __init__(self, decay: float, bn_batches: int = 0) -> None:
@@ -37,10 +37,11 @@ class WeightEMA(WeightAveraging):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the average to the device; its step count stays on the CPU, where reading it costs nothing.
 
-        ``AveragedModel.update_parameters`` would copy the count to the device and back in each step.
+        ``AveragedModel.update_parameters`` would copy the count to the device and back in each step. The average has at
+        least fp32, because in bf16 a step that changes it by less than 0.4 % would be lost.
         """
         average: Any = self._average_model
-        average.to(pl_module.device)
+        average.to(pl_module.device, torch.promote_types(torch.float32, next(pl_module.parameters()).dtype))
         average.n_averaged = average.n_averaged.cpu()
         average.update_parameters = partial(self._update, average)
 
@@ -64,7 +65,7 @@ class WeightEMA(WeightAveraging):
         counts: list[tuple[Tensor, ...]] = []  # of batches, in BatchNorm
         for pair in zip(*tensors, strict=True):
             (floats if pair[0].is_floating_point() else counts).append(pair)
-        averages, weights = map(list, zip(*floats, strict=True))
+        averages, weights = map(list, zip(*((a, w.to(a.dtype)) for a, w in floats), strict=True))
         torch._foreach_lerp_(averages, weights, 1 - kept)
         if counts:
             averages, weights = map(list, zip(*counts, strict=True))

@@ -87,7 +87,7 @@ class TimeBudget(Callback):
                 trainer.datamodule.with_features("test")  # type: ignore[attr-defined]  # fills a cache
             self.phases = [(start, step_seconds(trainer, pl_module, size)) for start, size in pl_module.image_sizes]
             loader: Any = trainer.train_dataloader
-            num_batches = len(_split(trainer, "val")) / loader.sampler.batch_size
+            num_batches = _num_images(trainer, "val") / loader.sampler.batch_size
             self.validation_seconds = num_batches * self.phases[-1][1] / 3  # a step without the backward pass
             self.other_seconds = self.validation_seconds / (trainer.check_val_every_n_epoch or 1) + FILES_SECONDS
             self._plan(trainer, pl_module, done=0)
@@ -106,7 +106,7 @@ class TimeBudget(Callback):
         if trainer.strategy.broadcast(self._left(trainer) < 0):
             self.is_over = trainer.should_stop = True
             trainer.check_val_every_n_epoch = 1
-            log.info("budget=%s: stopping inside epoch %d, which is too slow", self.budget, trainer.current_epoch)
+            log.info("budget=%s: no time is left, stopping inside epoch %d", self.budget, trainer.current_epoch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._step_ends:  # else a sanity check
@@ -140,7 +140,7 @@ class TimeBudget(Callback):
 
     def _left(self, trainer: pl.Trainer) -> float:
         """Return the seconds that are left until the last checkpoint is saved and the test starts."""
-        tests = len(_split(trainer, "test")) / len(_split(trainer, "val")) if self.test else 0
+        tests = _num_images(trainer, "test") / max(1, _num_images(trainer, "val")) if self.test else 0
         closing = PROCESS_SECONDS + self.other_seconds + (tests - 1) * self.validation_seconds
         return seconds_of(self.budget) - (time.perf_counter() - self.started) - closing
 
@@ -202,5 +202,8 @@ def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
     return statistics.median(end - start for start, end in pairwise(times))  # without the first, which may compile
 
 
-def _split(trainer: pl.Trainer, name: str) -> Any:
-    return trainer.datamodule.splits[name]  # type: ignore[attr-defined]
+def _num_images(trainer: pl.Trainer, name: str) -> float:
+    """Return the number of images of val or test that are evaluated."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    limit, count = getattr(trainer, f"limit_{name}_batches"), len(data.splits[name])
+    return limit * count if isinstance(limit, float) else min(limit * data.hparams["batch_size"], count)

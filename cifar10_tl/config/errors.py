@@ -33,7 +33,10 @@ _LOST_PROCESS = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gl
 _MEANINGS = {
     "^OutOfMemoryError": (
         "out of device memory; reduce data.batch_size (predict: batch_size) or model.image_size, or set "
-        "trainer.precision=bf16-mixed"
+        "trainer.precision=bf16-mixed or data.on_device=false"
+    ),
+    r"CUDA error: (out of memory|.*busy or unavailable)|CUBLAS_STATUS_ALLOC_FAILED": (
+        "the GPU cannot be used, perhaps because another process uses it (see nvidia-smi)"
     ),
     "^MemoryError|can't allocate memory|Storage size calculation overflowed|Overflow when unpacking": (
         "this machine does not have enough memory; reduce the sizes in the settings"

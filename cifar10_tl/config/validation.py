@@ -169,6 +169,7 @@ RULES = {
 _NEEDED = (
     *("test", "data.augment.mix", "data.cache_features", "model.head.name", "optimizer.name", "scheduler.name"),
     *("trainer.accelerator", "trainer.precision", "trainer.strategy", "trainer.devices", "trainer.deterministic"),
+    *("trainer.max_epochs", "optimizer.lr"),
 )
 
 
@@ -232,6 +233,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
 def _check_cached_features(config: Mapping[str, Any]) -> None:
     if config.get("model.freeze") != "backbone":
         raise UserError("data.cache_features=true needs a frozen backbone: add model.freeze=backbone")
+    if config.get("data.cache") is False:
+        raise UserError("data.cache=false would decode the images in each epoch in spite of data.cache_features=true")
     if isinstance(sizes := config.get("model.image_size"), list):
         raise UserError(f"model.image_size={sizes}: data.cache_features=true computes features at one size; choose one")
     pixels = ("random_crop_padding", "cutout", "random_erasing", "color_jitter")

@@ -210,7 +210,7 @@ class BatchLoader(DataLoader[Batch]):
     """DataLoader that fetches a whole batch by one index operation and can be resumed inside an epoch.
 
     There are no workers, because indexing takes less time than sending the result to another process, except for slow
-    images: then one per thread of this process, by default its share of the cores.
+    images: then one per thread of this process, by default the cores divided by the processes.
 
     Attributes:
         requested_at: Time when the latest batch was requested.

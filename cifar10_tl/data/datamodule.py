@@ -121,7 +121,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if missing or size < classes:
             raise UserError(
                 f"data.{key}={given} does not fit {len(train)} training images: choose at least {classes}, but few "
-                f"enough to leave an image of each class for training (missing: {', '.join(missing) or 'none'})"
+                "enough to leave an image of each class for training"
+                + (f" (missing: {', '.join(missing)})" if missing else "")
             )
         return train.subset((~held_out).nonzero().flatten()), train.subset(held_out.nonzero().flatten())
 
@@ -223,9 +224,18 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """Return ``batch`` augmented for this epoch."""
-        max_epochs = self.trainer.max_epochs if self.trainer is not None else None
-        settings = self.augment.in_epoch(epoch, max_epochs or -1)
+        settings = self.augment.in_epoch(epoch, -1 if self.trainer is None else planned_epochs(self.trainer))
         return augment(batch, settings, seed=self.hparams["seed"], epoch=epoch, num_classes=len(self.class_names))
+
+
+def planned_epochs(trainer: pl.Trainer) -> int:
+    """Return the number of epochs of a fit, by ``max_epochs`` or ``max_steps``; -1 if it has no limit."""
+    limit = trainer.max_epochs or -1
+    if trainer.max_steps == -1 or math.isinf(trainer.num_training_batches):
+        return limit
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    needed = math.ceil(trainer.max_steps / steps)
+    return needed if limit == -1 else min(limit, needed)
 
 
 def stratified(labels: Tensor, size: int, seed: int) -> Tensor:

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
         version: Size in bytes and times of the file when it was decoded; another version is decoded again.
         row: Position of its pixels; None if the file could not be decoded.
         width: Width of the upright image before it was resized.
-        height: Height of the same.
+        height: Height of the upright image before it was resized.
         digest: Checksum of the pixels.
         error: Why the file could not be decoded.
     """

@@ -20,7 +20,7 @@ def trivial_augment(images: Tensor, operations: Tensor, levels: Tensor, signs: T
     """Return uint8 images [N, 3, H, W], each transformed by its own operation.
 
     Args:
-        images: uint8 [N, 3, H, W].
+        images: Images to transform, uint8 [N, 3, H, W].
         operations: Position in :data:`OPERATIONS`, int64 [N] on the CPU.
         levels: Strength from 0 to ``LEVELS - 1``, int64 [N] on the CPU.
         signs: 1 or -1, the direction of operations that have one, [N] on the CPU.

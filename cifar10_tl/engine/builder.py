@@ -92,6 +92,7 @@ def build_trainer(
             enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
             plugins=[checkpoint_io or RunCheckpointIO()],
             use_distributed_sampler=False,  # BatchSampler is distributed and does not pad
+            inference_mode=False,  # as in the validation of a fit, whose compiled graphs the test uses, too
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))

@@ -103,7 +103,10 @@ def write_figures(
 
 
 class Evaluator:
-    """Evaluator of images on one device, by the test loop of training, so that the numbers are the same."""
+    """Evaluator of images on one device, by the test loop of training.
+
+    The numbers are those of training, up to rounding if the network was compiled then.
+    """
 
     def __init__(self, module: LitClassifier, trainer: pl.Trainer, batch_size: int) -> None:
         self.module, self.trainer, self.batch_size = module, trainer, batch_size
@@ -199,10 +202,10 @@ def is_moved_training_data(
 
 
 def check_same_images(datamodule: CIFAR10DataModule, recorded: Mapping[str, Mapping[str, str]], split: str) -> None:
-    """Raise an error if a split may contain training images because images were added or removed; remove such a val.
+    """Raise an error if a split may contain training images because images have changed; drop val if only it may.
 
     Args:
-        datamodule: Current images of the folder or dataset of training.
+        datamodule: DataModule of the training data with its current images.
         recorded: State of the DataModule in the checkpoint.
         split: Split to evaluate.
     """
@@ -236,7 +239,7 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
         own, used = options.get(key), trained_with.get(key)
         if key in trained_with and own != used:
             raise UserError(
-                f"data.{key}={own}: with another split than data.{key}={used}, val contains training images"
+                f"data.{key}={own}: the run used data.{key}={used}; another split would put training images into val"
             )
 
 

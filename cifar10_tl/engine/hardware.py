@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import os
 import platform
 import re
 import shutil
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -69,20 +71,30 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
 def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str]:
     """Return whether to compile the network for ``compile`` (True, False or "auto") on ``device``, and the reason.
 
-    Compiled networks train more slowly on a CPU; see docs/performance.md.
+    On a CPU, compilation delays the first step by about a minute; see docs/performance.md.
     """
     if device.type == "cuda":
-        needed = "Triton and a GPU that it supports"
+        needed = "Triton, a GPU that it supports, a C compiler (gcc) and Python's headers (python3-dev)"
         is_possible = bool(importlib.util.find_spec("triton")) and torch.cuda.get_device_capability(device) >= (7, 0)
+        # Triton compiles a module of Python when it is first used
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        is_possible = is_possible and bool(compiler) and (_python_headers() / "Python.h").is_file()
     else:
         needed = "a C++ compiler (g++)"
         is_possible = bool(shutil.which("g++") or shutil.which("clang++"))
     if setting == "auto":
-        is_faster = device.type == "cuda" and is_possible
-        return is_faster, "a GPU with Triton" if is_faster else "faster only on GPUs with Triton"
+        if device.type != "cuda":
+            return False, "faster only on GPUs"
+        return is_possible, "a GPU with Triton" if is_possible else f"needs {needed}"
     if setting and not is_possible:
         raise UserError(f"compile=true needs {needed}; use compile=false")
     return bool(setting), "as set"
+
+
+def _python_headers() -> Path:
+    """Return the folder of Python's headers, as Triton finds it."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # of Debian
+    return Path(sysconfig.get_path("include", scheme))
 
 
 def tune_for(device: torch.device, network: TransferResNet) -> None:

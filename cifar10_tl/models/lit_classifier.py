@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.datamodule import planned_epochs
 from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -135,6 +136,8 @@ class LitClassifier(pl.LightningModule):
             **{name: self.hparams[name] for name in ("backbone", "interpolation")},
             "image_size": self.network.resize.size,
             "precision": str(self.trainer.precision_plugin.precision),
+            "device": self.trainer.strategy.root_device.type,
+            "torch": torch.__version__,
             "weights": tensors_checksum(tensors),
         }
 
@@ -197,7 +200,7 @@ class LitClassifier(pl.LightningModule):
         if backbone.head_only != head_only:
             backbone.head_only = head_only
             backbone.train()
-        num_epochs = self.trainer.max_epochs or 0
+        num_epochs = planned_epochs(self.trainer)
         started = [size for start, size in self.image_sizes if round(start * num_epochs) <= self.current_epoch]
         self.network.training_size = started[-1]
         if self.current_epoch + 1 == num_epochs and self.trainer.check_val_every_n_epoch:

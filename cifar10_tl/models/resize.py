@@ -63,7 +63,8 @@ class Resize(nn.Module):
         start, length = start[:, None, None], length[:, None, None]
         pixels = torch.arange(side, device=start.device) - start
         scale = length / self.size
-        centers = (torch.arange(self.size, device=start.device)[:, None] + 0.5) * scale - 0.5
+        # with trainer.precision=bf16-true, the default dtype cannot hold positions above 128
+        centers = (torch.arange(self.size, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale - 0.5
         smaller = scale > 1  # antialiased: a wider kernel, normalized over the pixels inside
         kernel = self._kernel
         weights = kernel((pixels - centers) / scale.clamp_min(1), smaller)

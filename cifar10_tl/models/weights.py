@@ -122,4 +122,4 @@ def load_safely(path: Path) -> Any:
         if code := re.search(r"Unsupported global: GLOBAL (\S+)", text):
             call = f"torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'weights.pth')"
             reason = f"{code[1]}. If you trust its source, extract the state dict, as by {call}"
-        raise UserError(f"{path} is broken, of another kind, or names code to run: {reason}") from error
+        raise UserError(f"{path} is damaged, not a checkpoint, or would execute code: {reason}") from error

@@ -50,6 +50,14 @@ def test_validation_test_and_checkpoint_use_the_average(tmp_path: Path, monkeypa
     torch.testing.assert_close(module.evaluation.logits, logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.float32), ("64-true", torch.float64)])
+def test_the_average_has_at_least_single_precision(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    average = WeightEMA(0.999)
+    _, module = small_fit(tmp_path, average, precision=precision, max_epochs=2)
+    assert {p.dtype for p in average._average_model.module.parameters()} == {dtype}
+    assert {p.dtype for p in module.parameters()} == {dtype if dtype == torch.float64 else torch.bfloat16}
+
+
 def statistics(run: Path, processes: int = 1) -> dict[str, Tensor]:
     """Return the means of BatchNorm's statistics over the first two batches of the second epoch and the processes."""
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

@@ -25,7 +25,9 @@ class Plan:
             num_training_batches=STEPS,
             strategy=SimpleNamespace(broadcast=lambda value: value),
             fit_loop=SimpleNamespace(max_epochs=40),
-            datamodule=SimpleNamespace(splits={"val": range(100), "test": range(200)}),
+            datamodule=SimpleNamespace(splits={"val": range(100), "test": range(200)}, hparams={"batch_size": 8}),
+            limit_val_batches=1.0,
+            limit_test_batches=1.0,
             default_root_dir="nowhere",
             is_global_zero=True,
         )
@@ -57,6 +59,16 @@ class Plan:
 )
 def test_as_many_epochs_as_fit(seconds: float, test: bool, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Plan(monkeypatch, seconds, test).after(0, 0) == epochs
+
+
+def test_limits_of_validation_and_test_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, OTHER + 20 * 3 - 3 + 4.2 * 15)  # a tenth of val, all of test: 20 times a validation
+    plan.trainer.limit_val_batches = 0.1
+    assert plan.after(0, 0) == 4
+    plan = Plan(monkeypatch, OTHER + 0.5 * 3 - 3 + 4.2 * 15)
+    plan.trainer.limit_test_batches = 6  # of 8 images
+    plan.trainer.limit_val_batches = 12
+    assert plan.after(0, 0) == 4
 
 
 def test_plan_changes_only_if_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

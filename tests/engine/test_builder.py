@@ -18,6 +18,7 @@ from cifar10_tl.engine.builder import (
     build_datamodule,
     build_loggers,
     build_module,
+    build_trainer,
     check_batch_size,
     describe,
     next_epoch,
@@ -80,6 +81,12 @@ def test_the_header_of_a_run_says_what_is_trained_on_what(
     other = header("model.freeze=backbone", "model.image_size=[[0,32],[0.5,48]]", "budget=10min", "optimizer=sgd")
     assert f"32 -> 48 px, dense head: {head:,} trainable and {backbone:,} frozen parameters" in other
     assert "as many epochs as fit into 10min, 64 images per step, SGD, lr 0.01" in other
+
+
+def test_validation_and_test_have_the_same_grad_mode(small_cfg: Callable[..., DictConfig]) -> None:
+    trainer = build_trainer(small_cfg())
+    assert not trainer.test_loop.inference_mode, "else the test would compile graphs of its own"
+    assert not trainer.fit_loop.epoch_loop.val_loop.inference_mode
 
 
 @torch._dynamo.config.patch(recompile_limit=3)  # one graph of training, two of evaluation

@@ -3,6 +3,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,22 +55,34 @@ def test_precision_follows_what_the_gpu_has(
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "triton", "capability", "compiled"),
+    ("setting", "device", "missing", "capability", "compiled"),
     [
-        ("auto", CPU, True, (9, 0), False),
-        ("auto", CUDA, True, (9, 0), True),
-        ("auto", CUDA, False, (9, 0), False),
-        ("auto", CUDA, True, (6, 1), False),
-        (False, CUDA, True, (9, 0), False),
-        (True, CUDA, True, (7, 0), True),
-        (True, CPU, False, (0, 0), True),
+        ("auto", CPU, "", (9, 0), False),
+        ("auto", CUDA, "", (9, 0), True),
+        ("auto", CUDA, "triton", (9, 0), False),
+        ("auto", CUDA, "compiler", (9, 0), False),
+        ("auto", CUDA, "Python.h", (9, 0), False),
+        ("auto", CUDA, "", (6, 1), False),
+        (False, CUDA, "", (9, 0), False),
+        (True, CUDA, "", (7, 0), True),
+        (True, CPU, "triton", (0, 0), True),
     ],
 )
 def test_compile_is_for_gpus_that_triton_supports_unless_it_is_set(
-    monkeypatch: pytest.MonkeyPatch, setting: Any, device: torch.device, triton: bool, capability: Any, compiled: bool
+    setting: Any,
+    device: torch.device,
+    missing: str,
+    capability: Any,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(f"{HARDWARE}.importlib.util.find_spec", lambda name: object() if triton else None)
-    monkeypatch.setattr(f"{HARDWARE}.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(f"{HARDWARE}.importlib.util.find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(f"{HARDWARE}.shutil.which", lambda name: None if missing == "compiler" else f"/usr/bin/{name}")
+    monkeypatch.setattr(f"{HARDWARE}.sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    if missing != "Python.h":
+        (tmp_path / "Python.h").touch()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_compile(setting, device)[0] is compiled
 

@@ -193,7 +193,7 @@ def test_the_report_has_grad_cam_of_each_image_that_it_shows(
 
 
 def test_another_split_of_the_training_images_is_refused(run_evaluate: Evaluate, tmp_path: Path) -> None:
-    message = r"data\.split_seed=1: with another split than data\.split_seed=0, val contains training images"
+    message = r"data\.split_seed=1: the run used data\.split_seed=0; another split would put training images into val"
     with pytest.raises(UserError, match=message):
         run_evaluate("data.split_seed=1")
     assert not (tmp_path / "evaluation").exists()
@@ -242,7 +242,7 @@ def test_other_images_may_be_split_in_another_way() -> None:
     ],
 )
 def test_the_same_images_must_be_split_in_the_same_way(trained_with: dict, changed: dict) -> None:
-    with pytest.raises(UserError, match="with another split"):
+    with pytest.raises(UserError, match="another split would put training images into val"):
         check_same_split({**trained_with, **changed}, trained_with)
 
 

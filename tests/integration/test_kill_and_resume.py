@@ -205,7 +205,7 @@ def test_broken_checkpoints_are_not_resumed(
     last, best = (run / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
     flip_bit(last)
     resume(run)
-    assert "last.ckpt is broken" in caplog.text
+    assert "last.ckpt is damaged" in caplog.text
     assert f"from {best}" in caplog.text
     assert_same(run, expected)
     flip_bit(best)
@@ -218,7 +218,7 @@ def test_last_checkpoint_is_tested_if_the_best_is_broken(run: Path, caplog: pyte
     flip_bit(run / "checkpoints" / "best.ckpt")
     (run / "results.json").unlink()
     assert resume(run)["test"]["count"] == 32
-    assert "best.ckpt is broken" in caplog.text
+    assert "best.ckpt is damaged" in caplog.text
 
 
 def test_changed_settings_are_refused(run: Path) -> None:

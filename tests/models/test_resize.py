@@ -46,3 +46,14 @@ def test_boxes_give_the_same_as_interpolation_of_the_crops(mode: str, size: int)
     assert torch.allclose(resize(images, whole), resize(images), atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(resize(images, boxes), out)
+
+
+def test_boxes_are_exact_with_another_default_dtype() -> None:
+    resize, images = Resize(256, 224, "bicubic"), torch.rand(2, 3, 256, 256)
+    boxes = torch.tensor([[10.0, 20.0, 200.0, 190.0], [0.0, 0.0, 256.0, 256.0]])
+    expected = resize(images, boxes)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does in a step with trainer.precision=bf16-true
+    try:
+        assert torch.equal(resize(images, boxes), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -162,7 +162,7 @@ def test_files_that_are_broken_or_would_run_code_are_refused(tmp_path: Path, mon
     for name, content in files.items():
         Path(name).write_bytes(content)
     for name in ("harmful.pth", *files):
-        with pytest.raises(UserError, match=f"{name} is broken, of another kind, or names code to run: .+"):
+        with pytest.raises(UserError, match=f"{name} is damaged, not a checkpoint, or would execute code: .+"):
             load_safely(Path(name))
     assert not Path("harmed").exists()
 
@@ -170,7 +170,7 @@ def test_files_that_are_broken_or_would_run_code_are_refused(tmp_path: Path, mon
 def test_a_checkpoint_with_objects_is_explained_with_the_call_that_extracts_its_tensors(tmp_path: Path) -> None:
     path, tensors = tmp_path / "robust.ckpt", {"conv1.weight": torch.ones(2)}
     torch.save({"model": tensors, "args": Namespace(lr=0.1)}, path)
-    with pytest.raises(UserError, match=r"names code to run: argparse\.Namespace\. If you trust") as caught:
+    with pytest.raises(UserError, match=r"would execute code: argparse\.Namespace\. If you trust") as caught:
         load_safely(path)
     call = str(caught.value).partition(", as by ")[2].replace("weights.pth", str(tmp_path / "weights.pth"))
     exec(call)
