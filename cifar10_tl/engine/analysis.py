@@ -1,4 +1,4 @@
-"""Why a prediction is wrong: Grad-CAM, the nearest training images, near-duplicates and probable label errors."""
+"""Grad-CAM, nearest training images, near-duplicates and probable label errors: reasons for incorrect predictions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def analyze(
     """Compare the images of an evaluation with the training images; both evaluations have features.
 
     Returns:
-        Entries of results.json about copies of training images and wrong labels, and arguments of ``write_report``.
+        Entries of results.json about near-duplicates and label errors, and arguments of ``write_report``.
     """
     assert evaluation.features is not None
     assert trained.features is not None

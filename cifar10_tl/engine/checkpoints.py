@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Checkpoint plugin that writes files atomically and does not read again what :meth:`read` has just read."""
+    """Checkpoint plugin that writes files atomically, and loads what :meth:`read` has just read from memory."""
 
     def __init__(self) -> None:
         self._content: dict[Path, Mapping[str, Any]] = {}

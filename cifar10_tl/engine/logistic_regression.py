@@ -64,7 +64,7 @@ class LogisticRegression(Callback):
 
 
 def results(trainer: pl.Trainer, module: LitClassifier) -> dict[str, Any]:
-    """Return the results of the fit, after it if a resumed run had nothing left to train; empty if it is off."""
+    """Return the results, empty if it is off; fit now if a resumed run had nothing left to train."""
     found: list[Any] = [c for c in trainer.callbacks if isinstance(c, LogisticRegression)]  # type: ignore[attr-defined]
     for callback in found:
         if callback.results is None:

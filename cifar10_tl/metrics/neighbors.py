@@ -28,8 +28,8 @@ def nearest_neighbors(features: Tensor, train_features: Tensor, k: int = NUM_NEI
     The most similar is first; of equally similar ones, the first. There may be fewer than ``k`` training images.
 
     Args:
-        features: float32 [N, C].
-        train_features: float32 [M, C] of at least one image.
+        features: Features of the evaluated images, float32 [N, C].
+        train_features: Features of the training images, float32 [M, C], M >= 1.
         k: Number of neighbors.
     """
     num_train = len(train_features)
