@@ -42,7 +42,7 @@ def check_launch_variables() -> None:
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): should be 1 to 65535")
     if "TORCHELASTIC_RUN_ID" in env:
         _check_job("torchrun", "TORCHELASTIC_RUN_ID", _TORCHRUN, "WORLD_SIZE")
-    elif is_of_srun():
+    elif is_started_by_srun():
         _check_job("srun", "SLURM_NTASKS", _SLURM, "SLURM_NTASKS")
     else:
         names = ("RANK", "SLURM_PROCID")
@@ -65,7 +65,7 @@ def _check_job(launcher: str, mark: str, names: tuple[str, ...], size: str) -> N
         raise UserError(f"{names[0]}={env[names[0]]} (environment variable): should be below {size}={env[size]}")
 
 
-def is_of_srun() -> bool:
+def is_started_by_srun() -> bool:
     """Return whether srun started this process, by the rule of Lightning's ``SLURMEnvironment``."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 

@@ -234,7 +234,7 @@ def _check_cached_features(config: Mapping[str, Any]) -> None:
     if config.get("model.freeze") != "backbone":
         raise UserError("data.cache_features=true needs a frozen backbone: add model.freeze=backbone")
     if config.get("data.cache") is False:
-        raise UserError("data.cache=false would decode the images in each epoch in spite of data.cache_features=true")
+        raise UserError("data.cache=false: decodes images in each epoch even with cached features; use data.cache=true")
     if isinstance(sizes := config.get("model.image_size"), list):
         raise UserError(f"model.image_size={sizes}: data.cache_features=true computes features at one size; choose one")
     pixels = ("random_crop_padding", "cutout", "random_erasing", "color_jitter")

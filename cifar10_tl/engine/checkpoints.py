@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Checkpoint plugin that writes files atomically, and loads what :meth:`read` has just read from memory."""
+    """Checkpoint plugin that writes files atomically and reuses the content that :meth:`read` has loaded."""
 
     def __init__(self) -> None:
         self._content: dict[Path, Mapping[str, Any]] = {}

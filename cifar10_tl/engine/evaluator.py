@@ -103,7 +103,7 @@ def write_figures(
 
 
 class Evaluator:
-    """Evaluator of images on one device, by the test loop of training.
+    """Evaluator that runs the test loop of training on one device.
 
     The numbers are those of training, up to rounding if the network was compiled then.
     """
@@ -202,7 +202,7 @@ def is_moved_training_data(
 
 
 def check_same_images(datamodule: CIFAR10DataModule, recorded: Mapping[str, Mapping[str, str]], split: str) -> None:
-    """Raise an error if a split may contain training images because images have changed; drop val if only it may.
+    """Raise an error if ``split`` may contain training images because images have changed; drop such a val.
 
     Args:
         datamodule: DataModule of the training data with its current images.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from cifar10_tl.config.run_dir import is_of_srun, process_rank
+from cifar10_tl.config.run_dir import is_started_by_srun, process_rank
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def requeue() -> None:
 
 def _is_managed() -> bool:
     """Return whether torchrun or srun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or is_of_srun()
+    return "TORCHELASTIC_RUN_ID" in os.environ or is_started_by_srun()
 
 
 def _fail(reason: str) -> NoReturn:

@@ -66,7 +66,9 @@ class Search:
             storage=storage, study_name="search", direction="maximize", load_if_exists=True
         )
         if "settings" not in self.study.user_attrs and (self.folder / "trials").exists():
-            raise UserError(f"{self.folder / 'trials'}: trials of another search; choose another paths.output_dir")
+            raise UserError(
+                f"{self.folder / 'trials'}: contains trials of another search; set another paths.output_dir"
+            )
         check_same_settings(self.folder, self.study.user_attrs.get("settings", settings), settings)
         self.study.set_user_attr("settings", settings)
 
@@ -89,8 +91,8 @@ class Search:
     def check_cause(self, run_dir: Path, error: str, is_resumed: bool) -> None:
         """Raise :class:`UserError` if the cause of a failure may be outside the trial, such as missing data.
 
-        This is assumed of a run that was resumed, and of the third trial in a row with the same error. If the same
-        error returns in the next start of the search, it is the trial's own.
+        This is assumed if the run was resumed, or if three trials in a row have the same error. If the same error
+        returns in the next start of the search, the trial itself is the cause.
         """
         file, last = run_dir / "failed.txt", [trial.user_attrs["error"] for trial in self.study.trials[-2:]]
         known = file.is_file() and file.read_text() == error

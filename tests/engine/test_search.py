@@ -168,7 +168,7 @@ def test_run_that_finished_before_it_was_recorded_is_not_started_again(tmp_path:
     assert outcome(search_in(tmp_path / "killed")) == expected
     assert len(runs.started) == 5 + 5
     journal.unlink()
-    with pytest.raises(UserError, match="trials of another search"):
+    with pytest.raises(UserError, match="contains trials of another search"):
         search_in(tmp_path / "killed")
 
 

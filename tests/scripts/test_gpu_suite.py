@@ -50,6 +50,13 @@ def test_steps_are_measured_once_and_continue_in_the_next_call(tmp_path: Path) -
     assert again.returncode == 0
     assert again.stdout.startswith("complete"), "nothing is measured twice"
 
+    kept = json.loads((out / "state.json").read_text())
+    kept["environment"]["git"] = "another"
+    (out / "state.json").write_text(json.dumps(kept))
+    other = suite(out, "--steps", "losses")
+    assert other.returncode == 1
+    assert other.stderr == f"error: {out} has results of another commit or machine; choose another --out\n"
+
 
 @pytest.mark.slow
 def test_killed_runs_are_compared(tmp_path: Path) -> None:
