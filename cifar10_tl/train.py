@@ -86,7 +86,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         if start is None:
             results.begin(cfg)
         else:  # the folder keeps its settings if these do not fit the checkpoint
-            begin = LambdaCallback(on_train_start=lambda *_: results.begin(cfg))
+            begin = LambdaCallback(on_train_start=lambda *_: results.begin(cfg, again=True))
             trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         log_start(cfg, trainer, builder.next_epoch(resumed))
     clock = time.perf_counter()

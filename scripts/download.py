@@ -41,7 +41,7 @@ def main() -> None:
         if arguments.jpeg:
             write_jpeg(source, arguments.jpeg)
         print(f"CIFAR-10 is complete in {arguments.root}")
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

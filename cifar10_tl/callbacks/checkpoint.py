@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from cifar10_tl.io import atomic_write
 
@@ -47,6 +49,14 @@ class RunCheckpoint(ModelCheckpoint):
     def _moved(self, path: str) -> str:
         return str(Path(str(self.dirpath), Path(path).name)) if path.endswith(".ckpt") else ""
 
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        """Return the values for names such as "{epoch}-{step}"; the metric "step" is the x axis in TensorBoard."""
+        return super()._monitor_candidates(trainer) | {"step": torch.tensor(trainer.global_step)}
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        self.best_model_path = self.format_checkpoint_name(self._monitor_candidates(trainer))
+        trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *step: Any) -> None:
         """Save inside an epoch, after an optimizer step; the last step of an epoch is saved after validation."""
         accumulates = (step[-1] + 1) % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
@@ -57,16 +67,19 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_last_batch or accumulates:
             return
         if self.monitor is None and (trainer.should_stop or trainer.global_step == trainer.max_steps):
-            self.best_model_path = self.format_checkpoint_name({})
-            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+            self._save_last(trainer)
         else:
             super().on_train_batch_end(trainer, pl_module, *step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a complete epoch; one that was not validated cannot be the best."""
+        """Save a complete epoch and always the last one; an epoch that was not validated cannot be the best."""
         if not trainer.is_last_batch or (self.monitor is not None and pl_module.evaluation is None):
             return
         super().on_train_epoch_end(trainer, pl_module)
+        done = trainer.current_epoch + 1
+        ends = trainer.should_stop or done == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if self.monitor is None and ends and self.every_n_epochs and done % self.every_n_epochs:
+            self._save_last(trainer)
         best, is_copied = Path(self.best_model_path), self.best_model_path == self._copied
         if self._copy_best_to and not is_copied and trainer.is_global_zero and best.is_file():
             self._copied = self.best_model_path

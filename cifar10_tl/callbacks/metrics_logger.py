@@ -43,14 +43,12 @@ class MetricsLogger(Callback):
         self.rows = list(state_dict["rows"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out TensorBoard's custom scalars, and remove the results of a finished run that is trained further."""
+        """Lay out TensorBoard's custom scalars."""
         if not trainer.is_global_zero:
             return
         charts = {n: ["Multiline", [f"train/{n}$", f"val/{n}$"]] for n in ("loss", "acc")}  # not train/loss_step
         for logger in tensorboard_loggers(trainer):
             logger.experiment.add_custom_scalars({"train and val": charts})
-        for name in ("results.json", "predictions.csv", "report.html"):
-            (Path(trainer.default_root_dir) / name).unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the row of the epoch, after validation and before checkpoints are saved."""

@@ -141,7 +141,9 @@ class TimeBudget(Callback):
     def _left(self, trainer: pl.Trainer) -> float:
         """Return the seconds that are left until the last checkpoint is saved and the test starts."""
         tests = _num_images(trainer, "test") / max(1, _num_images(trainer, "val")) if self.test else 0
-        closing = PROCESS_SECONDS + self.other_seconds + (tests - 1) * self.validation_seconds
+        # other_seconds contains 1 / every validations of an epoch; the last epoch is always validated
+        validations = tests + 1 - 2 / (self._every or 1)
+        closing = PROCESS_SECONDS + self.other_seconds + validations * self.validation_seconds
         return seconds_of(self.budget) - (time.perf_counter() - self.started) - closing
 
     def _seconds(self, num_batches: int, done: int, epochs: int) -> float:

@@ -218,6 +218,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise UserError("logistic_regression=true needs cached features: add data.cache_features=true")
     if config.get("data.source") == "shapes" and isinstance(test_size := config.get("data.test_size"), float):
         raise UserError(f"data.test_size={test_size}: should be a whole number for data=shapes")
+    if config.get("data.source") == "shapes" and config.get("data.native_size") == "auto":
+        raise UserError("data.native_size=auto: should be a whole number for data=shapes")
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
         raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")
     if budget := config.get("budget"):

@@ -146,7 +146,8 @@ class Folder:
 
     def _check(self, usable: Mapping[str, Sequence[tuple[Entry, str]]], bad: Sequence[str]) -> None:
         if bad and not self.skip_bad:
-            raise UserError(f"cannot use {_summary(bad)}; data.skip_bad=true leaves them out")
+            advice = "data.skip_bad=true leaves them out" if self.cache else "remove them"
+            raise UserError(f"cannot use {_summary(bad)}; {advice}")
         self._check_classes(usable)
 
 
@@ -179,7 +180,8 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         unused = ", ".join(others)
-        log.warning("data.root=%s: ignored folders, which are not train, val or test: %s", root, unused)
+        reason = "which are not train, val or test, or have no folders of classes"
+        log.warning("data.root=%s: ignored folders, %s: %s", root, reason, unused)
     bad: list[str] = []
     return {split: _list_classes(folder, root, bad) for split, folder in (splits or {"train": root}).items()}, bad
 

@@ -1,7 +1,7 @@
 """Cache of decoded images: a raw uint8 file that is mapped into memory, and an index of the files in it.
 
-Both files only grow. A line of the index is written after the pixels it refers to are on disk, so a process that is
-killed at any moment leaves a valid cache, and others can read it at any time.
+Rows in use never change. A line of the index is written after the pixels it refers to are on disk, so a process that
+is killed at any moment leaves a valid cache, and others can read it at any time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,13 +84,14 @@ class ImageCache:
 
         Args:
             files: Version of each file by path.
-            retry: Decode the files again that could not be decoded.
+            retry: Decode the files again that could not be decoded, unless the cache is read-only.
         """
-        entries = self._entries()
+        entries, retry = self._entries(), retry and os.access(self.folder, os.W_OK)
         if _outdated(files, entries, retry):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
+                if not (self.folder / CACHE_TAG).exists():  # it may be another user's
+                    (self.folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
                 with FileLock(self.lock):
                     entries = self._entries()  # with what another process has decoded meanwhile
                     entries |= self._append(_outdated(files, entries, retry), entries)
@@ -104,7 +106,8 @@ class ImageCache:
         lines = [line.partition(b" ") for line in self.index.read_bytes().split(b"\n")]
         # a line that was cut off or damaged does not have its checksum
         found = [Entry(*json.loads(text)) for check, _, text in lines if check == _checksum(text)]
-        num_rows = self.pixels.stat().st_size // self.row_bytes
+        with self.pixels.open("rb") as file:  # NFS may return an outdated size of a file that is not open
+            num_rows = file.seek(0, os.SEEK_END) // self.row_bytes
         is_whole = all(entry.row is None or entry.row < num_rows for entry in found)
         return {entry.path: entry for entry in found} if is_whole else {}
 
@@ -152,6 +155,8 @@ class ImageCache:
                             flushed = time.monotonic()
             finally:  # when interrupted, too
                 _flush(pixels, index, lines)
+            used = max((entry.row + 1 for entry in added.values() if entry.row is not None), default=first)
+            pixels.truncate(used * self.row_bytes)  # all workers have ended
         return added
 
     def _decode(self, files: Sequence[tuple[int, tuple[str, list[int]]]]) -> list[Entry] | OSError:
@@ -215,14 +220,13 @@ class MappedImages:
     def __init__(self, path: Path, rows: Tensor, size: int) -> None:
         self.path, self.rows, self.shape = path, rows, (len(rows), 3, size, size)
         with path.open("rb") as file:
-            # writable copy on write, because PyTorch warns about read-only memory; nothing writes to it
-            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # read-only, because Linux refuses writable maps that are larger than the memory of the machine
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = len(self._file) // (3 * size**2) * 3 * size**2
-        self._images = torch.frombuffer(self._file, dtype=torch.uint8, count=count).view(-1, 3, size, size)
-        self._touched = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
+            images = torch.frombuffer(self._file, dtype=torch.uint8, count=count)
+        self._images, self._touched = images.view(-1, 3, size, size), 0
 
     def __reduce__(self) -> tuple[Callable[..., MappedImages], tuple[Path, Tensor, int]]:
         return MappedImages, (self.path, self.rows, self.shape[-1])

@@ -97,6 +97,8 @@ def build_trainer(
     except (TypeError, ValueError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
         raise UserError(f"{given}: {error}") from error
+    # else a resumed run with max_steps ends a complete epoch again: Lightning-AI/pytorch-lightning#19617
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     if cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type != "cuda":
         raise UserError("trainer.sync_batchnorm=true requires GPUs; use trainer.sync_batchnorm=false on a CPU")
@@ -155,9 +157,8 @@ def build_loggers(cfg: DictConfig, first_epoch: int) -> list[Logger]:
 
 
 def next_epoch(checkpoint: Mapping[str, Any]) -> int:
-    """Return the first epoch that is not complete in a checkpoint."""
-    rows = checkpoint.get("callbacks", {}).get("MetricsLogger", {}).get("rows", [])
-    return int(rows[-1]["epoch"]) + 1 if rows else 0
+    """Return the first epoch that is not complete in a checkpoint; 0 without one."""
+    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]) if checkpoint else 0
 
 
 def skip_idle_hooks(callback: Callback) -> None:

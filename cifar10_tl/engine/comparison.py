@@ -84,9 +84,18 @@ def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the ``COLUMNS`` of each run, compared with the first run; None where there is no value."""
     first = runs[0]
     for run in runs[1:]:
-        if run.labels != first.labels or len({r.results.get("test_images") for r in (first, run)} - {None}) > 1:
+        if run.labels != first.labels or not _have_same_images(run, first):
             raise UserError(f"{first.folder} and {run.folder} cannot be compared: they were tested on different images")
     return [_row(run, first) for run in runs]
+
+
+def _have_same_images(*runs: Run) -> bool:
+    if len({run.results.get("test_images") for run in runs} - {None}) <= 1:
+        return True
+    # the same files, decoded at another size or crop, have other pixels
+    files = [{index: row["path"] for index, row in run.predictions.items()} for run in runs]
+    roots = {settings_of(run.results).get("data.root") for run in runs}
+    return all(files[0].values()) and files[0] == files[1] and len(roots - {None}) == len(roots) == 1
 
 
 def _row(run: Run, first: Run) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,12 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
         raise UserError(f"the classes of the checkpoint ({names}) differ from those of the data ({found})")
     datamodule.prepare_data()
     datamodule.setup()
-    if is_same and options.get("image_limit") == trained_with.get("image_limit"):
-        check_same_images(datamodule, recorded, cfg.split)
+    if is_same:
+        limit, as_trained = trained_with.get("image_limit"), datamodule
+        if options.get("image_limit") != limit:
+            as_trained = CIFAR10DataModule(**{**options, "image_limit": limit})
+            as_trained.setup("compare")
+        check_same_images(datamodule, as_trained.changed_splits(recorded), cfg.split)
     return datamodule
 
 
@@ -201,15 +205,14 @@ def is_moved_training_data(
     return not datamodule.changed_splits(recorded)
 
 
-def check_same_images(datamodule: CIFAR10DataModule, recorded: Mapping[str, Mapping[str, str]], split: str) -> None:
+def check_same_images(datamodule: CIFAR10DataModule, changed: Sequence[str], split: str) -> None:
     """Raise an error if ``split`` may contain training images because images have changed; drop such a val.
 
     Args:
         datamodule: DataModule of the training data with its current images.
-        recorded: State of the DataModule in the checkpoint.
+        changed: Names of the splits that differ from those of the checkpoint.
         split: Split to evaluate.
     """
-    changed = datamodule.changed_splits(recorded)
     if "train" not in changed:
         return
     if split in changed and split != "train":

@@ -36,11 +36,13 @@ from cifar10_tl.plots.style import as_percent
 REPORT = "report.html"
 
 
-def begin(cfg: DictConfig) -> None:
-    """Write the config to the run folder."""
+def begin(cfg: DictConfig, *, again: bool = False) -> None:
+    """Write the config to the run folder, and remove the results of a run that is trained ``again``."""
     if not cfg.trainer.fast_dev_run:
-        config = OmegaConf.merge(cfg, {"resume": None, "trust": False})
-        atomic_write_text(Path(cfg.paths.output_dir) / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        run_dir, config = Path(cfg.paths.output_dir), OmegaConf.merge(cfg, {"resume": None, "trust": False})
+        atomic_write_text(run_dir / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        for name in ("results.json", "predictions.csv", REPORT) if again else ():
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def fit_results(
     return {
         "val": {name.removeprefix("val/"): best_row.get(name) for name in VALIDATED},
         "best_epoch": best_epoch,
-        "epochs": trainer.current_epoch,
+        "epochs": trainer.fit_loop.epoch_progress.current.processed,
         "seconds": {"fit": throughput.earlier_seconds + seconds, "first_step": throughput.first_step_seconds},
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),
@@ -250,7 +252,7 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
             lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")
     if (val_acc := results["val"]["acc"]) is not None:
         monitor = flat(results["config"]).get(MONITOR)
-        which = {"val/acc": f"the best of {results['epochs']}", None: "the last"}.get(monitor, f"the best by {monitor}")
+        which = {"val/acc": "the best", None: "the last"}.get(monitor, f"the best by {monitor}")
         lines.append(f"  val acc      {val_acc:.2%} in epoch {results['best_epoch']}, {which}")
     if probe := results.get("logistic_regression"):
         scores = ", ".join(f"{split} acc {probe[split]['acc']:.2%}" for split in ("val", "test") if split in probe)

@@ -50,15 +50,17 @@ def test_the_best_of_the_validated_epochs_is_tested_and_reported(
     assert [step for step, _ in scalars(run, "val/loss")] == [1, 3, 4]
 
 
-def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_cfg: Small) -> None:
+@pytest.mark.parametrize(("stop", "limit"), [(4, -1), (4, 6), (3, 6)])
+def test_a_run_stopped_by_max_steps_resumes_exactly(small_cfg: Small, stop: int, limit: int) -> None:
+    """It stops inside an epoch, or at its end: https://github.com/Lightning-AI/pytorch-lightning/issues/19617."""
     options = (*FROZEN, "model.head.dropout=0.5", "trainer.max_epochs=2")
-    uninterrupted, stopped = small_cfg(*options, run="a"), small_cfg(*options, "trainer.max_steps=4", run="b")
+    uninterrupted, stopped = small_cfg(*options, run="a"), small_cfg(*options, f"trainer.max_steps={stop}", run="b")
     train(uninterrupted)
     train(stopped)
     a, b = Path(uninterrupted.paths.output_dir), Path(stopped.paths.output_dir)
     written = [(row["epoch"], row["step"], row["val/acc"] != "") for row in rows(b)]
-    assert written == [("0", "3", True), ("1", "4", False)]
-    resume(b, "trainer.max_steps=-1")
+    assert written == [("0", "3", True), ("1", "4", False)][: stop - 2]
+    resume(b, f"trainer.max_steps={limit}")
     for row, same in zip(rows(a), rows(b), strict=True):
         assert list(row.values())[:10] == list(same.values())[:10]
     results, same = (json.loads((run / "results.json").read_text()) for run in (a, b))
@@ -67,6 +69,20 @@ def test_a_run_stopped_by_max_steps_inside_an_epoch_resumes_in_the_middle(small_
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     for tag in ("train/loss", "val/acc"):
         assert scalars(a, tag) == scalars(b, tag)
+
+
+def test_the_last_epoch_is_saved_and_names_have_the_step(small_cfg: Small) -> None:
+    several = ("callbacks.last_checkpoint.every_n_epochs=2", "callbacks.best_checkpoint.filename='best-{epoch}-{step}'")
+    cfg = small_cfg(*FROZEN, *several, "callbacks.best_checkpoint.save_top_k=-1")
+    cfg.trainer.update(max_epochs=5, max_steps=9)
+    assert train(cfg)["epochs"] == 3
+    run = Path(cfg.paths.output_dir)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        *("best-0-3.ckpt", "best-1-6.ckpt", "best-2-9.ckpt", "last.ckpt")
+    }
+    assert epoch_of(run / "checkpoints" / "last.ckpt") == 2
+    (run / "results.json").unlink()
+    assert resume(run)["epochs"] == 3, "nothing was left to train"
 
 
 def test_the_best_of_several_is_copied_after_a_kill_before_the_copy(small_cfg: Small) -> None:
@@ -90,6 +106,7 @@ def test_max_time_stops_after_an_optimizer_step(tmp_path: Path) -> None:
     saved: list[int] = []
     module: Any = None
     trainer: Any = SimpleNamespace(accumulate_grad_batches=3, global_step=7, max_steps=-1, should_stop=True)
+    trainer.callback_metrics, trainer.current_epoch = {}, 0
     callback = RunCheckpoint("last", dirpath=tmp_path)
     for batch_idx in range(3):
         trainer.is_last_batch = False

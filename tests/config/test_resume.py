@@ -28,6 +28,10 @@ def test_a_resumed_run_keeps_its_settings_but_its_length(
     for override in ("optimizer.lr=1", "init_from=some.ckpt"):
         with pytest.raises(UserError, match=rf"{override}: a resumed run keeps its own settings"):
             resumed_config(compose_train(*given), [*given, override])
+    own = compose_train("data=folder", "data.root=a", "paths.cache_dir=b", f"paths.output_dir={tmp_path}")
+    (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
+    moved = resumed_config(compose_train(*given, "paths.cache_dir=c"), [*given, "paths.cache_dir=c"])
+    assert (moved.paths.cache_dir, moved.data.cache_dir) == ("c", "c")
     own.budget = "10min"
     (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
     with pytest.raises(UserError, match=r"trainer\.max_epochs=99: budget=10min sets it; use init_from="):

@@ -52,6 +52,7 @@ COMPOSED = [
     ("modle=resnet", ["modle", "did you mean", "model"]),
     ("data=imagenet", ["data/imagenet", "cifar10", "folder", "shapes"]),
     ("data=folder data.root=. data.skip_bad=true data.cache=false", ["data.skip_bad=true", "use data.cache=true"]),
+    ("data=shapes data.native_size=auto", ["data.native_size=auto", "a whole number"]),
     ("data.augment.random_crop_padding=32", ["data.augment.random_crop_padding=32", "below the image size of 32"]),
     ("data.augment.cutout=32", ["data.augment.cutout=32", "below the image size of 32"]),
     ("model.stem=cifar", ["model.stem=cifar", "model.weights=null"]),

@@ -38,7 +38,7 @@ def folder_of(root: Path, **options: Any) -> Folder:
 
 def pixels(source: Folder, split: str = "train") -> torch.Tensor:
     images = source.load()[split].images
-    return images.take(torch.arange(len(images)))
+    return images.take(torch.arange(images.shape[0]))
 
 
 def write(path: Path, color: tuple[int, int, int] = (0, 0, 0), size: tuple[int, int] = (32, 32)) -> None:
@@ -194,6 +194,8 @@ def test_unreadable_folders_and_images_outside_of_class_folders_are_reported(
     source.prepare()
     assert len(source.load()["train"].labels) == 14
     assert "stray.png" in caplog.text
+    with pytest.raises(UserError, match="Permission denied\\); remove them$"):  # skip_bad needs a cache
+        folder_of(pictures, cache=False).load()
 
 
 def test_class_names_that_are_not_utf8_are_rejected(pictures: Path) -> None:
@@ -239,10 +241,10 @@ def test_classes_without_splits_are_split_by_the_datamodule(tmp_path: Path) -> N
 def test_val_without_test_is_the_test_split(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     (pictures / "train").rename(pictures / "Training")
     (pictures / "test").rename(pictures / "valid")
-    (pictures / "annotations").mkdir()
+    write(pictures / "test" / "unlabeled.png")
     splits = folder_of(pictures).load()
     assert {name: len(split.labels) for name, split in splits.items()} == {"train": 14, "test": 6}
-    assert "ignored folders, which are not train, val or test: annotations" in caplog.text
+    assert "ignored folders, which are not train, val or test, or have no folders of classes: test\n" in caplog.text
 
 
 def test_a_locked_folder_beside_the_splits_is_not_used(
@@ -251,7 +253,7 @@ def test_a_locked_folder_beside_the_splits_is_not_used(
     (pictures / "lost+found").mkdir()
     lock(monkeypatch, pictures / "lost+found")
     assert set(folder_of(pictures).load()) == {"train", "test"}
-    assert "not train, val or test: lost+found" in caplog.text
+    assert "or have no folders of classes: lost+found" in caplog.text
 
 
 def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:

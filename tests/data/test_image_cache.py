@@ -194,7 +194,7 @@ def test_pages_are_released_after_use(cache: ImageCache, monkeypatch: pytest.Mon
     images = pickle.loads(pickle.dumps(MappedImages(cache.pixels, rows, 8)))
     for _ in range(2):
         assert images.take(torch.tensor([3, 19]))[:, 0, 0, 0].tolist() == [3, 19]
-    assert (len(images), images.shape) == (20, (20, 3, 8, 8))
+    assert images.shape == (20, 3, 8, 8)
 
 
 def resident_file_pages() -> int:
@@ -210,6 +210,28 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     for positions in torch.arange(1000).split(50):
         assert images.take(positions).shape == (50, 3, 256, 256)
     assert resident_file_pages() - before < 2 * image_cache.RELEASE_BYTES
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the memory is read as on Linux")
+def test_images_may_need_more_space_than_the_memory_has(tmp_path: Path) -> None:
+    row, memory = 3 * 1024**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with (tmp_path / "pixels").open("wb") as file:
+        file.truncate(2 * memory // row * row)  # sparse
+    images = MappedImages(tmp_path / "pixels", torch.tensor([2 * memory // row - 1]), 1024)
+    assert images.take(torch.tensor([0])).sum() == 0
+
+
+def test_files_that_cannot_be_decoded_take_no_space(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {"notes.txt": [0], "readme.txt": [0]}
+    for name in bad:
+        (cache.root / name).write_text("no image")
+    for _ in range(2):
+        entries = cache.update({**FILES, **bad}, retry=True)
+        assert [name for name, entry in entries.items() if entry.error] == [*bad]
+        assert cache.pixels.stat().st_size == 20 * cache.row_bytes
+    monkeypatch.setattr(image_cache, "FileLock", None)  # fails if it is used
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache.update({**FILES, **bad}, retry=True) == entries, "a read-only cache is used as it is"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import LABELS, compose_command, make_run
@@ -150,6 +151,21 @@ def test_runs_on_different_images_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be compared: they were tested on different images"):
             compare_runs([first, other])
     compare_runs([first, read_run(make_run(tmp_path / "older", "11110000"))])
+
+
+def test_runs_that_decoded_the_same_files_at_another_size_are_compared(tmp_path: Path) -> None:
+    def run(name: str, root: str, path: str = "x.jpg", **results: Any) -> Run:
+        folder = make_run(tmp_path / name, "11110000", config={"data": {"root": root}}, test_images=name, **results)
+        lines = (folder / "predictions.csv").read_text().splitlines()
+        named = [f"{lines[0]},path", *(f"{line},{i}{path}" for i, line in enumerate(lines[1:]))]
+        (folder / "predictions.csv").write_text("\n".join(named))
+        return read_run(folder)
+
+    first = run("a", "pets")
+    assert compare_runs([first, run("b", "pets")])[1]["vs. first"] == 0
+    for other in (run("c", "dogs"), run("d", "pets", "y.jpg"), run("e", "pets", "")):
+        with pytest.raises(UserError, match="tested on different images"):
+            compare_runs([first, other])
 
 
 def test_runs_with_and_without_paths_and_with_classes_named_like_columns_are_compared(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_summary_of_a_run_names_results_files_and_next_commands(
         "  test acc     50.00% (95% interval 15.00 to 85.00%), 4 images",
         "  balanced acc 66.67%, the mean recall of the classes",
         "  confusion    dog -> cat is the most frequent: 2 images, 66.7% of dog",
-        "  val acc      75.00% in epoch 3, the best of 5",
+        "  val acc      75.00% in epoch 3, the best",
         "  figures      my run/figures",
         "  numbers      my run/results.json",
         "  checkpoint   my run/checkpoints/best.ckpt",

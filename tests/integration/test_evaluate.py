@@ -215,11 +215,13 @@ def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_ad
 
     moved = f"data.root={shutil.copytree(folder, tmp_path / 'moved')}"
     assert test_of().paths == test_of(moved).paths == data.splits["test"].paths
+    assert len(test_of("data.image_limit=6")) == 6
     for root in (folder, tmp_path / "moved"):
         shutil.copy(root / "class 0" / "00.png", root / "class 0" / "000.png")
     assert len(test_of(moved)) == 61, "other images are tested as a whole"
-    with pytest.raises(UserError, match=r"^the images of train, val, test have changed .*data\.root=DIR"):
-        test_of()
+    for overrides in ((), ("data.image_limit=6",)):
+        with pytest.raises(UserError, match=r"^the images of train, val, test have changed .*data\.root=DIR"):
+            test_of(*overrides)
 
 
 SHAPES = {"source": "shapes", "drawing_seed": 0, "val_size": 80, "split_seed": 0, "train_size": 400}

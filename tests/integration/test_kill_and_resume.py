@@ -135,6 +135,14 @@ def test_run_stopped_by_a_signal_resumes_exactly(
     assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("test/acc")) == 1
 
 
+def test_results_of_a_run_that_is_trained_further_are_removed(tmp_path: Path) -> None:
+    start(tmp_path, "callbacks.metrics_logger=null", "trainer.max_epochs=1")
+    assert (tmp_path / "results.json").is_file()
+    killed("test end", 0, resume, tmp_path, "trainer.max_epochs=2")
+    assert not (tmp_path / "results.json").exists()
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("val/acc")] == [0, 1]
+
+
 def test_run_that_is_killed_repeatedly_resumes_exactly(
     expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
