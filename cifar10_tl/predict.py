@@ -10,6 +10,7 @@ import codecs
 import csv
 import glob
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -85,13 +86,13 @@ def find_files(images: str | Sequence[str], run_dir: Path) -> tuple[list[str], l
     """
     from cifar10_tl.data.images import list_files
 
-    own = {(run_dir / name).resolve() for name in (TABLE, GRID, "predict.log")}
+    own = {os.path.realpath(run_dir / name) for name in (TABLE, GRID, "predict.log")}
     found: list[str] = []
     errors: list[OSError] = []
     for name in [images] if isinstance(images, str) else images:
         matches = map(Path, [name] if Path(name).exists() else glob.glob(name, recursive=True))
         listings = [list_files(path) if path.is_dir() else ([str(path)], []) for path in matches]
-        files = {path for paths, _ in listings for path in map(Path, paths) if path.resolve() not in own}
+        files = {path for paths, _ in listings for path in map(Path, paths) if os.path.realpath(path) not in own}
         failed = [error for _, folders in listings for error in folders]
         if not files and not failed:
             raise UserError(f"images={name}: no such file, or no files in this folder")

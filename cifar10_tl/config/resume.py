@@ -21,8 +21,10 @@ from cifar10_tl.config.run_dir import RUN_CONFIG
 
 log = logging.getLogger(__name__)
 #: Settings of a run that an override may change.
-ALLOWED = ("trainer.", "data.root", "data.cache_dir", "paths.cache_dir", "data.on_device", "compile")
-ALLOWED += ("checkpoint_every_n_steps", "resume", "trust", "test")
+ALLOWED = (
+    *("trainer.", "data.root", "data.cache_dir", "data.on_device", "paths.cache_dir", "compile", "test"),
+    *("checkpoint_every_n_steps", "resume", "trust"),
+)
 #: Classes that a run's config may name. Their packages export nothing else, but modules inside them do:
 #: ``lightning.pytorch.callbacks.model_checkpoint.os`` is a module that can do harm.
 _LIGHTNING = r"lightning\.pytorch\.(callbacks|loggers|strategies|profilers)"
@@ -44,8 +46,9 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = override.lstrip("+~").split("=")[0]
         if not key.startswith(ALLOWED):
             raise UserError(
-                f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, "
-                "paths.cache_dir, data.on_device, compile and checkpoint_every_n_steps; use init_from= to start a new run from its weights"
+                f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.on_device, "
+                "paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= to start a new run from its "
+                "weights"
             )
         if key == "trainer.max_epochs" and own.get("budget"):
             raise UserError(f"{override}: budget={own.budget} sets it; use init_from= to train these weights further")

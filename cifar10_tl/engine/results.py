@@ -197,7 +197,7 @@ def fit_results(
     return {
         "val": {name.removeprefix("val/"): best_row.get(name) for name in VALIDATED},
         "best_epoch": best_epoch,
-        "epochs": trainer.fit_loop.epoch_progress.current.processed,
+        "epochs": trainer.fit_loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
         "seconds": {"fit": throughput.earlier_seconds + seconds, "first_step": throughput.first_step_seconds},
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),

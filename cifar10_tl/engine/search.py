@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,10 +59,14 @@ class Search:
         self.overrides = shared_overrides(overrides, self.space)
         # Optuna's warm-up ends before the step of this number, and epochs count from 0
         median = MedianPruner(cfg.pruner.startup_trials, max(0, cfg.pruner.warmup_epochs - 1))
-        self.pruner: BasePruner = median if cfg.pruner.name == "median" else NopPruner()
+        # the epochs of schedules of different lengths cannot be compared
+        can_prune = not cfg.budget and "trainer.max_epochs" not in self.space
+        self.pruner: BasePruner = median if cfg.pruner.name == "median" and can_prune else NopPruner()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # absolute: Optuna's lock is a symbolic link to this path, and a relative target would be broken
-        storage = JournalStorage(JournalFileBackend(str(self.folder.resolve() / "study.journal")))
+        journal = self.folder.resolve() / "study.journal"
+        remove_incomplete_line(journal)
+        storage = JournalStorage(JournalFileBackend(str(journal)))
         self.study = optuna.create_study(
             storage=storage, study_name="search", direction="maximize", load_if_exists=True
         )
@@ -69,8 +74,10 @@ class Search:
             raise UserError(
                 f"{self.folder / 'trials'}: contains trials of another search; set another paths.output_dir"
             )
-        check_same_settings(self.folder, self.study.user_attrs.get("settings", settings), settings)
-        self.study.set_user_attr("settings", settings)
+        if saved := self.study.user_attrs.get("settings"):
+            check_same_settings(self.folder, saved, settings)
+        else:
+            self.study.set_user_attr("settings", settings)
 
     def run(self, trials: int, handler: SignalHandler) -> None:
         """Run those of ``trials`` training runs that are missing; ``handler`` stops a run together with the search."""
@@ -94,9 +101,10 @@ class Search:
         This is assumed if the run was resumed, or if three trials in a row have the same error. If the same error
         returns in the next start of the search, the trial itself is the cause.
         """
-        file, last = run_dir / "failed.txt", [trial.user_attrs["error"] for trial in self.study.trials[-2:]]
+        file, texts = run_dir / "failed.txt", [*(t.user_attrs["error"] for t in self.study.trials[-2:]), error]
         known = file.is_file() and file.read_text() == error
-        if not known and (is_resumed or last == [error, error]):
+        causes = [re.sub(r"\btrials/\d+", "trials/N", text or "") for text in texts]
+        if not known and (is_resumed or causes == 3 * [causes[-1]]):
             atomic_write_text(file, error)
             raise UserError(
                 f"trial {run_dir.name}: {error.removeprefix('error: ')}; the same command continues with this trial, "
@@ -156,6 +164,13 @@ class Search:
                 shutil.rmtree(self.folder / "trials" / str(number) / "checkpoints", ignore_errors=True)
 
 
+def remove_incomplete_line(journal: Path) -> None:
+    """Remove the end of the last line, which a full disk may have cut off; Optuna would append to it."""
+    data = journal.read_bytes() if journal.is_file() else b""
+    if data and not data.endswith(b"\n"):
+        os.truncate(journal, data.rfind(b"\n") + 1)
+
+
 def check_same_settings(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` if the search in ``folder`` was started with other settings."""
     old, new = ({key: value for key, value in walk(s) if not isinstance(value, dict)} for s in (saved, settings))
@@ -182,7 +197,7 @@ def train(overrides: Sequence[str], run_dir: Path, handler: SignalHandler, is_po
     command = [sys.executable, "-m", "cifar10_tl.train", *overrides]
     environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
     with (
-        (run_dir / "output.log").open("ab") as output,
+        (run_dir / "output.log").open("wb") as output,  # an earlier error would count as that of this start
         subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process,  # noqa: S603
     ):
         try:

@@ -47,7 +47,7 @@ def _distribution(key: str, entry: dict[str, Any]) -> BaseDistribution:
     try:
         if isinstance(entry.get("choices"), list) and len(entry) == 1:
             return CategoricalDistribution([json.dumps(choice) for choice in entry["choices"]])  # 1 and True differ
-        is_whole = all(type(entry[name]) is int for name in ("low", "high"))
+        is_whole = all(type(value) is int for name, value in entry.items() if name != "log")
         return IntDistribution(**entry) if is_whole else FloatDistribution(**entry)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"search.{key}={json.dumps(entry)}: should be {_FORMS} ({error})") from error

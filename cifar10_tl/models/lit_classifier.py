@@ -211,7 +211,8 @@ class LitClassifier(pl.LightningModule):
         self.restored_epoch = self.current_epoch
         seed = int(hash32(self.hparams["seed"], self.current_epoch, batch_idx, self.global_rank))
         # torch.manual_seed takes 2 ms and leaks a stack trace per call until CUDA is initialized
-        (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(seed)
+        own = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}
+        own.get(self.device.type, torch.default_generator.manual_seed)(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss to minimize, and add the reported loss and accuracy to totals on the device."""

@@ -194,7 +194,7 @@ def test_unreadable_folders_and_images_outside_of_class_folders_are_reported(
     source.prepare()
     assert len(source.load()["train"].labels) == 14
     assert "stray.png" in caplog.text
-    with pytest.raises(UserError, match="Permission denied\\); remove them$"):  # skip_bad needs a cache
+    with pytest.raises(UserError, match=r"Permission denied\); remove them$"):  # skip_bad needs a cache
         folder_of(pictures, cache=False).load()
 
 

@@ -34,7 +34,7 @@ class FakeRuns:
     """Training runs without training: each writes the files of a run that the search reads."""
 
     def __init__(self, curves: Sequence[Sequence[float] | None]) -> None:
-        self.curves = curves
+        self.curves, self.error = curves, "error: seed=x: bad"
         self.started: list[list[str]] = []
         self.dies_in: int | None = None  # trial whose run ends together with the search
 
@@ -46,7 +46,7 @@ class FakeRuns:
             self.dies_in = None
             raise Stopped(143)
         if (curve := self.curves[number]) is None:
-            (run_dir / "output.log").write_text("text\nerror: seed=x: bad\n")
+            (run_dir / "output.log").write_text(f"text\n{self.error.format(run_dir)}\n")
             return 2
         rows = [f"{epoch},{accuracy},1.5" for epoch, accuracy in enumerate(curve)]
         (run_dir / "metrics.csv").write_text("\n".join(["epoch,val/acc,seconds", *rows, f"{len(rows)},,1"]))
@@ -137,8 +137,8 @@ def test_stopped_search_continues_as_if_it_had_not_been(killed: int, tmp_path: P
 
 
 def test_a_search_stops_at_the_third_trial_in_a_row_with_the_same_error(runs: FakeRuns, tmp_path: Path) -> None:
-    runs.curves = [[0.5], None, None, None, [0.6]]
-    with pytest.raises(UserError, match="trial 3: seed=x: bad"):
+    runs.curves, runs.error = [[0.5], None, None, None, [0.6]], "error: cannot write {}/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match=r"trial 3: cannot write .*/trials/3/checkpoints/last\.ckpt; the same command"):
         search_in(tmp_path)
     runs.curves = [*runs.curves[:3], [0.7], [0.6]]  # the cause has been removed
     assert [name for name, *_ in outcome(search_in(tmp_path))] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
@@ -156,6 +156,22 @@ def test_every_run_takes_the_epochs_of_the_warmup(runs: FakeRuns, tmp_path: Path
     for epochs in (1, 2):
         search = search_in(tmp_path / str(epochs), f"pruner.warmup_epochs={epochs}", trials=3)
         assert len(search.study.trials[2].intermediate_values) == epochs
+
+
+def test_schedules_of_different_lengths_are_not_compared(runs: FakeRuns, tmp_path: Path) -> None:
+    runs.curves = [[0.5, 0.6], [0.5, 0.6], [0.1, 0.2]]
+    for name, override in (("budget", "budget=1h"), ("epochs", "+search.trainer.max_epochs={low: 5, high: 9}")):
+        search = search_in(tmp_path / name, override, trials=3)
+        assert [trial.state.name for trial in search.study.trials] == 3 * ["COMPLETE"]
+
+
+def test_a_journal_that_a_full_disk_has_cut_off_is_continued(runs: FakeRuns, tmp_path: Path) -> None:
+    expected = outcome(search_in(tmp_path / "whole"))
+    search_in(tmp_path / "cut", trials=2)
+    with (tmp_path / "cut" / "study.journal").open("a") as journal:
+        journal.write('{"op_code": 8, "wor')
+    for _ in range(2):
+        assert outcome(search_in(tmp_path / "cut")) == expected
 
 
 def test_run_that_finished_before_it_was_recorded_is_not_started_again(tmp_path: Path, runs: FakeRuns) -> None:

@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine.search_space import as_overrides, plain_values, read_space, shared_overrides
 
-KNOWN = {"optimizer.lr": 0.1, "model.label_smoothing": 0.0, "data.batch_size": 64, "ema_decay": None}
+KNOWN = dict.fromkeys(("optimizer.lr", "model.label_smoothing", "ema_decay", "data.batch_size", "data.val_size"), 0)
 LR = {"low": 1e-4, "high": 1e-2, "log": True}
 
 
@@ -18,7 +18,7 @@ def test_ranges_and_choices_become_distributions_by_dotted_key() -> None:
     search = {
         "optimizer": {"lr": LR},
         "model.label_smoothing": {"low": 0, "high": 0.2},
-        "data": {"batch_size": {"low": 32, "high": 128, "step": 32}},
+        "data": {"batch_size": {"low": 32, "high": 128, "step": 32}, "val_size": {"low": 0, "high": 1, "step": 0.25}},
         "model/head": {"choices": ["linear", "dense"]},
         "ema_decay": {"choices": [None, 0.99]},
     }
@@ -26,6 +26,7 @@ def test_ranges_and_choices_become_distributions_by_dotted_key() -> None:
         "optimizer.lr": FloatDistribution(1e-4, 1e-2, log=True),
         "model.label_smoothing": FloatDistribution(0, 0.2),
         "data.batch_size": IntDistribution(32, 128, step=32),
+        "data.val_size": FloatDistribution(0, 1, step=0.25),
         "model/head": CategoricalDistribution(['"linear"', '"dense"']),
         "ema_decay": CategoricalDistribution(["null", "0.99"]),
     }

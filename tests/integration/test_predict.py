@@ -93,18 +93,21 @@ def test_unreadable_files_and_folders_are_reported(
     image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
     (folder / "03.txt").write_text("no image")
     (folder / "link.png").symlink_to(folder / "nowhere.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
     lock(monkeypatch, folder / "z")
     options = (f"checkpoint={checkpoint}", f"images={folder}", f"paths.output_dir={tmp_path}", "batch_size=2")
     with caplog.at_level(logging.INFO):
         unreadable = predict(compose_command("predict", *options))
     rows = {Path(row.pop("path")).name: row for row in read_table(tmp_path)}
     errors = {name: row["error"] for name, row in rows.items() if row["error"]}
-    assert list(errors) == [Path(str(p.path)).name for p in unreadable] == ["z", "01.png", "03.txt", "link.png"]
+    assert list(errors) == [Path(str(p.path)).name for p in unreadable]
+    assert list(errors) == ["z", "01.png", "03.txt", "link.png", "loop.png"]
     assert (errors["z"], errors["link.png"]) == ("Permission denied", "No such file or directory")
     assert "truncated" in errors["01.png"]
+    assert "symbolic link" in errors["loop.png"]
     assert all(value == "" for name in errors for column, value in rows[name].items() if column != "error")
     assert [name for name in rows if name not in errors] == [f"0{i}.png" for i in (0, 2, 3, 4, 5, 6, 7)]
-    assert "4 of 11 files cannot be read" in caplog.text
+    assert "5 of 12 files cannot be read" in caplog.text
     assert f"{folder}/z: Permission denied" in caplog.text
 
 

@@ -4,24 +4,47 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from documented import Python
 from helpers import REPOSITORY, write_shapes
 from torchvision.models import resnet18
 
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import transfer
+
 
 @pytest.mark.slow
-def test_a_backbone_of_other_classes_is_compared_with_random_weights(tmp_path: Path) -> None:
+def test_a_backbone_of_other_classes_is_compared_with_random_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shapes(tmp_path / "data", 4, train=20, test=4)
-    out = tmp_path / "out"
-    command = [sys.executable, str(REPOSITORY / "scripts" / "transfer.py"), "--data-root", str(tmp_path / "data")]
-    command += ["--out", str(out), "--images", "8", "--seeds", "2", "--steps", "2", "--backbone-epochs", "1"]
-    command += ["model.image_size=32", "trainer.accelerator=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    out, ran = tmp_path / "out", list[Sequence[str]]()
+    arguments = ["--data-root", str(tmp_path / "data"), "--out", str(out), "--images", "8", "--seeds", "2"]
+    arguments += ["--steps", "2", "--backbone-epochs", "1", "model.image_size=32", "trainer.accelerator=cpu"]
 
+    def compare(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["transfer.py", *arguments, *more])
+        transfer.main()
+        return capsys.readouterr().out
+
+    with Python(tmp_path) as python:  # starts faster than a process for each command
+
+        def run(command: Sequence[str], *, check: bool, stdout: int) -> None:
+            assert (command[0], check) == (sys.executable, True)
+            ran.append(command)
+            status, printed = python(command[1:])
+            assert status == 0, printed
+
+        monkeypatch.setattr(transfer, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+        table = compare()
+
+    assert len(ran) == 9
     assert {path.name for path in (out / "backbone" / "data" / "train").iterdir()} == {"class 0", "class 2"}
     backbone, network = torch.load(out / "backbone.pth", weights_only=True), resnet18()
     assert network.load_state_dict(backbone, strict=False).missing_keys == ["fc.weight", "fc.bias"]
@@ -30,15 +53,15 @@ def test_a_backbone_of_other_classes_is_compared_with_random_weights(tmp_path: P
     assert {results["test"]["count"] for results in runs.values()} == {8}, "all test images of two classes"
     accuracies = {name: 100 * results["test"]["acc"] for name, results in runs.items()}
     means = [(accuracies[f"8_{weights}_0"] + accuracies[f"8_{weights}_1"]) / 2 for weights in ("null", "backbone")]
-    table = (out / "transfer.md").read_text()
+    assert (out / "transfer.md").read_text().strip() == table.strip()
     assert [float(x) for x in re.findall(r"\| (-?[\d.]+) \[", table)] == [*means, means[1] - means[0]]
 
-    times = {run: (out / "other" / run / "test" / "results.json").stat().st_mtime_ns for run in runs}
-    assert subprocess.check_output(command, text=True).strip() == table.strip()
-    assert times == {run: (out / "other" / run / "test" / "results.json").stat().st_mtime_ns for run in runs}
-
-    other = subprocess.run([*command, "--steps", "3"], capture_output=True, text=True)
-    assert other.returncode == 2
-    assert f"{out}: has results of other arguments" in other.stderr
-    wrong = subprocess.run([*command, "--data-root", str(out)], capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count(f"{out}: has no folder train")) == (2, 1)
+    assert compare() == table
+    assert len(ran) == 9, "nothing is trained again"
+    for changed, message in (
+        ("--steps=3", "has results of other arguments"),
+        (f"--data-root={out}", "has no folder train"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            compare(changed)
+        assert capsys.readouterr().err.count(f"{out}: {message}") == 1
