@@ -318,7 +318,7 @@ def test_killed_process_ends_the_run_with_one_line(tmp_path: Path, victim: str) 
 
 def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
     """SIGTERM is sent to the first process; Ctrl-C in a terminal is sent to both."""
-    overrides = (*FIXED, *TWO, "callbacks=minimal", "data.train_size=1100", "trainer.max_epochs=3")
+    overrides = (*FIXED, *TWO, "callbacks=minimal", "data.train_size=420", "trainer.max_epochs=3")
 
     def stop(send: Callable[[int, int], None], signum: signal.Signals, *arguments: str) -> None:
         job = start_python(*TRAIN, *arguments, cwd=tmp_path)

@@ -31,6 +31,7 @@ def test_each_experiment_trains_a_step_of_each_image_size(name: str, tmp_path: P
         *(f"experiment={name}", "data=shapes", *TINY, "model.backbone=resnet18", "model.weights=null"),
         *(f"model.image_size={small}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"),
         *("trainer.max_epochs=4", "trainer.limit_train_batches=1", "trainer.enable_progress_bar=false"),
+        *("trainer.check_val_every_n_epoch=4", "callbacks.last_checkpoint.every_n_epochs=4", "report=none"),
         *("callbacks=minimal", f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}"),
     )
     results = train(cfg)

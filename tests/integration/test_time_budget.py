@@ -20,7 +20,7 @@ from cifar10_tl.train import train
 pytestmark = pytest.mark.slow
 
 #: Three steps per epoch.
-RUN = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "model.head.dropout=0.2", "ema_decay=0.9")
+RUN = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "report=none", "model.head.dropout=0.2", "ema_decay=0.9")
 STEP, VALIDATION = 2.0, 4.0
 EPOCH = 3 * STEP + VALIDATION
 #: After the last epoch: the test has as many images as val.

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import Python
 from helpers import REPOSITORY, write_shapes
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import gpu_suite
 
 SCRIPT = REPOSITORY / "scripts" / "gpu_suite.py"
 
@@ -24,7 +30,9 @@ def state(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_steps_are_measured_once_and_continue_in_the_next_call(tmp_path: Path) -> None:
+def test_steps_are_measured_once_and_continue_in_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shapes(tmp_path / "data", 2, train=24, test=8)
     out, images_of = tmp_path / "out", ("--data-root", str(tmp_path / "data"))
     stopped = suite(out, *images_of, "--minutes", "0.01")
@@ -32,8 +40,20 @@ def test_steps_are_measured_once_and_continue_in_the_next_call(tmp_path: Path) -
     assert "run the same command again" in stopped.stdout
     assert not (out / "state.json").exists()
 
-    done = suite(out, *images_of, "--minutes", "9", "--steps", "losses", "speed", "scratch", "benchmark")
-    assert done.returncode == 0, done.stdout + done.stderr
+    def measure(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--out", str(out), "--cpu-check", *arguments])
+        return gpu_suite.main()
+
+    path = f"{REPOSITORY}{os.pathsep}{SCRIPT.parent}"
+    with Python(tmp_path, PYTHONPATH=path) as python:  # starts faster than a process for each command
+
+        def run(suite: object, *command: str) -> str:
+            status, printed = python(command)
+            assert status == 0, printed
+            return printed
+
+        monkeypatch.setattr(gpu_suite.Suite, "python", run)
+        assert measure(*images_of, "--steps", "losses", "speed", "scratch", "benchmark") == 0
     found = state(out)
     assert list(found) == ["losses gpu", "losses ddp", "speed scratch 32", "scratch", "benchmark help"]
     assert found["losses gpu"]["largest relative difference"] == 0, "both runs were on the CPU"
@@ -46,16 +66,15 @@ def test_steps_are_measured_once_and_continue_in_the_next_call(tmp_path: Path) -
     assert page.startswith("# cpu (")
     assert f"| speed scratch 32 | 16 | {speed['images/s']:.4g} |" in page
 
-    again = suite(out, *images_of, "--steps", "losses", "speed")
-    assert again.returncode == 0
-    assert again.stdout.startswith("complete"), "nothing is measured twice"
+    capsys.readouterr()
+    assert measure(*images_of, "--steps", "losses", "speed") == 0
+    assert capsys.readouterr().out.startswith("complete"), "nothing is measured twice"
 
     kept = json.loads((out / "state.json").read_text())
     kept["environment"]["git"] = "another"
     (out / "state.json").write_text(json.dumps(kept))
-    other = suite(out, "--steps", "losses")
-    assert other.returncode == 1
-    assert other.stderr == f"error: {out} has results of another commit or machine; choose another --out\n"
+    with pytest.raises(SystemExit, match=f"^error: {out} has results of another commit or machine; choose another"):
+        measure("--steps", "losses")
 
 
 @pytest.mark.slow
