@@ -21,8 +21,8 @@ class WeightEMA(WeightAveraging):
     Validation and test use the average, and a checkpoint holds it as ``state_dict``; the weights that are trained are
     saved next to it as ``current_model_state``, so that a resumed run continues with both.
 
-    One step keeps a fraction ``decay`` of the average; after n steps it is min(decay, (1 + n) / (10 + n)), so that the
-    random start is soon forgotten (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
+    The decay after n steps is min(``decay``, (1 + n) / (10 + n)), so that the initial weights are soon forgotten
+    (https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage).
 
     With ``bn_batches``, each validation is preceded by a new estimate of the statistics of BatchNorm for the averaged
     weights (section 3.2 of https://arxiv.org/abs/1803.05407): their mean over the first batches of the epoch, augmented

@@ -89,7 +89,7 @@ class Curves(Callback):
 class EvaluationFigure(Callback):
     """Callback that draws the validation of the best epoch as ``<tag>/val`` and the test as ``<tag>/test``.
 
-    TensorBoard has each epoch that was the best so far, of which the first one is always one, and the last epoch.
+    TensorBoard shows every epoch that improved on the best so far (the first always does), and the last epoch.
     ``draw`` is a function of the Evaluation, its Split, and the text that ends the heading.
     """
 

@@ -100,8 +100,8 @@ def help_text(name: str) -> str:
 def should_print(error: Exception) -> bool:
     """Return whether this process should print ``error``.
 
-    The first process of each node prints. A process prints its own lack of memory, and the second one also prints a
-    lost connection because the first process may be gone.
+    The first process of each node prints. Any process prints its own out-of-memory error, and the second one a lost
+    connection, because the first may have died.
     """
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if local == "1" and is_connection_loss(error):

@@ -49,8 +49,8 @@ def check_launch_variables() -> None:
         for name in names if env.get("MASTER_ADDR") else (*names, "LOCAL_RANK", "NODE_RANK"):
             if env.get(name, "0") != "0":
                 raise UserError(
-                    f"{name}={env[name]} (environment variable): not the first process of a job, but neither torchrun "
-                    f"nor srun nor MASTER_ADDR says which job; unset {name}"
+                    f"{name}={env[name]} (environment variable): should be 0 or unset, because neither torchrun nor "
+                    f"srun started this command; unset {name}"
                 )
 
 

@@ -54,7 +54,7 @@ def one_of(*choices: Any) -> Rule:
 
 def list_of(item: Rule, shortest: int = 0) -> Rule:
     """Return the rule for lists of items with at least ``shortest`` of them."""
-    wanted = f"a list of at least {shortest} values, each {item.wanted}"
+    wanted = f"a list of {f'at least {shortest} ' if shortest else ''}values, each {item.wanted}"
     return Rule(wanted, lambda v: isinstance(v, list) and len(v) >= shortest and all(map(item.is_valid, v)))
 
 

@@ -52,7 +52,7 @@ class Augment:
     mix_off_last: float = 0.0
 
     def in_epoch(self, epoch: int, max_epochs: int) -> Augment:
-        """Return the settings of one epoch of a training of ``max_epochs``, or of one without end (-1)."""
+        """Return the settings for one epoch of a run of ``max_epochs`` epochs (-1: no limit)."""
         epochs_off = round(self.mix_off_last * max_epochs)
         return replace(self, mix="none") if epochs_off > 0 and epoch >= max_epochs - epochs_off else self
 

@@ -121,7 +121,7 @@ def compare_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
         group.setdefault(seed, len(run.correct) / len(run.labels))
     has_seeds = max(map(len, groups.values())) > 1
     if has_seeds and repeated:
-        log.warning("not in the table of seeds, because another run has the same settings: %s", ", ".join(repeated))
+        log.warning("omitted from the table of seeds (same settings and seed as another run): %s", ", ".join(repeated))
     return [_settings_row(*group, groups) for group in groups.items()] if has_seeds else []
 
 
@@ -190,7 +190,7 @@ def describe_sweep(folder: Path) -> str:
         raise UserError(f"{folder}: has no run with a test result")
     first, *others = [_without_seed(r)[0] for r in results.values() if "test" in r]
     if changes := next(filter(None, (_changes(settings, first) for settings in others)), None):
-        raise UserError(f"{folder}: has runs of other settings ({changes}); compare them with evaluate compare=RUN,RUN")
+        raise UserError(f"{folder}: its runs differ in more than the seed ({changes}); use evaluate compare=RUN,RUN")
     rows = [[run, str(seed), f"{acc:.2%}"] for seed, run, acc in tested]
     found = spread([acc for _, _, acc in tested])
     summary = f"{found.n} run{'s' * (found.n > 1)}: mean test acc {found.mean:.2%}"

@@ -107,8 +107,8 @@ class Search:
         if not known and (is_resumed or causes == 3 * [causes[-1]]):
             atomic_write_text(file, error)
             raise UserError(
-                f"trial {run_dir.name}: {error.removeprefix('error: ')}; the same command continues with this trial, "
-                "which is recorded as failed if this error returns"
+                f"trial {run_dir.name}: {error.removeprefix('error: ')}; repeat the command to retry this trial, which "
+                "is recorded as failed if the same error recurs"
             )
 
     def params_of(self, run_dir: Path) -> dict[str, Any]:

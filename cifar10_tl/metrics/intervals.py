@@ -45,7 +45,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def further_pairs(difference: Spread) -> int | None:
-    """Return how many more pairs would settle a paired difference, 0 if its interval excludes 0, None if unknown.
+    """Return how many more pairs are needed for significance, 0 if the interval excludes 0, None if unknown.
 
     With n = (z_0.975 + z_0.8)^2 (deviation / mean)^2 + z_0.975^2 / 2 pairs, such a difference is significant at the 5 %
     level with a power of 80 %. Source: W. C. Guenther, "Sample size formulas for normal theory t tests", The American

@@ -74,8 +74,8 @@ def _pixels(images: Tensor) -> Tensor:
 def probable_label_errors(evaluation: Evaluation, neighbor_labels: Tensor) -> Tensor:
     """Return the positions of images whose labels are doubtful, the most confident predictions first, int64 [n].
 
-    The network predicts another class at least as confidently as it predicts that class for the images labeled so, on
-    average, and all neighbors have that class (int64 [N, k]). Source of the first condition: the confident joint of
+    The network predicts another class at least as confidently as it does on average for images of that class, and all
+    neighbors have that class (int64 [N, k]). Source of the first condition: the confident joint of
     https://arxiv.org/abs/1911.00068, equation 2.
     """
     members = F.one_hot(evaluation.labels, evaluation.num_classes).double()

@@ -47,7 +47,7 @@ def read_weights(backbone: str, weights: str) -> Mapping[str, Tensor]:
         return entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, or torch.hub found an incorrect checksum
         raise UserError(
-            f"cannot download {entry.url} ({error}): bring that file from a machine with a network and put it at "
+            f"cannot download {entry.url} ({error}): download it on another machine and save it as "
             f"{file}, or start from random weights with model.weights=null"
         ) from error
 

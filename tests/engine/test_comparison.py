@@ -95,7 +95,7 @@ def test_the_metric_of_the_best_checkpoint_is_a_setting_and_no_run_is_counted_tw
     first, other = compare_settings(runs)
     assert (first["seeds"], first["mean test acc"]) == (2, 3.5 / 8)
     assert other["settings"] == "callbacks.best_checkpoint.monitor=val/loss"
-    assert f"not in the table of seeds, because another run has the same settings: {tmp_path / 'd'}\n" in caplog.text
+    assert f"omitted from the table of seeds (same settings and seed as another run): {tmp_path / 'd'}\n" in caplog.text
 
 
 def test_an_evaluation_has_the_settings_of_its_run(tmp_path: Path) -> None:
@@ -207,5 +207,5 @@ def test_a_sweep_is_described_by_mean_deviation_and_interval(tmp_path: Path) -> 
     with pytest.raises(UserError, match="no run with a test result"):
         describe_sweep(tmp_path)
     make_run(tmp_path / "sweep" / "3", "11110000", config={"seed": 3, "optimizer": {"lr": 0.1}})
-    with pytest.raises(UserError, match=r"has runs of other settings \(optimizer\.lr=0\.1\); compare them"):
+    with pytest.raises(UserError, match=r"its runs differ in more than the seed \(optimizer\.lr=0\.1\); use evaluate"):
         describe_sweep(tmp_path / "sweep")

@@ -190,7 +190,7 @@ def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
 def test_without_analysis_the_page_names_the_command(tmp_path: Path) -> None:
     page = write(tmp_path, *evaluate(), temperature=None, explain=lambda images, _: torch.ones(len(images), 1, 1))
     assert "g" not in {kind for kind, *_ in page.pictures}, "a map of one value says nothing"
-    assert "Without Grad-CAM" in page.text
+    assert "No Grad-CAM" in page.text
     command = f"python -m cifar10_tl.evaluate checkpoint={tmp_path / 'checkpoints' / 'best.ckpt'}"
     assert f"{command} report=full" in page.text
     assert "temperature scaling is in the report of" in page.text

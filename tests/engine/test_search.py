@@ -128,7 +128,7 @@ def test_stopped_search_continues_as_if_it_had_not_been(killed: int, tmp_path: P
         search_in(tmp_path / "stopped")
     fails = CURVES[killed] is None
     if fails:  # perhaps because the data is missing now
-        with pytest.raises(UserError, match="trial 2: seed=x: bad; the same command continues with this trial"):
+        with pytest.raises(UserError, match="trial 2: seed=x: bad; repeat the command to retry this trial"):
             search_in(tmp_path / "stopped")
     continued = search_in(tmp_path / "stopped")
     assert outcome(continued) == expected
@@ -138,7 +138,7 @@ def test_stopped_search_continues_as_if_it_had_not_been(killed: int, tmp_path: P
 
 def test_a_search_stops_at_the_third_trial_in_a_row_with_the_same_error(runs: FakeRuns, tmp_path: Path) -> None:
     runs.curves, runs.error = [[0.5], None, None, None, [0.6]], "error: cannot write {}/checkpoints/last.ckpt"
-    with pytest.raises(UserError, match=r"trial 3: cannot write .*/trials/3/checkpoints/last\.ckpt; the same command"):
+    with pytest.raises(UserError, match=r"trial 3: cannot write .*/trials/3/checkpoints/last\.ckpt; repeat"):
         search_in(tmp_path)
     runs.curves = [*runs.curves[:3], [0.7], [0.6]]  # the cause has been removed
     assert [name for name, *_ in outcome(search_in(tmp_path))] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
