@@ -86,7 +86,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         if start is None:
             results.begin(cfg)
         else:  # the folder keeps its settings if these do not fit the checkpoint
-            begin = LambdaCallback(on_train_start=lambda *_: results.begin(cfg, again=True))
+            begin = LambdaCallback(on_train_start=lambda *_: results.begin(cfg))
             trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         log_start(cfg, trainer, builder.next_epoch(resumed))
     clock = time.perf_counter()
@@ -94,7 +94,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     if cfg.get("budget"):
         cfg.trainer.max_epochs = trainer.max_epochs
     if trainer.is_global_zero:
-        results.begin(cfg)
+        results.write_config(cfg)
     if resumed and trainer.global_step == resumed["global_step"]:
         log.info(
             "nothing left to train after step %d: raise trainer.max_epochs, max_steps or max_time to train further, or "

@@ -54,6 +54,8 @@ class RunCheckpoint(ModelCheckpoint):
         return super()._monitor_candidates(trainer) | {"step": torch.tensor(trainer.global_step)}
 
     def _save_last(self, trainer: pl.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self.best_model_path = self.format_checkpoint_name(self._monitor_candidates(trainer))
         trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
@@ -72,13 +74,13 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, *step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a complete epoch and always the last one; an epoch that was not validated cannot be the best."""
+        """Save a complete epoch, the last one in any case; an epoch that was not validated cannot be the best."""
         if not trainer.is_last_batch or (self.monitor is not None and pl_module.evaluation is None):
             return
         super().on_train_epoch_end(trainer, pl_module)
-        done = trainer.current_epoch + 1
+        done, every = trainer.current_epoch + 1, self.every_n_epochs
         ends = trainer.should_stop or done == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if self.monitor is None and ends and self.every_n_epochs and done % self.every_n_epochs:
+        if self.monitor is None and ends and every and done % every:
             self._save_last(trainer)
         best, is_copied = Path(self.best_model_path), self.best_model_path == self._copied
         if self._copy_best_to and not is_copied and trainer.is_global_zero and best.is_file():

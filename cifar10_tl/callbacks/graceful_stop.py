@@ -58,7 +58,7 @@ class GracefulStop(Callback):
         self._stop(trainer, f"at epoch {trainer.current_epoch}, step {trainer.global_step}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop after the previous epoch, which has been saved."""
+        """Stop after the previous epoch, which has been saved unless ``every_n_epochs`` of last_checkpoint skips it."""
         if self._should_stop(trainer):
             self._stop(trainer, f"after epoch {trainer.current_epoch - 1}")
 

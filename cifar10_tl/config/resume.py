@@ -56,7 +56,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if key not in ("resume", "trust") and before != after:
             log.info("%s: %s -> %s", key, before, after)
         OmegaConf.update(own, key, after, force_add=True)
-        if key == "paths.cache_dir" and "cache_dir" in own.data:
+        if key == "paths.cache_dir" and own.data.get("cache_dir") == before:
             own.data.cache_dir = after
     own.resume = str(run_dir)
     return own

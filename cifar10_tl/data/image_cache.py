@@ -31,6 +31,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import leave_group
 from cifar10_tl.data.images import BadImageError, available_cores, decode_sized
 
+FOLDER_KEY = "data.cache_dir (with resume=: paths.cache_dir)"
 VERSION = 8  # of the files and of decoding
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
@@ -86,7 +87,7 @@ class ImageCache:
             files: Version of each file by path.
             retry: Decode the files again that could not be decoded, unless the cache is read-only.
         """
-        entries, retry = self._entries(), retry and os.access(self.folder, os.W_OK)
+        entries, retry = self._entries(), retry and os.access(self.index, os.W_OK)
         if _outdated(files, entries, retry):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class ImageCache:
                     entries = self._entries()  # with what another process has decoded meanwhile
                     entries |= self._append(_outdated(files, entries, retry), entries)
             except OSError as error:
-                raise UserError(f"{self.folder}: {error.strerror}; choose another data.cache_dir") from error
+                raise UserError(f"{self.folder}: {error.strerror}; choose another {FOLDER_KEY}") from error
         return {path: entries[path] for path in files}
 
     def _entries(self) -> dict[str, Entry]:
@@ -117,7 +118,7 @@ class ImageCache:
         if needed > free:
             raise UserError(
                 f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
-                "free; choose another data.cache_dir, a smaller data.native_size, or data.cache=false"
+                f"free; choose another {FOLDER_KEY}, a smaller data.native_size, or data.cache=false"
             )
         if not entries:
             self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content

@@ -58,6 +58,10 @@ class Run(NamedTuple):
     predictions: Mapping[int, Mapping[str, str]]
 
 
+#: Settings of an image folder that change the pixels of its images.
+DECODING = ("native_size", "fit", "image_size", "augment.random_resized_crop")
+
+
 def read_run(folder: Path) -> Run:
     """Read a run of the train or the evaluate command."""
     try:
@@ -92,10 +96,11 @@ def compare_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _have_same_images(*runs: Run) -> bool:
     if len({run.results.get("test_images") for run in runs} - {None}) <= 1:
         return True
-    # the same files, decoded at another size or crop, have other pixels
+    # the same files have other pixels if they were decoded at another size or crop
     files = [{index: row["path"] for index, row in run.predictions.items()} for run in runs]
-    roots = {settings_of(run.results).get("data.root") for run in runs}
-    return all(files[0].values()) and files[0] == files[1] and len(roots - {None}) == len(roots) == 1
+    one, other = (flat(run.results.get("data") or run.results.get("config", {}).get("data", {})) for run in runs)
+    same_files = all(files[0].values()) and files[0] == files[1] and one.get("root") == other.get("root")
+    return same_files and any(one.get(key) != other.get(key) for key in DECODING)
 
 
 def _row(run: Run, first: Run) -> dict[str, Any]:

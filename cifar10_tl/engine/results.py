@@ -36,13 +36,19 @@ from cifar10_tl.plots.style import as_percent
 REPORT = "report.html"
 
 
-def begin(cfg: DictConfig, *, again: bool = False) -> None:
-    """Write the config to the run folder, and remove the results of a run that is trained ``again``."""
+def begin(cfg: DictConfig) -> None:
+    """Write the config to the run folder, and remove the results of an earlier training."""
+    write_config(cfg)
     if not cfg.trainer.fast_dev_run:
-        run_dir, config = Path(cfg.paths.output_dir), OmegaConf.merge(cfg, {"resume": None, "trust": False})
-        atomic_write_text(run_dir / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
-        for name in ("results.json", "predictions.csv", REPORT) if again else ():
-            (run_dir / name).unlink(missing_ok=True)
+        for name in ("results.json", "predictions.csv", REPORT):
+            Path(cfg.paths.output_dir, name).unlink(missing_ok=True)
+
+
+def write_config(cfg: DictConfig) -> None:
+    """Write the config to the run folder."""
+    if not cfg.trainer.fast_dev_run:
+        config = OmegaConf.merge(cfg, {"resume": None, "trust": False})
+        atomic_write_text(Path(cfg.paths.output_dir) / RUN_CONFIG, OmegaConf.to_yaml(config, resolve=True))
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:

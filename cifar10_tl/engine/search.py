@@ -60,7 +60,8 @@ class Search:
         # Optuna's warm-up ends before the step of this number, and epochs count from 0
         median = MedianPruner(cfg.pruner.startup_trials, max(0, cfg.pruner.warmup_epochs - 1))
         # the epochs of schedules of different lengths cannot be compared
-        can_prune = not cfg.budget and "trainer.max_epochs" not in self.space
+        lengths = {"budget", "trainer.max_epochs", "trainer.max_steps"}
+        can_prune = not cfg.budget and not lengths & self.space.keys()
         self.pruner: BasePruner = median if cfg.pruner.name == "median" and can_prune else NopPruner()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # absolute: Optuna's lock is a symbolic link to this path, and a relative target would be broken

@@ -106,7 +106,7 @@ def test_max_time_stops_after_an_optimizer_step(tmp_path: Path) -> None:
     saved: list[int] = []
     module: Any = None
     trainer: Any = SimpleNamespace(accumulate_grad_batches=3, global_step=7, max_steps=-1, should_stop=True)
-    trainer.callback_metrics, trainer.current_epoch = {}, 0
+    trainer.callback_metrics, trainer.current_epoch, trainer.fast_dev_run = {}, 0, False
     callback = RunCheckpoint("last", dirpath=tmp_path)
     for batch_idx in range(3):
         trainer.is_last_batch = False

@@ -61,6 +61,13 @@ def test_as_many_epochs_as_fit(seconds: float, test: bool, epochs: int, monkeypa
     assert Plan(monkeypatch, seconds, test).after(0, 0) == epochs
 
 
+def test_the_last_epoch_is_validated_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, epochs in ((0.0, 4), (0.3, 3)):  # OTHER has a quarter of a validation
+        plan = Plan(monkeypatch, OTHER + 2.5 * 3 + 4.13 * 15 - missing, test=True)
+        plan.callback._every = 4
+        assert plan.after(0, 0) == epochs
+
+
 def test_limits_of_validation_and_test_count(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(monkeypatch, OTHER + 20 * 3 - 3 + 4.2 * 15)  # a tenth of val, all of test: 20 times a validation
     plan.trainer.limit_val_batches = 0.1

@@ -154,16 +154,18 @@ def test_runs_on_different_images_are_refused(tmp_path: Path) -> None:
 
 
 def test_runs_that_decoded_the_same_files_at_another_size_are_compared(tmp_path: Path) -> None:
-    def run(name: str, root: str, path: str = "x.jpg", **results: Any) -> Run:
-        folder = make_run(tmp_path / name, "11110000", config={"data": {"root": root}}, test_images=name, **results)
+    def run(name: str, root: str, path: str = "x.jpg", fit: str = "pad", **results: Any) -> Run:
+        config = {"data": {"root": root, "fit": fit}}
+        folder = make_run(tmp_path / name, "11110000", config=config, test_images=name, **results)
         lines = (folder / "predictions.csv").read_text().splitlines()
         named = [f"{lines[0]},path", *(f"{line},{i}{path}" for i, line in enumerate(lines[1:]))]
         (folder / "predictions.csv").write_text("\n".join(named))
         return read_run(folder)
 
-    first = run("a", "pets")
-    assert compare_runs([first, run("b", "pets")])[1]["vs. first"] == 0
-    for other in (run("c", "dogs"), run("d", "pets", "y.jpg"), run("e", "pets", "")):
+    first, edited = run("a", "pets", fit="crop"), run("b", "pets", fit="crop")
+    assert compare_runs([first, run("c", "pets")])[1]["vs. first"] == 0
+    evaluated = run("d", "pets", data={"root": "dogs", "fit": "pad"})
+    for other in (edited, evaluated, run("e", "dogs"), run("f", "pets", "y.jpg"), run("g", "pets", "")):
         with pytest.raises(UserError, match="tested on different images"):
             compare_runs([first, other])
 
