@@ -52,7 +52,7 @@ def test_indivisible_batch_is_refused(batch_size: int, world_size: int, nearest:
 
 
 def test_tensorboard_discards_epochs_after_the_checkpoint(small_cfg: Callable[..., DictConfig]) -> None:
-    first_epoch = next_epoch({"callbacks": {"MetricsLogger": {"rows": [{"epoch": 0}, {"epoch": 1}]}}})
+    first_epoch = next_epoch({"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 2}}}}})
     assert build_loggers(small_cfg(), first_epoch)[0]._kwargs["purge_step"] == 2
 
 
