@@ -25,12 +25,12 @@ TITLES = {
     "near_duplicates": (
         "Near-duplicates of training images",
         f"Pixels of one of the {NUM_NEIGHBORS} nearest training images correlate above {DUPLICATE_CORRELATION}. The "
-        "network may have memorized the answer if it was trained on them. Not verified; the most similar first.",
+        "network may have memorized the answer if it was trained on them. Not verified. The most similar first.",
     ),
     "probable_label_errors": (
         "Probable label errors",
         "The probability of the predicted class is at least its mean over the images with that label, "
-        f"and all {NUM_NEIGHBORS} nearest training images have that class. Not verified; the most confident first. "
+        f"and all {NUM_NEIGHBORS} nearest training images have that class. Not verified. The most confident first. "
         "All of them count as errors, so accuracy without them can only be higher.",
     ),
 }

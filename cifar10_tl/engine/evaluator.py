@@ -206,7 +206,7 @@ def is_moved_training_data(
 
 
 def check_same_images(datamodule: CIFAR10DataModule, changed: Sequence[str], split: str) -> None:
-    """Raise an error if ``split`` may contain training images because images have changed; drop such a val.
+    """Raise an error if ``split`` may contain training images because images have changed; drop val if it may.
 
     Args:
         datamodule: DataModule of the training data with its current images.

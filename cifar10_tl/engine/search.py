@@ -166,7 +166,7 @@ class Search:
 
 
 def remove_incomplete_line(journal: Path) -> None:
-    """Remove the end of the last line, which a full disk may have cut off; Optuna would append to it."""
+    """Remove an incomplete last line, which a full disk may have left; Optuna would append to it."""
     data = journal.read_bytes() if journal.is_file() else b""
     if data and not data.endswith(b"\n"):
         os.truncate(journal, data.rfind(b"\n") + 1)

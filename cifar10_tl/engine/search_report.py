@@ -71,7 +71,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def summary(results: Mapping[str, Any], folder: Path, count: int = 10) -> str:
-    """Return the best trials and the command that trains the best one again, for the terminal."""
+    """Return the best trials and the command that repeats the best one, for the terminal."""
     from cifar10_tl.engine.results import text_table
 
     rows = [row for row in results["trials"] if row["val_acc"] is not None]
