@@ -1,4 +1,4 @@
-"""torchvision's ResNets up to the last feature map."""
+"""torchvision's ResNets, and ResNet10, up to the last feature map."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections import OrderedDict
 
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from cifar10_tl.config.errors import UserError
 
-#: ResNets, ResNeXts and Wide ResNets of torchvision, shortest names first.
-BACKBONES = sorted(torchvision.models.list_models(torchvision.models, include="*resne*"), key=lambda n: (len(n), n))
+#: ResNets, ResNeXts and Wide ResNets for which torchvision may have weights.
+PUBLISHED = torchvision.models.list_models(torchvision.models, include="*resne*")
+#: All backbones, shortest names first.
+BACKBONES = sorted(("resnet10", *PUBLISHED), key=lambda name: (len(name), name))
 CLASSIFIER_LAYERS = ("avgpool", "fc")  # after the feature map
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 FREEZE = ("none", *STAGES[:-1], "backbone")  # the last frozen stage; layer4 is the end of the backbone
@@ -18,6 +21,8 @@ FREEZE = ("none", *STAGES[:-1], "backbone")  # the last frozen stage; layer4 is 
 
 class Backbone(nn.Sequential):
     """A torchvision ResNet with random weights, without pooling and classifier.
+
+    ResNet10, which torchvision does not name, is ResNet18 with one block per stage.
 
     It maps images [N, 3, H, W] to features [N, num_features, ceil(H / stride), ceil(W / stride)]. Parameters keep
     torchvision's names, such as ``layer1.0.bn1.bias``.
@@ -36,7 +41,7 @@ class Backbone(nn.Sequential):
     def __init__(self, name: str = "resnet50", stem: str = "imagenet", freeze: str = "none") -> None:
         if name not in BACKBONES:
             raise UserError(f"model.backbone={name}: choose from {', '.join(BACKBONES)}")
-        resnet = torchvision.models.get_model(name, weights=None)
+        resnet = torchvision.models.get_model(name) if name in PUBLISHED else ResNet(BasicBlock, [1, 1, 1, 1])
         layers = OrderedDict((n, layer) for n, layer in resnet.named_children() if n not in CLASSIFIER_LAYERS)
         if stem == "cifar":
             layers["conv1"] = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
@@ -53,7 +58,7 @@ class Backbone(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Return the feature map of images [N, 3, H, W].
 
-        On a CPU, layer4 of ResNet18 and ResNet34 reads contiguous maps: with bf16 and 512 channels, oneDNN's 3x3
+        On a CPU, layer4 of ResNet10, 18 and 34 reads contiguous maps: with bf16 and 512 channels, oneDNN's 3x3
         convolutions take 1.4 times as long in channels_last. All other layers are faster in channels_last.
         """
         *layers, layer4 = self

@@ -16,29 +16,32 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.models import get_model_weights
+from torchvision.models import WeightsEnum, get_model_weights
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.models.backbone import CLASSIFIER_LAYERS, Backbone
+from cifar10_tl.models.backbone import CLASSIFIER_LAYERS, PUBLISHED, Backbone
 from cifar10_tl.models.network import TransferResNet
 
 log = logging.getLogger(__name__)
 
 
+def published_weights(backbone: str) -> dict[str, WeightsEnum]:
+    """Return torchvision's weights of a backbone by name, without DEFAULT, which changes between releases."""
+    return {entry.name: entry for entry in get_model_weights(backbone)} if backbone in PUBLISHED else {}
+
+
 def check_weights(backbone: str, weights: str | None) -> None:
     """Check that ``weights`` is a name in torchvision, a file, or None for random weights."""
-    names = [entry.name for entry in get_model_weights(backbone)]  # without DEFAULT, which changes between releases
-    if weights is not None and weights not in names and not Path(weights).is_file():
-        raise UserError(f"model.weights={weights}: neither a file nor one of {', '.join(names)} nor null (random)")
+    if weights is not None and weights not in (names := published_weights(backbone)) and not Path(weights).is_file():
+        raise UserError(f"model.weights={weights}: choose {', '.join((*names, 'a file'))} or null (random weights)")
 
 
 def read_weights(backbone: str, weights: str) -> Mapping[str, Tensor]:
     """Return the state dict of torchvision's weights, which are downloaded once, or of a file."""
     check_weights(backbone, weights)
-    published = get_model_weights(backbone)
-    if weights not in published.__members__:
+    entry = published_weights(backbone).get(weights)
+    if entry is None:
         return state_dict_of(load_safely(Path(weights)), f"model.weights={weights}")
-    entry = published[weights]
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     expected = file.stem.rsplit("-", 1)[-1]
     if file.is_file() and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(expected):

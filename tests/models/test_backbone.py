@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_the_cifar_stem_keeps_four_times_the_resolution() -> None:
     assert backbone.conv1.weight.shape == (64, 3, 3, 3)
 
 
-@pytest.mark.parametrize(("name", "contiguous"), [("resnet18", True), ("resnet50", False)])
+@pytest.mark.parametrize(("name", "contiguous"), [("resnet10", True), ("resnet18", True), ("resnet50", False)])
 def test_layer4_of_basic_blocks_reads_contiguous_maps_on_a_cpu(name: str, contiguous: bool) -> None:
     backbone = Backbone(name)
     maps = []
@@ -31,8 +33,8 @@ def test_layer4_of_basic_blocks_reads_contiguous_maps_on_a_cpu(name: str, contig
     assert maps[0].is_contiguous(memory_format=torch.channels_last) != contiguous
 
 
-def test_the_backbones_are_all_of_torchvision_that_are_resnets() -> None:
-    plain = {f"resnet{depth}": 512 if depth < 50 else 2048 for depth in (18, 34, 50, 101, 152)}
+def test_the_backbones_are_resnet10_and_all_resnets_of_torchvision() -> None:
+    plain = {f"resnet{depth}": 512 if depth < 50 else 2048 for depth in (10, 18, 34, 50, 101, 152)}
     wide = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
     widths = {}
     with torch.device("meta"):  # without computing anything
@@ -44,8 +46,14 @@ def test_the_backbones_are_all_of_torchvision_that_are_resnets() -> None:
     assert widths == plain | dict.fromkeys(wide, 2048)
 
 
+def test_resnet10_is_resnet18_with_one_block_per_stage() -> None:
+    small, large = ({name: p.shape for name, p in Backbone(f"resnet{n}").named_parameters()} for n in (10, 18))
+    assert small == {name: shape for name, shape in large.items() if not re.match(r"layer\d\.1\.", name)}
+    assert sum(shape.numel() for shape in small.values()) == 4_905_792
+
+
 def test_an_unknown_backbone_is_explained() -> None:
-    with pytest.raises(UserError, match="choose from resnet18, resnet34, resnet50, resnet101, resnet152"):
+    with pytest.raises(UserError, match="choose from resnet10, resnet18, resnet34, resnet50, resnet101, resnet152"):
         Backbone("vgg16")
 
 

@@ -141,8 +141,10 @@ def test_names_of_weights_are_checked() -> None:
     for name in ("IMAGENET1K_V1", None):
         check_weights("resnet50", name)
     for name in ("IMAGENET1K_V3", "DEFAULT", "/no/such/file.pth"):
-        with pytest.raises(UserError, match=r"neither a file nor one of IMAGENET1K_V1, IMAGENET1K_V2"):
+        with pytest.raises(UserError, match=r"choose IMAGENET1K_V1, IMAGENET1K_V2, a file or null \(random weights\)"):
             check_weights("resnet50", name)
+    with pytest.raises(UserError, match=r"model\.weights=IMAGENET1K_V2: choose a file or null"):
+        check_weights("resnet10", "IMAGENET1K_V2")
 
 
 class Harmful:
