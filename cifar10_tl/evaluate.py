@@ -29,6 +29,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.human_labels and cfg.split != "test":
         raise UserError(f"human_labels={cfg.human_labels}: contains labels of the test images; use split=test")
     if cfg.compare:
+        for key, default in {"split": "test", "tta": "none", "human_labels": None, "doubtful_labels": None}.items():
+            if cfg[key] != default:
+                raise UserError(f"{key}={cfg[key]}: compare= reads the tests of finished runs; remove {key}")
         if Path(cfg.paths.output_dir).resolve() in [Path(folder).resolve() for folder in cfg.compare]:
             raise UserError(
                 f"paths.output_dir={cfg.paths.output_dir}: is one of the compared runs; choose another folder"
@@ -52,14 +55,16 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     markdown = markdown_table(header, cells) + (f"\n{markdown_table(*seeds)}" if settings else "")
     atomic_write_text(run_dir / "comparison.csv", csv_text(header, (list(row.values()) for row in rows)))
     atomic_write_text(run_dir / "comparison.md", markdown)
-    write_comparison(run_dir, runs, rows, settings)
+    if cfg.report != "none":
+        write_comparison(run_dir, runs, rows, settings)
     parts = [text_table(header[:-1], [row[:-1] for row in cells])]
     parts.append("\n".join(f"  {run}: {changed}" for run, *_, changed in cells if changed))  # too long for the table
     if settings:
         parts.append(text_table(seeds[0], [[str(number), *row[1:]] for number, row in enumerate(seeds[1], 1)]))
         parts.append("\n".join(f"  {number}: {row[0]}" for number, row in enumerate(seeds[1], 1)))
         parts.append("  differences: mean over the seeds of both settings")
-    parts.append(f"  report       {run_dir / REPORT}\n  numbers      {run_dir / 'comparison.csv'}, comparison.md")
+    parts.append(f"  report       {run_dir / REPORT}" if cfg.report != "none" else "")
+    parts.append(f"  numbers      {run_dir / 'comparison.csv'}, comparison.md")
     log.info("\n\n%s", "\n\n".join(filter(None, parts)))
     return {"runs": rows, "settings": settings}
 

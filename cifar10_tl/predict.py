@@ -126,7 +126,7 @@ def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Pat
         f"  picture  {run_dir / GRID}",
     ]
     if unreadable:
-        lines.append(f"  {len(unreadable):,} of {total + len(unreadable):,} files cannot be read (column error):")
+        lines.append(f"  {len(unreadable):,} of {total + len(unreadable):,} files cannot be read (see column error):")
         lines += [f"    {_printable(p)}" for p in unreadable[:20]] + ["    ..."] * (len(unreadable) > 20)
     return "\n".join(lines)
 

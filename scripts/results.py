@@ -112,14 +112,15 @@ def shortened(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     key, equals, path = value.rpartition("=")
-    *folders, last = path.rstrip("/").split("/")
+    *folders, last = path.strip("\"'").rstrip("/").split("/") if "/" in path else [path]
     return f"{key}{equals}{'/'.join([*folders[-2:], last]) if folders[-1:] == ['checkpoints'] else last}"
 
 
 def identity(run: Run) -> str:
     """Return what the runs of a row have in common."""
     hardware = [run["environment"][key] for key in ("device", "devices", "threads", "precision")]
-    return json.dumps([run["data"], run["test_images"], run["overrides"], run["settings"], hardware], sort_keys=True)
+    given = sorted(o for o in run["overrides"] if not re.match(r"[+~]*data\.(root|cache_dir)=", o))
+    return json.dumps([run["data"], run["test_images"], given, run["settings"], hardware], sort_keys=True)
 
 
 def merged(runs: Iterable[Run]) -> list[Run]:

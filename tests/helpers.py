@@ -201,7 +201,7 @@ class Watcher(Callback):
 
 
 class Weights(Callback):
-    """Keeps the network's state behind each step."""
+    """Keeps the network's state after each step."""
 
     seen: ClassVar[list[dict[str, Any]]] = []
 

@@ -87,10 +87,12 @@ def estimate_statistics(trainer: pl.Trainer, pl_module: Any, num_batches: int) -
         norm.momentum = None  # cumulative mean
     loader: Any = trainer.train_dataloader
     # compiling for this mix of modes would take longer than the few batches
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for positions in islice(copy.copy(loader.sampler), num_batches if norms else 0):
             batch = trainer.strategy.batch_to_device(loader.dataset[positions])
-            pl_module._logits(trainer.datamodule.augmented(batch, trainer.current_epoch))  # type: ignore[attr-defined]
+            batch = trainer.datamodule.augmented(batch, trainer.current_epoch)  # type: ignore[attr-defined]
+            with trainer.precision_plugin.forward_context():
+                pl_module._logits(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):

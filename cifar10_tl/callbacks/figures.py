@@ -83,7 +83,8 @@ class Curves(Callback):
                 publish(trainer, "curves", figure, step=int(callback.rows[-1]["epoch"] or 0))
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.on_fit_end(trainer)
+        if trainer.state.fn == "fit":  # a test has restored the rows of the best checkpoint
+            self.on_fit_end(trainer)
 
 
 class EvaluationFigure(Callback):

@@ -1,8 +1,9 @@
-"""Stop of a run whose loss is not finite."""
+"""Stop a run whose loss is not finite."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ class NaNGuard(Callback):
         if len(evaluation) and not math.isfinite(evaluation.loss):  # equal in all processes
             _stop(trainer, f"the validation loss is {evaluation.loss} at epoch {trainer.current_epoch}")
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Check the losses since the last check."""
-        if not self._losses:
-            return
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any = None, checkpoint: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check the losses since the last check, and the weights to save, which no loss has been computed with yet."""
+        if self._losses:
+            self._check_losses(trainer)
+        weights = (checkpoint or {}).get("state_dict", {}).values()
+        if not all(weight.isfinite().all() for weight in weights if weight.is_floating_point()):
+            _stop(trainer, f"the weights are not finite at epoch {trainer.current_epoch}")
+
+    def _check_losses(self, trainer: pl.Trainer) -> None:
         losses, self._losses = torch.stack(self._losses).float(), []
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         steps_ago = len(losses) - bad[0] if bad else 0

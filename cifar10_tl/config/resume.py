@@ -22,7 +22,7 @@ from cifar10_tl.config.run_dir import RUN_CONFIG
 log = logging.getLogger(__name__)
 #: Settings of a run that an override may change.
 ALLOWED = (
-    *("trainer.", "data.root", "data.cache_dir", "data.on_device", "paths.cache_dir", "compile", "test"),
+    *("trainer.", "data.root", "data.labels", "data.cache_dir", "data.on_device", "paths.cache_dir", "compile", "test"),
     *("checkpoint_every_n_steps", "resume", "trust"),
 )
 #: Classes that a run's config may name. Their packages export nothing else, but modules inside them do:
@@ -46,9 +46,9 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = override.lstrip("+~").split("=")[0]
         if not key.startswith(ALLOWED):
             raise UserError(
-                f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.on_device, "
-                "paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= to start a new run from its "
-                "weights"
+                f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.labels, "
+                "data.on_device, paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= to start a new "
+                "run from its weights"
             )
         if key == "trainer.max_epochs" and own.get("budget"):
             raise UserError(f"{override}: budget={own.budget} sets it; use init_from= to train these weights further")

@@ -196,12 +196,13 @@ def expand_home(cfg: DictConfig) -> None:
 
 def _check_together(config: Mapping[str, Any]) -> None:
     if "checkpoint" in config and bool(config["checkpoint"]) == bool(config.get("compare")):
-        raise UserError("set checkpoint=FILE (evaluate: or compare=RUN,RUN, the folders of tested runs)")
+        raise UserError("set checkpoint=FILE (evaluate: either that or compare=RUN,RUN, the folders of tested runs)")
     start = config.get("init_from")
     if start and not config.get("resume") and not Path(start).is_file():  # a resumed run has its own weights
         raise UserError(f"init_from={start}: no such file")
     weights = config.get("model.weights")
-    if config.get("model.stem") == "cifar" and weights is not None and not Path(weights).is_file():
+    is_missing = weights is not None and not config.get("resume") and not Path(weights).is_file()
+    if config.get("model.stem") == "cifar" and is_missing:
         raise UserError(
             "model.stem=cifar has no published weights: use model.weights=null, a FILE, or model.stem=imagenet"
         )
@@ -221,11 +222,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
     if config.get("data.source") == "shapes" and config.get("data.native_size") == "auto":
         raise UserError("data.native_size=auto: should be a whole number for data=shapes")
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
-        raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs an average; add ema_decay=0.999")
+        raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs averaged weights; add ema_decay=0.999")
     if budget := config.get("budget"):
         for key, unlimited in {"trainer.max_steps": -1, "trainer.max_time": None}.items():
             if config.get(key, unlimited) != unlimited:
-                raise UserError(f"{key}={config[key]}: is not used with budget={budget}; remove one of them")
+                raise UserError(f"{key}={config[key]}: cannot be combined with budget={budget}; remove one of them")
     alternatives = {"overfit_batches": "debug=overfit", "val_check_interval": "trainer.check_val_every_n_epoch"}
     for key, alternative in alternatives.items():
         if f"trainer.{key}" in config:

@@ -1,4 +1,4 @@
-"""Training on classes of unequal size: weights for the loss, or an order that draws each class equally often."""
+"""Training on imbalanced classes: weights for the loss, or an order that draws each class equally often."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         split_seed: Seed of the choice of validation images.
         image_limit: Maximum number of images in each of train, val and test, stratified by class.
         augment: Arguments of :class:`~cifar10_tl.data.augment.Augment`, for training images only.
-        balance: "loss" weights classes of unequal size in the loss, "sampler" draws each class equally often per epoch.
+        balance: "loss" weights imbalanced classes in the loss, "sampler" draws each class equally often per epoch.
         on_device: Keep the images in the memory of the accelerator.
         seed: Seed of the order and the augmentation.
         **source_options: Arguments of the source, such as ``root``; see :mod:`cifar10_tl.data.sources`.
@@ -230,11 +230,19 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
 def planned_epochs(trainer: pl.Trainer) -> int:
     """Return the number of epochs of a fit, by ``max_epochs`` or ``max_steps``; -1 if it has no limit."""
+    return math.ceil(_limit(trainer))
+
+
+def complete_epochs(trainer: pl.Trainer) -> int:
+    """Return the number of planned epochs that ``max_steps`` does not cut off."""
+    return math.floor(_limit(trainer))
+
+
+def _limit(trainer: pl.Trainer) -> float:
     limit = trainer.max_epochs or -1
     if trainer.max_steps == -1 or math.isinf(trainer.num_training_batches):
         return limit
-    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    needed = math.ceil(trainer.max_steps / steps)
+    needed = trainer.max_steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     return needed if limit == -1 else min(limit, needed)
 
 
@@ -246,13 +254,12 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     counts = torch.bincount(labels)
     quota = counts * size / len(labels)
     take = quota.floor().long()
-    for label in (take - quota).argsort(stable=True)[: size - int(take.sum())].tolist():
-        take[label] += 1
+    take[(take - quota).argsort(stable=True)[: size - int(take.sum())]] += 1
     if size >= len(counts):
         for label in ((take == 0) & (counts > 0)).nonzero().flatten().tolist():  # no class without an image
             take[label] = 1
             take[take.argmax()] -= 1
     generator = torch.Generator().manual_seed(int(hash32(seed, 0x5711)))
     shuffled = torch.randperm(len(labels), generator=generator)
-    chosen = [shuffled[labels[shuffled] == label][:n] for label, n in enumerate(take.tolist())]
-    return torch.cat(chosen).sort().values
+    by_class = torch.split(shuffled[labels[shuffled].argsort(stable=True)], counts.tolist())
+    return torch.cat([images[:n] for images, n in zip(by_class, take.tolist(), strict=True)]).sort().values

@@ -82,7 +82,7 @@ class FeatureCache:
         try:
             if first and _read(path) is None:
                 for abandoned in self.folder.glob(f".*.{socket.gethostname()}.*.tmp"):  # by a killed process
-                    with suppress(FileNotFoundError):  # renamed by its process
+                    with suppress(OSError):  # renamed by its process, or another user's
                         if time.time() - abandoned.stat().st_mtime > DAY:
                             abandoned.unlink()
                 temporary.write_bytes(header)
@@ -94,8 +94,8 @@ class FeatureCache:
                 os.replace(temporary, path)
             strategy.barrier()
         finally:
-            if first:
-                temporary.unlink(missing_ok=True)
+            if first and temporary.exists():  # else there is nothing to remove from a folder that may be read-only
+                temporary.unlink()
 
     def _compute(self, path: Path, name: str, split: Split, mirrored: bool, offset: int) -> None:
         rank, count = self.trainer.local_rank, self.trainer.num_devices

@@ -146,7 +146,7 @@ class Folder:
 
     def _check(self, usable: Mapping[str, Sequence[tuple[Entry, str]]], bad: Sequence[str]) -> None:
         if bad and not self.skip_bad:
-            advice = "data.skip_bad=true leaves them out" if self.cache else "remove them"
+            advice = "restore them, or start a new run with data.skip_bad=true" if self.cache else "remove them"
             raise UserError(f"cannot use {_summary(bad)}; {advice}")
         self._check_classes(usable)
 
@@ -187,9 +187,10 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Return the visible folders in ``parent``, sorted, except those of caches."""
+    """Return the visible folders in ``parent``, sorted, except those of caches and of this project's runs."""
     folders = (path for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith("."))
-    return [path for path in folders if not os.path.exists(path / CACHE_TAG)]
+    own = (CACHE_TAG, f"cache/{CACHE_TAG}", "runs/*/.hydra", "sweeps/*/*/.hydra")
+    return [path for path in folders if not any(next(path.glob(pattern), None) for pattern in own)]
 
 
 def _list_classes(folder: Path, root: Path, bad: list[str]) -> list[tuple[str, str]]:

@@ -120,7 +120,7 @@ class ImageCache:
                 f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
                 f"free; choose another {FOLDER_KEY}, a smaller data.native_size, or data.cache=false"
             )
-        if not entries:
+        if entries.keys() <= {path for path, _ in files}:  # nothing in the cache is current
             self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content
             self.index.unlink(missing_ok=True)
         self.pixels.touch()

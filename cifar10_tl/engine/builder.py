@@ -187,6 +187,8 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     """Prepare the network for the device of the trainer, and compile it where that is faster."""
     device = trainer.strategy.root_device
     tune_for(device, module.network)
+    if trainer.precision == "64-true":  # Lightning restores a checkpoint before it converts the module
+        module.double()
     compiled, reason = choose_compile(cfg.compile, device)
     if compiled:
         torch.compiler.reset()  # graphs of an earlier run in this process count against the limit
@@ -246,7 +248,7 @@ def describe(cfg: DictConfig, trainer: Any, module: LitClassifier) -> str:
     images = ", ".join(f"{len(trainer.datamodule.splits[name]):,} {name}" for name in ("train", "val", "test"))
     sizes = " -> ".join(str(size) for _, size in module.image_sizes)
     counts = [sum(p.numel() for p in module.parameters() if p.requires_grad is trained) for trained in (True, False)]
-    epochs = f"as many epochs as fit into {cfg.budget}" if cfg.get("budget") else f"epochs: {trainer.max_epochs}"
+    epochs = f"as many epochs as fit in {cfg.budget}" if cfg.get("budget") else f"epochs: {trainer.max_epochs}"
     lines = {
         "data": f"{cfg.data.source}: {images} images of {len(module.class_names)} classes",
         "network": f"{cfg.model.backbone}, {cfg.init_from or cfg.model.weights or 'random weights'}, {sizes} px, "

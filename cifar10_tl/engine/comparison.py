@@ -17,6 +17,11 @@ from cifar10_tl.metrics.intervals import further_pairs, spread, wilson_interval
 
 log = logging.getLogger(__name__)
 
+#: Beginnings of the keys of settings that do not change a result.
+WITHOUT_EFFECT = (
+    *("paths", "callbacks", "logger", "resume", "test", "report", "imports", "trust", "checkpoint_every_n_steps"),
+    *("data.cache_dir", "trainer.enable_"),
+)
 #: Columns of the table and their number formats.
 COLUMNS = {
     "run": "",
@@ -163,9 +168,8 @@ def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
         if "epochs" not in training:
             return {"checkpoint": results["checkpoint"]}
         return settings_of(training) | ({} if checkpoint.name == "best.ckpt" else {"checkpoint": checkpoint.name})
-    ignored = ("paths", "callbacks", "logger", "resume", "test", "report", "imports")  # they do not change a result
     settings = flat(results.get("config", {})).items()
-    return {key: value for key, value in settings if key.split(".")[0] not in ignored or key == MONITOR}
+    return {key: value for key, value in settings if key == MONITOR or not key.startswith(WITHOUT_EFFECT)}
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:

@@ -169,7 +169,8 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
         if key in options:
             options[key] = module.hparams[key]
     is_moved = is_moved_training_data(options, trained_with, recorded)
-    check_same_split(options | ({"root": trained_with["root"]} if is_moved else {}), trained_with)
+    moved = {key: trained_with[key] for key in ("root", "labels") if is_moved and key in trained_with}
+    check_same_split(options | moved, trained_with)
     is_same = is_moved or _origin(options) == _origin(trained_with)
     if options["source"] == "folder" and not is_same:
         options["test_only"] = True
@@ -248,5 +249,7 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
 
 def _origin(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a key of the training images; those of CIFAR-10 are the same in each folder."""
-    source = options.get("source")
-    return source, Path(options["root"]).resolve() if source == "folder" else options.get("drawing_seed")
+    source, root = options.get("source"), options.get("root")
+    if source in ("cifar10", "shapes") or root is None:
+        return source, options.get("drawing_seed")
+    return source, Path(root).resolve()

@@ -64,8 +64,8 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
         name = "this CPU"
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
-        return "32-true", f"bfloat16 is untested on accelerator {accelerator}"
-    return ("bf16-mixed", f"{name} computes in bfloat16") if has_bf16 else ("32-true", f"{name} has no native bfloat16")
+        return "32-true", "bfloat16 is untested on this accelerator"
+    return ("bf16-mixed", f"{name} supports bfloat16") if has_bf16 else ("32-true", f"{name} has no native bfloat16")
 
 
 def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str]:

@@ -17,11 +17,16 @@ from cifar10_tl.io import atomic_write, atomic_write_text, csv_text
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
+def num_epochs(trial: FrozenTrial) -> int:
+    """Return the number of epochs up to the last validation."""
+    return 1 + max(trial.intermediate_values, default=-1)
+
+
 def describe(trial: FrozenTrial) -> str:
     """Return one line on a trial that has ended."""
     if trial.value is None:
         return f"failed: {trial.user_attrs['error']}"
-    epochs = len(trial.intermediate_values)
+    epochs = num_epochs(trial)
     return f"{STATES[trial.state]} after {epochs} epoch{'s' * (epochs != 1)}, val acc {trial.value:.2%}"
 
 
@@ -66,7 +71,7 @@ def write_report(folder: Path, study: optuna.Study, overrides: Sequence[str]) ->
 def _row(trial: FrozenTrial) -> dict[str, Any]:
     """Return a row of trials.csv."""
     numbers = {"trial": trial.number, "state": STATES[trial.state], "val_acc": trial.value}
-    numbers |= {"epochs": len(trial.intermediate_values), "seconds": round(trial.user_attrs["seconds"], 1)}
+    numbers |= {"epochs": num_epochs(trial), "seconds": round(trial.user_attrs["seconds"], 1)}
     return {**numbers, **plain_values(trial.params), "error": trial.user_attrs["error"]}
 
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
-from cifar10_tl.data.datamodule import planned_epochs
+from cifar10_tl.data.datamodule import complete_epochs, planned_epochs
 from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -152,7 +152,13 @@ class LitClassifier(pl.LightningModule):
             read_weights(self.hparams["backbone"], self.hparams["weights"])
 
     def setup(self, stage: str) -> None:
-        """Load the weights that a fit starts from."""
+        """Load the weights that a fit starts from, and check that predictions resize images as the data module does."""
+        data = getattr(self.trainer, "datamodule", None) if self.trainer.state.fn == "fit" else None
+        source = getattr(data, "source", None)
+        for name in ("native_size", "fit"):
+            own = self.hparams[name]
+            if (value := getattr(source, name, own)) != own:
+                raise UserError(f"LitClassifier({name}={own!r}): the data module has {name}={value!r}; pass the same")
         if self._needs_weights():
             name, weights = self.hparams["backbone"], self.hparams["weights"]
             load_backbone(self.network.backbone, read_weights(name, weights), f"model.weights={weights}")
@@ -203,8 +209,9 @@ class LitClassifier(pl.LightningModule):
         num_epochs = planned_epochs(self.trainer)
         started = [size for start, size in self.image_sizes if round(start * num_epochs) <= self.current_epoch]
         self.network.training_size = started[-1]
-        if self.current_epoch + 1 == num_epochs and self.trainer.check_val_every_n_epoch:
-            self.trainer.check_val_every_n_epoch = 1  # else the last epochs would be trained in vain
+        last = {num_epochs, complete_epochs(self.trainer)}  # max_steps may end within an epoch, which is not validated
+        if self.current_epoch + 1 in last and self.trainer.check_val_every_n_epoch:
+            self.trainer.check_val_every_n_epoch = 1  # else the last epochs could not be the best
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by epoch and batch, so that a resumed run drops the same units as an uninterrupted one."""

@@ -10,7 +10,15 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from cifar10_tl.callbacks import ConfusionMatrix, IncorrectPredictions, RunCheckpoint, SampleInputs, figures
+from cifar10_tl.callbacks import (
+    ConfusionMatrix,
+    Curves,
+    GradientFlow,
+    IncorrectPredictions,
+    RunCheckpoint,
+    SampleInputs,
+    figures,
+)
 from cifar10_tl.callbacks.figures import _title
 from cifar10_tl.data.batch import Batch, Split
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -108,3 +116,13 @@ def test_mixed_inputs_are_titled_with_both_weights() -> None:
     assert _title(torch.tensor(2), names) == [("c", "")]
     assert _title(torch.tensor([0.3, 0.7, 0.0]), names) == [("b", " 70%"), ("a", " 30%")]
     assert _title(torch.tensor([0.0, 1.0, 0.0]), names) == [("b", "")]
+
+
+@pytest.mark.parametrize("callback", [Curves(), GradientFlow()])
+def test_an_interrupted_test_draws_nothing(callback: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test restores the rows of the best checkpoint, which may be fewer."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(callback, "on_fit_end", drawn.append)
+    for fn in ("test", "fit"):
+        callback.on_exception(trainer := SimpleNamespace(state=SimpleNamespace(fn=fn)))
+    assert drawn == [trainer]

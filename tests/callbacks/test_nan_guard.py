@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from callbacks.small_fit import small_fit
+from lightning.pytorch.callbacks import Callback
 
 from cifar10_tl.callbacks import NaNGuard, RunCheckpoint
 from cifar10_tl.config.errors import UserError
@@ -28,3 +29,15 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(t
     with pytest.raises(UserError, match=r"the validation loss is nan at epoch 0; there is no checkpoint yet. Try a"):
         small_fit(tmp_path, NaNGuard(), checkpoint, optimizer=DIVERGES, limit_train_batches=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Break(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                pl_module.network.head.layers[0].weight.data.fill_(torch.nan)
+
+    checkpoint = RunCheckpoint("last", dirpath=tmp_path, every_n_train_steps=1, enable_version_counter=False)
+    with pytest.raises(UserError, match=r"the weights are not finite at epoch 0"):
+        small_fit(tmp_path, Break(), NaNGuard(), checkpoint)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1

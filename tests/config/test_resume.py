@@ -32,6 +32,8 @@ def test_a_resumed_run_keeps_its_settings_but_its_length(
     (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
     moved = resumed_config(compose_train(*given, "paths.cache_dir=c"), [*given, "paths.cache_dir=c"])
     assert (moved.paths.cache_dir, moved.data.cache_dir) == ("c", "c")
+    moved = resumed_config(compose_train(*given, "+data.labels=b.csv"), [*given, "+data.labels=b.csv"])
+    assert moved.data.labels == "b.csv"
     own.budget = "10min"
     (tmp_path / RUN_CONFIG).write_text(OmegaConf.to_yaml(own, resolve=True))
     with pytest.raises(UserError, match=r"trainer\.max_epochs=99: budget=10min sets it; use init_from="):

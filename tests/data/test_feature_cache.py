@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import socket
 import threading
@@ -176,3 +177,14 @@ def test_augmentation_that_changes_features_is_rejected() -> None:
         cfg.data.augment[key] = value
         with pytest.raises(UserError, match=rf"add data\.augment\.{key}={none} "):
             check_config(cfg)
+
+
+def test_a_complete_cache_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(tmp_path, Extractor())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("unlink", "write_bytes"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert torch.equal(cached(tmp_path, Extractor())[:, 0], PLAIN)

@@ -341,12 +341,13 @@ def test_everything_unusual_is_reported_at_once(pictures: Path, caplog: pytest.L
     assert "train: fewer than 10 images of ant (5)" in caplog.text
 
 
-def test_a_cache_inside_the_folder_is_not_a_class(tmp_path: Path) -> None:
+def test_a_cache_or_runs_inside_the_folder_are_no_classes(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         write(tmp_path / "data" / name / "a.png")
     for _ in range(2):
         assert folder_of(tmp_path / "data", cache_dir=str(tmp_path / "data" / "cache")).class_names == ("ant", "bee")
         pixels(folder_of(tmp_path / "data", cache_dir=str(tmp_path / "data" / "cache")))
+        (tmp_path / "data" / "outputs" / "runs" / "a" / ".hydra").mkdir(parents=True, exist_ok=True)
 
 
 def test_splits_without_class_folders_are_reported(tmp_path: Path) -> None:

@@ -257,3 +257,10 @@ def test_kill_9_while_decoding(cache: ImageCache, monkeypatch: pytest.MonkeyPatc
     )
     assert values(cache) == WANTED
     assert 20 - kept <= len(decoded) <= 20 - kept + 1 < 20  # the last line may have been cut off
+
+
+def test_a_cache_of_which_nothing_is_current_starts_over(cache: ImageCache) -> None:
+    values(cache)
+    size = cache.pixels.stat().st_size
+    assert values(cache, {path: [*version, 1] for path, version in FILES.items()}) == WANTED
+    assert cache.pixels.stat().st_size == size

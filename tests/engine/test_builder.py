@@ -80,7 +80,7 @@ def test_the_header_of_a_run_says_what_is_trained_on_what(
     ]
     other = header("model.freeze=backbone", "model.image_size=[[0,32],[0.5,48]]", "budget=10min", "optimizer=sgd")
     assert f"32 -> 48 px, dense head: {head:,} trainable and {backbone:,} frozen parameters" in other
-    assert "as many epochs as fit into 10min, 64 images per step, SGD, lr 0.01" in other
+    assert "as many epochs as fit in 10min, 64 images per step, SGD, lr 0.01" in other
 
 
 def test_validation_and_test_have_the_same_grad_mode(small_cfg: Callable[..., DictConfig]) -> None:
@@ -121,3 +121,10 @@ def test_network_is_compiled_once_per_training_size(
         assert torch.equal(logits, expected[0])
         assert torch.equal(features, expected[1])
     assert not any(compiled)  # no graph takes a size that varies
+
+
+def test_double_precision_is_set_before_a_checkpoint_is_restored(small_cfg: Callable[..., DictConfig]) -> None:
+    module = LitClassifier(["a", "b"], "resnet18", image_size=32)
+    module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, precision="64-true")
+    speed_up(small_cfg("compile=false"), module, trainer)
+    assert {p.dtype for p in module.parameters()} == {torch.float64}

@@ -18,6 +18,7 @@ from cifar10_tl.engine.comparison import (
     format_rows,
     mcnemar_p_value,
     read_run,
+    settings_of,
 )
 from cifar10_tl.evaluate import evaluate, quote_list
 
@@ -211,3 +212,16 @@ def test_a_sweep_is_described_by_mean_deviation_and_interval(tmp_path: Path) -> 
     make_run(tmp_path / "sweep" / "3", "11110000", config={"seed": 3, "optimizer": {"lr": 0.1}})
     with pytest.raises(UserError, match=r"its runs differ in more than the seed \(optimizer\.lr=0\.1\); use evaluate"):
         describe_sweep(tmp_path / "sweep")
+
+
+def test_settings_without_effect_do_not_separate_seeds() -> None:
+    config = {"seed": 1, "trust": True, "checkpoint_every_n_steps": 5, "optimizer": {"lr": 0.1}}
+    config |= {"data": {"cache_dir": "c"}, "trainer": {"enable_progress_bar": False, "max_epochs": 2}}
+    assert settings_of({"config": config}) == {"seed": 1, "optimizer.lr": 0.1, "trainer.max_epochs": 2}
+
+
+@pytest.mark.parametrize("given", ["split=val", "tta=flip", "doubtful_labels=a.csv"])
+def test_settings_of_an_evaluation_are_refused_in_a_comparison(given: str, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, "11110000") for name in "ab"]
+    with pytest.raises(UserError, match=r"compare= reads the tests of finished runs; remove"):
+        evaluate(compose_command("evaluate", f"compare={[str(run) for run in runs]}", given))

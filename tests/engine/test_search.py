@@ -21,7 +21,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine import search as search_module
 from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.engine.search import Search, propose
-from cifar10_tl.engine.search_report import summary, write_report
+from cifar10_tl.engine.search_report import describe, summary, write_report
 from cifar10_tl.engine.search_space import read_space
 from cifar10_tl.io import claim
 from cifar10_tl.tune import tune
@@ -215,6 +215,7 @@ def test_other_settings_are_refused(changed: list[str], message: str, tmp_path: 
 
 def test_moved_search_continues(tmp_path: Path, runs: FakeRuns) -> None:
     search_in(tmp_path / "old", trials=2)
+    (tmp_path / "old" / "study.journal.lock").symlink_to(tmp_path / "old" / "study.journal")  # of a killed search
     (tmp_path / "old").rename(tmp_path / "new")
     assert len(search_in(tmp_path / "new", trials=3).study.trials) == 3
 
@@ -379,3 +380,9 @@ def test_killed_search_leaves_no_process_and_loses_no_trial(tmp_path: Path) -> N
     assert [row["state"] for row in results["trials"]] == ["finished"] * 2
     assert results["trials"][0]["val_acc"] == first["val"]["acc"]
     assert "resuming from" in (tmp_path / "search/trials/1/train.log").read_text()
+
+
+def test_epochs_without_validation_are_counted() -> None:
+    values = {3: 0.5, 7: 0.6}
+    trial = optuna.trial.create_trial(value=0.6, intermediate_values=values, user_attrs={"error": None, "seconds": 1.0})
+    assert describe(trial) == "finished after 8 epochs, val acc 60.00%"

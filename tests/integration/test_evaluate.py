@@ -232,6 +232,8 @@ CIFAR10 = {"source": "cifar10", "root": "/a", "val_size": 10, "split_seed": 0}
 def test_other_images_may_be_split_in_another_way() -> None:
     check_same_split({**SHAPES, "drawing_seed": 1, "val_size": 10}, SHAPES)
     check_same_split({**FOLDER, "root": "/b", "split_seed": 2}, FOLDER)
+    custom = {**FOLDER, "source": "arrays"}
+    check_same_split({**custom, "root": "/b", "split_seed": 2}, custom)
 
 
 @pytest.mark.parametrize(

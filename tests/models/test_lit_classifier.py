@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from callbacks.small_fit import small_fit
 from lightning.pytorch.callbacks import Callback
 from torch.nn import BatchNorm2d
 from torch.utils.data import DataLoader
@@ -296,3 +298,24 @@ def test_a_checkpoint_is_restored_from_its_file_alone(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=rf"{name}\.ckpt.*{reason}"):
             restore(tmp_path / f"{name}.ckpt")
+
+
+def test_the_last_complete_epoch_is_validated_before_max_steps_end_the_run(tmp_path: Path) -> None:
+    class Validations(Callback):
+        epochs: ClassVar[list[int]] = []
+
+        def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.epochs.append(trainer.current_epoch)
+
+    limits = {"max_epochs": -1, "max_steps": 8, "check_val_every_n_epoch": 4, "num_sanity_val_steps": 0}
+    small_fit(tmp_path, Validations(), **limits)  # three steps per epoch
+    assert Validations.epochs == [1]
+
+
+@pytest.mark.parametrize(("options", "name"), [({"native_size": 40}, "native_size"), ({"fit": "crop"}, "fit")])
+def test_predictions_resize_images_as_the_data_module_does(options: dict[str, Any], name: str) -> None:
+    data = SimpleNamespace(source=SimpleNamespace(native_size=32, fit="squeeze"))
+    net = LitClassifier(["a", "b"], backbone="resnet18", image_size=32, **options)
+    net._trainer = SimpleNamespace(datamodule=data, state=SimpleNamespace(fn="fit"))
+    with pytest.raises(UserError, match=rf"LitClassifier\({name}={options[name]!r}\): the data module has {name}="):
+        net.setup("fit")

@@ -128,6 +128,14 @@ def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     best.touch()
     (run,) = digests(tmp_path / "other", {"acc": 0.5, "on": (f"init_from={best}",)})
     assert run["overrides"] == ["init_from=a/checkpoints/best.ckpt"], "runs from other checkpoints are other recipes"
+    assert RESULTS["shortened"]('data.root="/home/me/jpeg"') == "data.root=jpeg"
+
+
+def test_the_order_of_overrides_and_the_folder_of_the_data_make_no_other_recipe(tmp_path: Path) -> None:
+    given = [("data=folder", "optimizer.lr=1", "seed=0"), ("optimizer.lr=1", "data=folder", "seed=1")]
+    folders = ("data.root=/a/jpeg", "data.root=/b/images")
+    runs = digests(tmp_path, *({"acc": 0.5, "on": (*o, f)} for o, f in zip(given, folders, strict=True)))
+    assert len(rows(runs)) == 1
 
 
 def test_overrides_of_the_device_make_no_other_recipe(tmp_path: Path) -> None:
