@@ -211,7 +211,8 @@ def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
         draw_points(panel, points)
         step = min(0.2, PANEL / len(points))
         for i, point in enumerate(points):
-            style.write(page, 5.2, top + 0.35 + i * step, style.fit(f"{i + 1} {point.name}, {point.device}", 3.8))
+            name = re.sub(r"(?<!\S)(experiment=|[a-z_]+\.)", "", point.name)  # short keys: "cpu lr=0.1"
+            style.write(page, 5.2, top + 0.35 + i * step, style.fit(f"{i + 1} {name}, {point.device}", 3.8))
     return fig
 
 

@@ -181,12 +181,15 @@ def test_tables_are_filled_in_between_the_comments() -> None:
 
 def test_each_point_has_its_bar_and_its_name() -> None:
     point = RESULTS["Point"]
-    points = [point("experiment=cpu", 60, 0.9, 0.88, 0.91, "a CPU"), point("$x_1", 10, 0.8, 0.7, 0.9, "a GPU")]
+    points = [
+        point("experiment=cpu model.weights=a.pth", 60, 0.9, 0.88, 0.91, "a CPU"),
+        point("$x_1", 10, 0.8, 0.7, 0.9, "a GPU"),
+    ]
     fig = RESULTS["accuracy_against_time"]({"photos": points, "drawings": points[:1]})
     _, first, second = fig.axes
     assert [text.get_text() for text in first.texts] == ["1", "2"]
     assert [text.get_text() for text in second.texts] == ["1"]
-    assert {"photos", "1 experiment=cpu, a CPU", "2 $x_1, a GPU", "drawings"} <= set(strings(fig))
+    assert {"photos", "1 cpu weights=a.pth, a CPU", "2 $x_1, a GPU", "drawings"} <= set(strings(fig))
     bars = [container.lines[2][0].get_segments()[0] for container in first.containers]
     assert np.allclose(bars, [[[60, 0.88], [60, 0.91]], [[10, 0.7], [10, 0.9]]])
     assert first.get_xscale() == "log"
