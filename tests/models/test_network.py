@@ -7,7 +7,7 @@ from torchvision.models import get_model_weights
 from torchvision.transforms.functional import normalize
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.models.backbone import BACKBONES, Backbone
+from cifar10_tl.models.backbone import PUBLISHED, Backbone
 from cifar10_tl.models.heads import LinearHead, LSTMHead
 from cifar10_tl.models.network import IMAGENET_MEAN, IMAGENET_STD, TransferResNet
 
@@ -38,7 +38,7 @@ def test_boxes_are_cropped_and_resized_at_once() -> None:
     assert torch.allclose(processed, normalize(torch.cat(expected), IMAGENET_MEAN, IMAGENET_STD), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_all_published_weights_use_the_normalization_of_imagenet(name: str) -> None:
     for weights in get_model_weights(name):
         transforms = weights.transforms()
