@@ -31,7 +31,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.compare:
         for key, default in {"split": "test", "tta": "none", "human_labels": None, "doubtful_labels": None}.items():
             if cfg[key] != default:
-                raise UserError(f"{key}={cfg[key]}: compare= reads the tests of finished runs; remove {key}")
+                raise UserError(f"{key}={cfg[key]}: compare= uses the test results of finished runs; remove {key}")
         if Path(cfg.paths.output_dir).resolve() in [Path(folder).resolve() for folder in cfg.compare]:
             raise UserError(
                 f"paths.output_dir={cfg.paths.output_dir}: is one of the compared runs; choose another folder"
@@ -63,8 +63,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         parts.append(text_table(seeds[0], [[str(number), *row[1:]] for number, row in enumerate(seeds[1], 1)]))
         parts.append("\n".join(f"  {number}: {row[0]}" for number, row in enumerate(seeds[1], 1)))
         parts.append("  differences: mean over the seeds of both settings")
-    parts.append(f"  report       {run_dir / REPORT}" if cfg.report != "none" else "")
-    parts.append(f"  numbers      {run_dir / 'comparison.csv'}, comparison.md")
+    report = f"  report       {run_dir / REPORT}\n" * (cfg.report != "none")
+    parts.append(f"{report}  numbers      {run_dir / 'comparison.csv'}, comparison.md")
     log.info("\n\n%s", "\n\n".join(filter(None, parts)))
     return {"runs": rows, "settings": settings}
 

@@ -40,7 +40,7 @@ class NaNGuard(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any = None, checkpoint: Mapping[str, Any] | None = None
     ) -> None:
-        """Check the losses since the last check, and the weights to save, which no loss has been computed with yet."""
+        """Check the losses since the last check, and the weights, from which no loss has been computed yet."""
         if self._losses:
             self._check_losses(trainer)
         weights = (checkpoint or {}).get("state_dict", {}).values()

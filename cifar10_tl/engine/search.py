@@ -67,9 +67,8 @@ class Search:
         # absolute: Optuna's lock is a symbolic link to this path, and a relative target would be broken
         journal = self.folder.resolve() / "study.journal"
         remove_incomplete_line(journal)
-        journal.with_name(f"{journal.name}.lock").unlink(
-            missing_ok=True
-        )  # of a killed search: this one owns the folder
+        # of a killed search, because no other one runs in this folder
+        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
         storage = JournalStorage(JournalFileBackend(str(journal)))
         self.study = optuna.create_study(
             storage=storage, study_name="search", direction="maximize", load_if_exists=True

@@ -223,5 +223,5 @@ def test_settings_without_effect_do_not_separate_seeds() -> None:
 @pytest.mark.parametrize("given", ["split=val", "tta=flip", "doubtful_labels=a.csv"])
 def test_settings_of_an_evaluation_are_refused_in_a_comparison(given: str, tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, "11110000") for name in "ab"]
-    with pytest.raises(UserError, match=r"compare= reads the tests of finished runs; remove"):
+    with pytest.raises(UserError, match=r"compare= uses the test results of finished runs; remove"):
         evaluate(compose_command("evaluate", f"compare={[str(run) for run in runs]}", given))
