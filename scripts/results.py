@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.engine.comparison import settings_of
 from cifar10_tl.engine.results import markdown_table, read_results
-from cifar10_tl.engine.settings import changed_settings, given_overrides
+from cifar10_tl.engine.settings import changed_settings, final_overrides
 from cifar10_tl.metrics.intervals import spread, wilson_interval
 from cifar10_tl.plots import style, to_png
 
@@ -75,12 +75,13 @@ def digest(folder: Path, data_name: str, evaluations: Iterable[Run] = ()) -> Run
         evaluations: Results of the evaluate command, of which those of this run's test with ``tta=flip`` are used.
     """
     results = read_results(folder)
+    given = final_overrides(results["config"], folder)
     test = (folder.resolve(), results["best_epoch"], results["test_images"], "flip")
     averaged = {tested_by(evaluation): evaluation["tta"]["acc"] for evaluation in evaluations}
     return {
         "data": data_name,
         "seed": results["config"]["seed"],
-        "overrides": [shortened(o) for o in given_overrides(folder) if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
+        "overrides": [shortened(o) for o in given if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
         "settings": {key: shortened(value) for key, value in sorted(recipe_settings(results["config"]).items())},
         "weights": shortened(results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],

@@ -25,7 +25,7 @@ RENAMED: dict[str, str | None] = {
     "callbacks.history": "callbacks.metrics_logger",
     "callbacks.progress": "callbacks.progress_bar",
     "experiment/seed": "experiment=original",
-    "trainer/fsdp": "trainer.strategy=fsdp",
+    "trainer/fsdp": "trainer=ddp",
     "corrupt": None,
 }
 _LOST_PROCESS = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gloo"

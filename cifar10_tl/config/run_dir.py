@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import re
 import time
 from pathlib import Path
@@ -92,6 +93,7 @@ def _new_stamp() -> str:
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:  # started by srun, not in the batch script
         return f"slurm-{env.get('SLURM_JOB_ID', 0)}-{env.get('SLURM_STEP_ID', 0)}"
     started, process = time.time(), os.getpid()
+    host = f"_{platform.node()}" if process < 100 else ""  # in a container: others have a process with this number
     if job := env.get("TORCHELASTIC_RUN_ID"):
         if job != "none":
             return f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}"
@@ -99,7 +101,7 @@ def _new_stamp() -> str:
         if not Path("/proc").is_dir():  # macOS
             return f"torchrun-{env['MASTER_PORT']}-{process}"
         started = Path(f"/proc/{process}").stat().st_mtime
-    return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{process}"
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(started))}_{process}{host}"
 
 
 def check_owner(folder: Path, command: str) -> None:

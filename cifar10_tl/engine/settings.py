@@ -54,22 +54,26 @@ def changed_options(config: Mapping[str, Any], command: str = "train") -> dict[s
 def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> str:
     """Return the shell command that repeats a run in another folder.
 
-    It has the overrides of the first start, and the settings that are different since, such as those of a resumed run.
-    If they cannot be composed any more, the reason is returned as a comment.
+    If its overrides cannot be composed any more, the reason is returned as a comment.
     """
-    given = [o for o in given_overrides(run_dir) or _choices(config, command) if _key(o) not in OF_THE_START]
-    folders = _config_dirs(run_dir)
-    searched = as_override("hydra.searchpath", [f"file://{folder}" for folder in folders])
     try:
-        known = _composed(config, command, [*given, searched])
+        overrides = final_overrides(config, run_dir, command)
     except HydraException as error:  # such as an experiment that exists no more
         return f"# {command} cannot be repeated: {str(error).splitlines()[0]}"
+    options = [f"--config-dir={folder}" for folder in _config_dirs(run_dir)]
+    return f"python -m cifar10_tl.{command} {shlex.join([*options, *overrides])}".rstrip()
+
+
+def final_overrides(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> list[str]:
+    """Return the overrides of the first start of a run, with the settings that are different since it was resumed."""
+    given = [o for o in given_overrides(run_dir) or _choices(config, command) if _key(o) not in OF_THE_START]
+    searched = as_override("hydra.searchpath", [f"file://{folder}" for folder in _config_dirs(run_dir)])
+    known = _composed(config, command, [*given, searched])
     changed = _differences(config, known)
     if config.get("budget"):
         changed.pop("trainer.max_epochs", None)  # chosen by the budget
-    replaced = [f"--config-dir={folder}" for folder in folders] + [o for o in given if _key(o) not in changed]
-    replaced += [as_override(key if key in known else f"++{key}", value) for key, value in changed.items()]
-    return f"python -m cifar10_tl.{command} {shlex.join(replaced)}".rstrip()
+    kept = [o for o in given if _key(o) not in changed]
+    return kept + [as_override(key if key in known else f"++{key}", value) for key, value in changed.items()]
 
 
 def given_overrides(run_dir: Path) -> list[str]:

@@ -52,6 +52,8 @@ def parameter_groups(name: str, module: nn.Module, lr: float) -> list[dict[str, 
     """Return the trainable parameters as two groups, with weight decay only for weights, not for norms and biases."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     weights, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+    if others and not weights:
+        raise UserError("this trainer.strategy flattens weights, so that they look like biases; use trainer=ddp")
     groups = [
         {"params": weights, "lr": lr, "name": name},
         {"params": others, "lr": lr, "name": f"{name} without decay", "weight_decay": 0.0},

@@ -57,6 +57,12 @@ def test_processes_of_a_job_share_a_stamp_and_have_ranks(
     assert process_rank() == rank
 
 
+def test_containers_that_start_in_the_same_second_have_their_own_stamps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr("platform.node", lambda: "3f2a")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_1_3f2a", run_dir.run_stamp())
+
+
 @pytest.mark.parametrize(
     ("file", "owner", "content"),
     [

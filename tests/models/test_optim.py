@@ -83,6 +83,12 @@ def test_a_frozen_backbone_is_not_optimized() -> None:
     assert parameter_groups("backbone", nn.Linear(2, 2).requires_grad_(False), 0.1) == []
 
 
+def test_weights_that_a_strategy_has_flattened_are_refused() -> None:
+    module = nn.ParameterList([nn.Parameter(p.detach().flatten()) for p in nn.Linear(2, 2).parameters()])
+    with pytest.raises(UserError, match="flattens weights"):
+        parameter_groups("head", module, 0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

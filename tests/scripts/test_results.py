@@ -131,6 +131,12 @@ def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert RESULTS["shortened"]('data.root="/home/me/jpeg"') == "data.root=jpeg"
 
 
+def test_a_run_that_was_resumed_for_longer_has_a_command_with_all_of_its_epochs(tmp_path: Path) -> None:
+    config = plain(compose_train("seed=0", "trainer.max_epochs=54", f"paths.output_dir={tmp_path}/0"))
+    (run,) = digests(tmp_path, {"acc": 0.5, "on": ("seed=0", "trainer.max_epochs=27"), "config": config})
+    assert run["overrides"] == ["trainer.max_epochs=54"]
+
+
 def test_the_order_of_overrides_and_the_folder_of_the_data_make_no_other_recipe(tmp_path: Path) -> None:
     given = [("data=folder", "optimizer.lr=1", "seed=0"), ("optimizer.lr=1", "data=folder", "seed=1")]
     folders = ("data.root=/a/jpeg", "data.root=/b/images")
