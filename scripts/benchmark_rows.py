@@ -1,7 +1,6 @@
 """Comparisons of scripts/benchmark.py."""
 
 import copy
-import csv
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
 from cifar10_tl.engine.hardware import choose_precision
+from cifar10_tl.io import read_csv
 
 Pair = tuple[float, float]
 Measure = Callable[[int], Pair]  # from the number of the repeat to the values of both sides
@@ -318,15 +318,14 @@ def gpu_scaling(devices: int, quick: bool) -> Measure:
 
 def command_speed(devices: int, quick: bool) -> float:
     """Return the images/s of the train command's second epoch at 224 px with 512 images per GPU."""
-    run, train_size = f"{tempfile.mkdtemp()}/run", (20 if quick else 60) * 512 * devices + 1000
+    run, train_size = Path(tempfile.mkdtemp(), "run"), (20 if quick else 60) * 512 * devices + 1000
     command = (
         *(sys.executable, "-m", "cifar10_tl.train", "data=shapes", "model.weights=null", "test=false"),
         *("trainer=ddp", f"trainer.devices={devices}", f"data.batch_size={512 * devices}", "trainer.max_epochs=2"),
         *(f"data.train_size={train_size}", "data.val_size=1000", f"paths.output_dir={run}"),
     )
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    with open(f"{run}/metrics.csv") as file:
-        return float(list(csv.DictReader(file))[-1]["images_per_second"])
+    return float(read_csv(run / "metrics.csv")[-1]["images_per_second"])
 
 
 PER_IMAGE = "per-image torchvision transforms in a DataLoader, best of 0 and 2 workers"

@@ -6,12 +6,11 @@ python scripts/gpu_suite.py --out DIR --cpu-check                           tiny
 
 losses: five steps on the GPU against a CPU, compiled against eager, DDP on one GPU against none. resume: killed runs
 against an uninterrupted one, bit for bit. speed: each recipe with random weights. scratch: experiment=scratch on
---data-root (train/<class>/*, test/<class>/*), and the time to 94, 95 and 96 %. benchmark: scripts/benchmark.py --gpu.
+--data-root (train/<class>/*, test/<class>/*), and the time to 94, 95 and 96%. benchmark: scripts/benchmark.py --gpu.
 Results are kept in DIR/state.json, and written as tables to DIR/gpu.md.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from omegaconf import OmegaConf
 
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.engine.results import environment, markdown_table, read_results
-from cifar10_tl.io import atomic_write_text
+from cifar10_tl.io import atomic_write_text, read_csv
 from cifar10_tl.metrics.intervals import wilson_interval
 
 Result = dict[str, Any]
@@ -42,7 +41,7 @@ EXPERIMENTS = {file.stem for file in (CONFIG_DIR / "experiment").iterdir()} - NO
 #: The overrides of each recipe for a GPU.
 RECIPES: dict[str, list[str]] = {"default": [], **{name: [f"experiment={name}"] for name in sorted(EXPERIMENTS)}}
 #: One step in each of five epochs, so that metrics.csv has the loss of each step. Dropout masks depend on the device.
-#: At the recipe's learning rate, rounding alone changes the fifth loss by 1 %.
+#: At the recipe's learning rate, rounding alone changes the fifth loss by 1%.
 FIVE_STEPS = (
     *("experiment=quickstart", "model.backbone=resnet18", "model.head.dropout=0", "test=false"),
     *("optimizer=sgd", "optimizer.lr=0.001"),
@@ -92,8 +91,7 @@ class Suite:
         given = (*QUIET, f"trainer.accelerator={self.accelerator}", *overrides, f"paths.output_dir={run}")
         if not read_results(run):
             self.python("-m", "cifar10_tl.train", *([f"resume={run}"] if (run / "config.yaml").is_file() else given))
-        with (run / "metrics.csv").open() as file:
-            return run, list(csv.DictReader(file))
+        return run, read_csv(run / "metrics.csv")
 
     def losses(self, name: str) -> Result:
         """Compare the losses of five steps with those of another run."""
@@ -138,7 +136,7 @@ class Suite:
         for seconds, row in zip(reversed(clock), reversed(rows), strict=True):
             reached |= {goal: seconds for goal in reached if float(row["val/acc"]) >= goal}
         times = {f"{goal:.0%} val (s)": seconds for goal, seconds in reached.items()}
-        return {"test acc": test["acc"], "95 % low": low, "95 % high": high, "training (s)": clock[-1], **times}
+        return {"test acc": test["acc"], "95% low": low, "95% high": high, "training (s)": clock[-1], **times}
 
     def benchmark(self, row: str) -> Result:
         """Measure a row of scripts/benchmark.py."""

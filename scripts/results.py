@@ -204,7 +204,7 @@ def filled(text: str, table: str) -> str:
 def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
     """Plot one panel for each set of test images, with numbered points and bars from the low to the high accuracy."""
     height = HEIGHT * len(panels)
-    fig, page = style.new_page(9, height, "Test accuracy against training time", "bars: 95 % intervals")
+    fig, page = style.new_page(9, height, "Test accuracy against training time", "bars: 95% intervals")
     for number, (title, points) in enumerate(panels.items()):
         top = HEIGHT * number
         style.write(page, 0.8, top + 0.1, title, style.BODY + 1, weight="bold")

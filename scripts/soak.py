@@ -6,7 +6,6 @@ TensorBoard must show the same points, each of them once. The exit status is 1 i
 """
 
 import argparse
-import csv
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar10_tl.callbacks.metrics_logger import SPEED
+from cifar10_tl.io import read_csv
 
 RUN = (
     *("experiment=quickstart", "model.backbone=resnet18", "model.head.hidden=[32]", "model.head.dropout=0.2"),
@@ -73,8 +73,7 @@ def outcome(run: Path) -> dict[str, Any]:
     tensors = {f"{i}.{key}": value for i, values in moments.items() for key, value in values.items()}
     tensors |= checkpoint["state_dict"]
     tensors |= {f"current.{key}": value for key, value in checkpoint.get("current_model_state", {}).items()}
-    with (run / "metrics.csv").open() as file:
-        rows = [{key: value for key, value in row.items() if key not in SPEED} for row in csv.DictReader(file)]
+    rows = [{key: value for key, value in row.items() if key not in SPEED} for row in read_csv(run / "metrics.csv")]
     results = json.loads((run / "results.json").read_text())
     events = EventAccumulator(str(run)).Reload()
     scalars = [tag for tag in events.Tags()["scalars"] if tag.startswith(("train/", "val/", "lr/"))]

@@ -4,7 +4,7 @@ python scripts/transfer.py --data-root FOLDER --out DIR [key=value ...]     FOLD
 
 A ResNet18 is trained on every second class, saved as a torchvision state dict, and fine-tuned on the other classes with
 model.weights=DIR/backbone.pth. Random weights get the same settings and steps. Each seed has other training images.
-Writes a table with 95 % intervals (Student's t) to DIR/transfer.md. The same command continues after an interruption.
+Writes a table with 95% intervals (Student's t) to DIR/transfer.md. The same command continues after an interruption.
 """
 
 import argparse

@@ -38,7 +38,7 @@ class WeightEMA(WeightAveraging):
         """Move the average to the device; its step count stays on the CPU, where reading it costs nothing.
 
         ``AveragedModel.update_parameters`` would copy the count to the device and back in each step. The average has at
-        least fp32, because in bf16 a step that changes it by less than 0.4 % would be lost.
+        least fp32, because in bf16 a step that changes it by less than 0.4% would be lost.
         """
         average: Any = self._average_model
         average.to(pl_module.device, torch.promote_types(torch.float32, next(pl_module.parameters()).dtype))

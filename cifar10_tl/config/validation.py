@@ -1,4 +1,4 @@
-"""Checks of the settings. Each message names the key, its value and what it should be.
+"""Checks of the settings. Each message names the key, its value and what it must be.
 
 Only values that a library would accept silently, refuse with a traceback or refuse after minutes of work have a rule.
 """
@@ -183,7 +183,7 @@ def check_config(cfg: DictConfig) -> None:
     for key, value in found.items():
         if key not in RULES or RULES[key].is_valid(value) or (value == "as_trained" and "compare" in found):
             continue
-        raise UserError(f"{key}={'null' if value is None else value}: should be {RULES[key].wanted}")
+        raise UserError(f"{key}={'null' if value is None else value}: must be {RULES[key].wanted}")
     _check_together(found)
 
 
@@ -218,9 +218,9 @@ def _check_together(config: Mapping[str, Any]) -> None:
     elif config.get("logistic_regression") is True:
         raise UserError("logistic_regression=true needs cached features: add data.cache_features=true")
     if config.get("data.source") == "shapes" and isinstance(test_size := config.get("data.test_size"), float):
-        raise UserError(f"data.test_size={test_size}: should be a whole number for data=shapes")
+        raise UserError(f"data.test_size={test_size}: must be a whole number for data=shapes")
     if config.get("data.source") == "shapes" and config.get("data.native_size") == "auto":
-        raise UserError("data.native_size=auto: should be a whole number for data=shapes")
+        raise UserError("data.native_size=auto: must be a whole number for data=shapes")
     if config.get("ema_bn_batches") and not config.get("ema_decay"):
         raise UserError(f"ema_bn_batches={config['ema_bn_batches']}: needs averaged weights; add ema_decay=0.999")
     if budget := config.get("budget"):

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from cifar10_tl.data.batch import Batch
 from cifar10_tl.data.keyed_rng import KeyedRNG, copied_to
@@ -32,7 +33,7 @@ class Augment:
         random_resized_crop: Range of the area, as a fraction, of a random box (https://arxiv.org/abs/1409.4842) with an
             aspect ratio from 3/4 to 4/3. The network crops and resizes at once, see :attr:`Batch.boxes`.
         trivial_augment: Apply one of 14 operations of random strength to each image, see :func:`trivial_augment`.
-        random_erasing: Probability of replacing a random rectangle (2 to 33 % of the area) with gray.
+        random_erasing: Probability of replacing a random rectangle (2 to 33% of the area) with gray.
         cutout: Side in pixels of a gray square around a random pixel (https://arxiv.org/abs/1708.04552); 0 for none.
         color_jitter: Maximum relative change of brightness, contrast and saturation.
         mix: "none", "mixup" (https://arxiv.org/abs/1710.09412) or "cutmix" (https://arxiv.org/abs/1905.04899).
@@ -137,14 +138,9 @@ def _jitter(images: Tensor, draw: KeyedRNG, strength: float) -> Tensor:
         return copied_to(images.device, 1 + strength * (2 * draw.uniform(name) - 1))[:, None, None, None]
 
     x = images.float() * factor("brightness")
-    x = torch.lerp(_gray(x).mean((2, 3), keepdim=True), x, factor("contrast"))
-    x = torch.lerp(_gray(x), x, factor("saturation"))
+    x = torch.lerp(rgb_to_grayscale(x).mean((2, 3), keepdim=True), x, factor("contrast"))
+    x = torch.lerp(rgb_to_grayscale(x), x, factor("saturation"))
     return x.round().clamp(0, 255).byte()
-
-
-def _gray(images: Tensor) -> Tensor:
-    weights = copied_to(images.device, torch.tensor([0.2989, 0.587, 0.114]))
-    return (images * weights[:, None, None]).sum(1, keepdim=True)
 
 
 def _erase(images: Tensor, draw: KeyedRNG, probability: float) -> Tensor:

@@ -74,7 +74,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         side = getattr(self.source, "native_size", 32)
         for key in ("random_crop_padding", "cutout"):
             if (value := getattr(self.augment, key)) >= side:
-                raise UserError(f"data.augment.{key}={value}: should be below the image size of {side} pixels")
+                raise UserError(f"data.augment.{key}={value}: must be below the image size of {side} pixels")
         self.class_names = self.source.class_names
         self.splits: dict[str, Split] = {}  # "train", "val" and "test", after setup
         self.feature_cache: FeatureCache | None = None  # adds features to the batches

@@ -201,7 +201,7 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
 
 
 def instantiate_all(entries: Mapping[str, Any] | None, group: str, kind: type[Any]) -> list[Any]:
-    """Instantiate the entries of a config group that are not null, each of which should be a ``kind``."""
+    """Instantiate the entries of a config group that are not null, each of which must be a ``kind``."""
     instances = []
     for name, entry in (entries or {}).items():
         is_config = isinstance(entry, Mapping | DictConfig) and "_target_" in entry
@@ -209,9 +209,7 @@ def instantiate_all(entries: Mapping[str, Any] | None, group: str, kind: type[An
         if isinstance(instance, kind):
             instances.append(instance)
         elif instance is not None:
-            raise UserError(
-                f"{group}.{name}={instance}: should be a {kind.__name__} (_target_ names its class) or null"
-            )
+            raise UserError(f"{group}.{name}={instance}: must be a {kind.__name__} (_target_ names its class) or null")
     return instances
 
 

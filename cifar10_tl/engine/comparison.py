@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,11 +179,9 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     (1998), section 3.1.
     """
     n = only_first + only_second
-    tail = term = 1  # sums of binomial coefficients, exact as integers
-    for k in range(1, min(only_first, only_second) + 1):
-        term = term * (n - k + 1) // k
-        tail += term
-    return min(1.0, 2 * tail / 2**n)
+    ks = range(1, min(only_first, only_second) + 1)
+    binomials = accumulate(ks, lambda term, k: term * (n - k + 1) // k, initial=1)  # exact as integers
+    return min(1.0, 2 * sum(binomials) / 2**n)
 
 
 def format_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS) -> list[list[str]]:

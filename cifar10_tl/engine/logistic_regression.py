@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,14 +28,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints", "logistic_regression.ckpt")
 PENALTIES = tuple(10 ** (-k / 2) for k in range(10))  # from strong to weak, so that each solution is near the next
-
-
-class Candidate(NamedTuple):
-    """Head fitted with the penalty ``l2``, and its evaluation on the validation images."""
-
-    l2: float
-    head: nn.Module
-    val: Evaluation
 
 
 class LogisticRegression(Callback):
@@ -80,14 +72,14 @@ def fit(
     log.info("fitting logistic regression with %d penalties on %d images", len(PENALTIES), len(splits["train"]))
     evaluate = partial(evaluate_head, module=module, trainer=trainer, batch_size=datamodule.hparams["batch_size"])
     heads = fit_heads(module, splits["train"], balanced=datamodule.hparams["balance"] != "none")
-    candidates = (Candidate(l2, head, evaluate(head, splits["val"])) for l2, head in heads)
-    best = max(candidates, key=lambda candidate: (candidate.val.accuracy, -candidate.val.loss))
+    candidates = ((evaluate(head, splits["val"]), l2, head) for l2, head in heads)
+    val, l2, head = max(candidates, key=lambda candidate: (candidate[0].accuracy, -candidate[0].loss))
     trainer.strategy.checkpoint_io.save_checkpoint(
-        checkpoint_content(module, best.head, datamodule), Path(trainer.default_root_dir) / CHECKPOINT
+        checkpoint_content(module, head, datamodule), Path(trainer.default_root_dir) / CHECKPOINT
     )
-    scores = {"val": best.val} | ({"test": evaluate(best.head, splits["test"])} if "test" in splits else {})
+    scores = {"val": val} | ({"test": evaluate(head, splits["test"])} if "test" in splits else {})
     metrics = {name: evaluation.metrics() for name, evaluation in scores.items()}
-    return {"l2": best.l2, **metrics, "seconds": time.perf_counter() - start}
+    return {"l2": l2, **metrics, "seconds": time.perf_counter() - start}
 
 
 def fit_heads(module: LitClassifier, train: Split, *, balanced: bool) -> Iterator[tuple[float, nn.Module]]:

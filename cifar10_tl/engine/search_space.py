@@ -36,7 +36,7 @@ def read_space(search: Mapping[str, Any], known: Mapping[str, Any]) -> Space:
 def _entries(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for name, child in node.items():
         if not isinstance(child, dict):
-            raise UserError(f"search.{prefix}{name}={child}: should be {_FORMS}")
+            raise UserError(f"search.{prefix}{name}={child}: must be {_FORMS}")
         if child.keys() & {"low", "high", "choices"}:
             yield f"{prefix}{name}", child
         else:
@@ -50,7 +50,7 @@ def _distribution(key: str, entry: dict[str, Any]) -> BaseDistribution:
         is_whole = all(type(value) is int for name, value in entry.items() if name != "log")
         return IntDistribution(**entry) if is_whole else FloatDistribution(**entry)
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"search.{key}={json.dumps(entry)}: should be {_FORMS} ({error})") from error
+        raise UserError(f"search.{key}={json.dumps(entry)}: must be {_FORMS} ({error})") from error
 
 
 def plain_values(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def log_test(trainer: pl.Trainer, module: LitClassifier, results: Mapping[str, A
     low, high = test["acc_interval"]
     outcome = {
         "accuracy": f"{test['acc']:.2%}",
-        "95 % interval (Wilson)": f"{100 * low:.2f} to {high:.2%}",
+        "95% interval (Wilson)": f"{100 * low:.2f} to {high:.2%}",
         **{key: test[key] for key in ("loss", "count")},
         **{key: results[key] for key in ("best_epoch", "epochs", "val", "seconds", "images_per_second")},
     }

@@ -13,7 +13,7 @@ _Z, _Z_POWER = map(statistics.NormalDist().inv_cdf, (0.975, 0.8))
 
 
 def wilson_interval(num_correct: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of an accuracy, which stays within [0, 1] and is valid near both ends.
+    """Return the 95% interval of an accuracy, which stays within [0, 1] and is valid near both ends.
 
     Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
     """
@@ -25,7 +25,7 @@ def wilson_interval(num_correct: int, count: int) -> tuple[float, float]:
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation of n values, and the 95 % interval of the mean; NaN if n is 1."""
+    """Mean and standard deviation of n values, and the 95% interval of the mean; NaN if n is 1."""
 
     n: int
     mean: float
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the mean, the sample standard deviation and the 95 % interval of Student's t."""
+    """Return the mean, the sample standard deviation and the 95% interval of Student's t."""
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return Spread(1, mean, math.nan, math.nan, math.nan)
@@ -47,8 +47,8 @@ def spread(values: Sequence[float]) -> Spread:
 def further_pairs(difference: Spread) -> int | None:
     """Return how many more pairs are needed for significance, 0 if the interval excludes 0, None if unknown.
 
-    With n = (z_0.975 + z_0.8)^2 (deviation / mean)^2 + z_0.975^2 / 2 pairs, such a difference is significant at the 5 %
-    level with a power of 80 %. Source: W. C. Guenther, "Sample size formulas for normal theory t tests", The American
+    With n = (z_0.975 + z_0.8)^2 (deviation / mean)^2 + z_0.975^2 / 2 pairs, such a difference is significant at the 5%
+    level with a power of 80%. Source: W. C. Guenther, "Sample size formulas for normal theory t tests", The American
     Statistician 35 (1981).
     """
     if difference.n == 1 or difference.mean == 0:

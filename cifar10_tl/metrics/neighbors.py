@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from cifar10_tl.data.batch import Split
 
 NUM_NEIGHBORS = 5
-#: Lowest correlation of the pixels of near-duplicates. Of CIFAR-10's test images (JPEG, ResNet18), 1.7 % have a nearest
-#: training image above it among 90 % of the training images; by hand, 3.3 % have one: https://arxiv.org/abs/1902.00423.
+#: Lowest correlation of the pixels of near-duplicates. Of CIFAR-10's test images (JPEG, ResNet18), 1.7% have a nearest
+#: training image above it among 90% of the training images; by hand, 3.3% have one: https://arxiv.org/abs/1902.00423.
 DUPLICATE_CORRELATION = 0.9
 PIXEL_SIDE = 16  # of the images that are correlated, so that noise and compression matter little
 _CHUNK_SIZE = 2**23  # numbers per chunk of intermediate results

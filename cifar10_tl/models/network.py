@@ -25,8 +25,6 @@ class TransferResNet(nn.Module):
         image_size: Side in pixels to which images are resized for the backbone.
         interpolation: "bicubic" or "bilinear".
         training_sizes: Other sides that images may have in train mode, see ``training_size``.
-        mean: Channel means, in [0, 1], of the data that the backbone was trained on.
-        std: Channel standard deviations of the same data.
 
     Attributes:
         training_size: Side in pixels in train mode, ``image_size`` or one of ``training_sizes``.
@@ -44,8 +42,6 @@ class TransferResNet(nn.Module):
         image_size: int,
         interpolation: str,
         training_sizes: Sequence[int] = (),
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         smallest = min((image_size, *training_sizes))
@@ -57,8 +53,9 @@ class TransferResNet(nn.Module):
         others = sorted({*training_sizes} - {image_size})
         self.other_sizes = nn.ModuleDict({str(size): Resize(native_size, size, interpolation) for size in others})
         # (x / 255 - mean) / std as one multiplication and one addition
-        self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(1, 3, 1, 1))
-        self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
+        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 1, 3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
 
     def lay_out_for(self, device: torch.device) -> None:
         """Convert the weights to channels_last on a GPU.

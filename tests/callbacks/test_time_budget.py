@@ -50,7 +50,7 @@ class Plan:
     ("seconds", "test", "epochs"),
     [
         (8 + 4 * 15, True, 3),  # 8 s: the rest of the last epoch and a test of twice the images
-        (8 + 4.2 * 15, True, 4),  # 3 % of the time are left unused
+        (8 + 4.2 * 15, True, 4),  # 3% of the time are left unused
         (2 + 4.2 * 15, False, 4),
         (2 + 4.1 * 15, False, 3),
         (8 + 15, True, 1),  # the only epoch needs no reserve

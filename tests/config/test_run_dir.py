@@ -126,7 +126,7 @@ def test_any_launch_variable_is_accepted_or_refused(base: dict[str, str], monkey
             with monkeypatch.context() as patch:
                 set_environment(patch, base | {name: value})
                 patch.delenv(STAMP_VARIABLE, raising=False)
-                with pytest.raises(UserError, match=r"should be a whole") if malformed else suppress(UserError):
+                with pytest.raises(UserError, match=r"must be a whole") if malformed else suppress(UserError):
                     check_launch_variables()
                     assert process_rank() >= 0
                     assert "/" not in run_dir.run_stamp()

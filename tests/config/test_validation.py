@@ -112,7 +112,7 @@ MADE = [
     ("+data.num_workers=4", ["data.num_workers", "no such setting", "train_size"]),
     ("+model.num_classes=10", ["model.num_classes", "image_size"]),
     ("+scheduler.gamma=0.1", ["scheduler.gamma", "warmup"]),
-    ("+callbacks.mine={_target_:os.getcwd}", ["callbacks.mine", "should be a Callback"]),
+    ("+callbacks.mine={_target_:os.getcwd}", ["callbacks.mine", "must be a Callback"]),
     ("+callbacks.progress_bar.refresh_seconds=abc", ["refresh_seconds=abc", "seconds"]),
     ("trainer.sync_batchnorm=true", ["trainer.sync_batchnorm=true", "GPUs"]),
     ("model.head.hidden=[1000000000]", ["not have enough memory"]),

@@ -359,5 +359,5 @@ def test_splits_without_class_folders_are_reported(tmp_path: Path) -> None:
 
 def test_padding_is_compared_with_the_chosen_size(pictures: Path) -> None:
     options = {"source": "folder", "root": str(pictures), "augment": {"random_crop_padding": 32}}
-    with pytest.raises(UserError, match=r"random_crop_padding=32: should be below the image size of 32 pixels"):
+    with pytest.raises(UserError, match=r"random_crop_padding=32: must be below the image size of 32 pixels"):
         CIFAR10DataModule(**options, native_size=32)

@@ -37,17 +37,17 @@ def test_ranges_and_choices_become_distributions_by_dotted_key() -> None:
     [
         ({}, "search: has no settings"),
         ({"optimizer": {"lrr": LR}}, r"search\.optimizer\.lrr: no such setting"),
-        ({"optimizer": {"lr": 0.1}}, r"search\.optimizer\.lr=0\.1: should be \{low: "),
+        ({"optimizer": {"lr": 0.1}}, r"search\.optimizer\.lr=0\.1: must be \{low: "),
         (
             {"optimizer": {"lr": {"low": 1, "high": 0.1}}},
-            r'search\.optimizer\.lr=\{"low": 1, "high": 0\.1\}: should be',
+            r'search\.optimizer\.lr=\{"low": 1, "high": 0\.1\}: must be',
         ),
-        ({"optimizer": {"lr": {"low": 0, "high": 0.1, "log": True}}}, "should be"),
-        ({"optimizer": {"lr": {"low": 0.1}}}, "should be"),
-        ({"optimizer": {"lr": {"low": 0.1, "high": "b"}}}, "should be"),
-        ({"optimizer": {"lr": {"low": 0.1, "high": 1, "logg": True}}}, "should be .*logg"),
-        ({"ema_decay": {"choices": "abc"}}, "should be"),
-        ({"ema_decay": {"choices": []}}, "should be"),
+        ({"optimizer": {"lr": {"low": 0, "high": 0.1, "log": True}}}, "must be"),
+        ({"optimizer": {"lr": {"low": 0.1}}}, "must be"),
+        ({"optimizer": {"lr": {"low": 0.1, "high": "b"}}}, "must be"),
+        ({"optimizer": {"lr": {"low": 0.1, "high": 1, "logg": True}}}, "must be .*logg"),
+        ({"ema_decay": {"choices": "abc"}}, "must be"),
+        ({"ema_decay": {"choices": []}}, "must be"),
     ],
 )
 def test_bad_entries_are_refused(search: dict[str, Any], message: str) -> None:

@@ -137,7 +137,7 @@ def test_texts_describe_the_run(board: Board, finished_run: Path) -> None:
     assert str(finished_run) not in texts["run/command"]
     assert results["environment"]["versions"]["torch"] in texts["run/environment"]
     assert f"{results['test']['acc']:.2%}" in texts["run/result"]
-    assert "95 % interval" in texts["run/result"]
+    assert "95% interval" in texts["run/result"]
 
 
 def test_precision_and_recall_of_each_class(board: Board, finished_run: Path) -> None:
@@ -263,7 +263,7 @@ def test_no_panel_of_the_page_is_empty(finished_run: Path, browser: Any) -> None
         "scalars": (("train", "lr/head", "images/s"), 0, 3),
         "custom_scalars": (("train and val", "loss", "acc", "Matches (2)"), 0, 4),
         "images": (("confusion_matrix/val", "correct/test", f"step\n{best}\n"), 4, 0),
-        "text": (("python -m cifar10_tl.train", "model.backbone", epochs, "95 % interval"), 0, 0),
+        "text": (("python -m cifar10_tl.train", "model.backbone", epochs, "95% interval"), 0, 0),
         "pr_curves": (tuple(f"precision_recall/{name}" for name in results["class_names"]), 0, 10),
         "hparams": ((*list(COLUMNS)[:5], "test/acc", "Adam"), 0, 0),
     }

@@ -45,7 +45,7 @@ def test_one_value_has_no_spread() -> None:
 
 @pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
 def test_pairs_for_a_power_of_80_percent_against_the_exact_numbers(effect: float, pairs: int) -> None:
-    """The exact numbers of the paired t test (two-sided, 5 %) are those of G*Power."""
+    """The exact numbers of the paired t test (two-sided, 5%) are those of G*Power."""
     assert further_pairs(Spread(3, effect, 1.0, -1.0, 9.0)) == pairs - 3
     assert further_pairs(Spread(3, -effect, 1.0, -9.0, 1.0)) == pairs - 3
 

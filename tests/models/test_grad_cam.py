@@ -32,10 +32,10 @@ def test_map_of_a_linear_head_by_hand() -> None:
         native_size=2,
         image_size=2,
         interpolation="bicubic",
-        mean=(0, 0, 0),
-        std=(1 / 255, 1 / 255, 1 / 255),
     )
     with torch.no_grad():
+        net.scale.fill_(1)
+        net.shift.zero_()
         head.layers[1].weight.copy_(torch.tensor([[2.0, -1.0], [-1.0, 0.0]]))
     red, green = torch.tensor([[10, 0], [3, 5]]), torch.tensor([[0, 7], [2, 10]])
     images = torch.stack([red, green, torch.zeros(2, 2)])[None].byte()

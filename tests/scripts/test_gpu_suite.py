@@ -60,7 +60,7 @@ def test_steps_are_measured_once_and_continue_in_the_next_call(
     assert found["losses ddp"]["largest relative difference"] <= 1e-5
     speed = found["speed scratch 32"]
     assert speed["45,000 images (s)"] == pytest.approx(45_000 / speed["images/s"])
-    assert 0 <= found["scratch"]["95 % low"] <= found["scratch"]["test acc"] <= found["scratch"]["95 % high"] <= 1
+    assert 0 <= found["scratch"]["95% low"] <= found["scratch"]["test acc"] <= found["scratch"]["95% high"] <= 1
     assert found["scratch"]["96% val (s)"] == "not reached"
     page = (out / "gpu.md").read_text()
     assert page.startswith("# cpu (")
