@@ -55,8 +55,8 @@ COMPARED = {
     "ddp": (("compile=false", "trainer.strategy=ddp"), "gpu", 1e-5),
     "cpu": (("compile=false", "trainer.accelerator=cpu"), "cpu", 0.0),
 }
-QUIET = ("callbacks=minimal", "trainer.enable_progress_bar=false", "trainer.devices=1")
-TINY = ("model.backbone=resnet18", "data.batch_size=16", "trainer.max_epochs=1", "trainer.precision=32-true")
+QUIET = ("callbacks=minimal", "report=none", "trainer.enable_progress_bar=false", "trainer.devices=1")
+TINY = ("model.backbone=resnet10", "data.batch_size=16", "trainer.max_epochs=1", "trainer.precision=32-true")
 
 
 class Suite:

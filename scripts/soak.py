@@ -28,8 +28,7 @@ RUN = (
     *("experiment=quickstart", "model.backbone=resnet18", "model.head.hidden=[32]", "model.head.dropout=0.2"),
     *("data.train_size=700", "data.val_size=100", "data.test_size=100", "data.batch_size=50", "trainer.max_epochs=4"),
     *("trainer.devices=1", "trainer.deterministic=true", "ema_decay=0.9"),
-    *("trainer.enable_progress_bar=false", "checkpoint_every_n_steps=3", "callbacks.confusion_matrix=null"),
-    *("callbacks.correct_predictions=null", "callbacks.incorrect_predictions=null"),
+    *("trainer.enable_progress_bar=false", "checkpoint_every_n_steps=3", "callbacks=minimal", "report=none"),
 )
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 

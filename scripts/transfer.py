@@ -22,7 +22,7 @@ from cifar10_tl.metrics.intervals import spread
 BATCH = 50
 SETTINGS = (
     *("data=folder", "model.backbone=resnet18", "model.image_size=64", "model/head=linear", "optimizer=sgd"),
-    *("callbacks=minimal", "compile=false", "trainer.enable_progress_bar=false"),
+    *("callbacks=minimal", "report=none", "compile=false", "trainer.enable_progress_bar=false"),
 )
 
 
@@ -48,7 +48,7 @@ def accuracy(run: Path, images: int, steps: int, *overrides: str) -> float:
     length += (f"callbacks.last_checkpoint.every_n_epochs={every}", f"data.image_limit={images}", "test=false")
     command("train", run, *SETTINGS, *length, *overrides)
     # image_limit applies to the test images, too
-    command("evaluate", run / "test", f"checkpoint={run}/checkpoints/best.ckpt", "data.image_limit=null")
+    command("evaluate", run / "test", f"checkpoint={run}/checkpoints/best.ckpt", "data.image_limit=null", "report=none")
     return float(read_results(run / "test")["test"]["acc"])
 
 

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import REAL_IMAGES, SMALL, compose_train
 from omegaconf import DictConfig
+
+SLOWEST = {"test_ddp", "test_documentation", "test_gpu_suite", "test_kill_and_resume"}
 
 if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # test processes share the cores, and so do the processes that they start: more threads than cores are slow
@@ -25,9 +28,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the tes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that contain slow tests, so that parallel processes end at about the same time."""
+    """Start with the slowest files, then others with slow tests, so that processes end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.stem not in SLOWEST, item.path not in slow))
 
 
 @pytest.fixture
@@ -42,11 +45,14 @@ def small_cfg(tmp_path: Path) -> Callable[..., DictConfig]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the small run, trained and tested."""
+    """The folder of the small run, trained and tested, which parallel test processes share."""
     from cifar10_tl.train import train
 
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    train(compose_train(*SMALL, f"paths.output_dir={folder}"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if side_by_side else base) / "finished"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "results.json").exists():
+            train(compose_train(*SMALL, f"paths.output_dir={folder}"))
     return folder
 
 

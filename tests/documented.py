@@ -96,7 +96,7 @@ def shortened(words: Sequence[str]) -> list[str]:
         short |= {"trials": "1"}
     if "gradient_flow=true" in given:
         del short["model.freeze"]
-    given = [word for word in given if word.partition("=")[0] not in short]
+    given = [re.sub(r"^(seed=\d+,\d+),.*", r"\1", word) for word in given if word.partition("=")[0] not in short]
     return [flag, module, *given, *(f"{key}={value}" for key, value in short.items())]
 
 
@@ -135,7 +135,14 @@ class Session(Python):
             write_shapes(folder / root, num_classes=3, train=12, test=3)
         write_png(folder / "photos", draw_shapes(4, seed=1, image_size=40)[0])
         self.runs: list[Path] = []
+        self.seen: set[tuple[str, ...]] = set()
         super().__init__(folder)
+
+    def is_new(self, words: Sequence[str]) -> bool:
+        """Return whether a command is not the same, when shortened, as an earlier one, apart from files of runs."""
+        key = tuple(shortened(words))
+        is_known, self.seen = key in self.seen, self.seen | {key}
+        return not is_known or "@" in "".join(key) or "checkpoint=best.ckpt" in key
 
     def run(self, words: Sequence[str], *overrides: str) -> str:
         """Run a command, check that it succeeds, and return what it printed."""

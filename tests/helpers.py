@@ -43,8 +43,8 @@ SMALL = (
 )
 #: Labels of the eight images that :func:`make_run` tests.
 LABELS = ("cat", "dog", "cat", "dog", "cat", "dog", "cat", "dog")
-#: On top of SMALL: three steps per epoch.
-TINY = ("data.train_size=128", "data.val_size=32", "data.test_size=32", "data.batch_size=32")
+#: On top of SMALL: ResNet10, three steps per epoch.
+TINY = ("model.backbone=resnet10", "data.train_size=128", "data.val_size=32", "data.test_size=32", "data.batch_size=32")
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from cifar10_tl.callbacks import RunCheckpoint
 from cifar10_tl.train import train
 
 Small = Callable[..., DictConfig]
-FROZEN = (*TINY, "callbacks=minimal", "model.freeze=backbone", "optimizer=sgd", "scheduler=constant")
+FROZEN = (*TINY, "callbacks=minimal", "report=none", "model.freeze=backbone", "optimizer=sgd", "scheduler=constant")
 
 
 def epoch_of(path: Path) -> int:

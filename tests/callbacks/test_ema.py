@@ -87,7 +87,7 @@ def statistics(run: Path, processes: int = 1) -> dict[str, Tensor]:
 def assert_estimated(run: Path, processes: int = 1) -> None:
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     expected = statistics(run, processes)
-    assert len(expected) == 40
+    assert len(expected) == 24
     for name, value in expected.items():
         torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert not torch.allclose(saved["current_model_state"][name], value, rtol=0.01)

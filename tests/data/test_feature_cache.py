@@ -146,7 +146,7 @@ def test_run_is_the_same_with_and_without_cache(small_cfg: Callable[..., DictCon
         *("model.freeze=backbone", "model.image_size=64", "model/head=lstm", "model.head.hidden=[32]"),
         *("model.head.dropout=0.5", "data.augment.random_crop_padding=0", "data.augment.horizontal_flip=alternating"),
         *("data.train_size=96", "data.val_size=32", "data.test_size=32", "data.batch_size=32", "trainer.max_epochs=1"),
-        *("callbacks=minimal", "logger=none", "+callbacks.losses={_target_: helpers.StepLosses}"),
+        *("callbacks=minimal", "logger=none", "report=none", "+callbacks.losses={_target_: helpers.StepLosses}"),
         f"paths.cache_dir={tmp_path / 'cache'}",
     )
     losses: list[list[float]] = []

@@ -37,7 +37,12 @@ from cifar10_tl.train import train
 pytestmark = pytest.mark.slow
 
 #: Without dropout, whose masks differ between processes. The numbers of test and validation images are odd.
-PLAIN = (*SMALL, *TINY, "model.head.dropout=0", "trainer.deterministic=true", "data.val_size=33", "data.test_size=35")
+PLAIN = (
+    *(*SMALL, *TINY, "model.head.dropout=0", "trainer.deterministic=true", "data.val_size=33", "data.test_size=35"),
+    "report=none",
+)
+#: Without figures and TensorBoard.
+METRICS = ("callbacks=minimal", "logger=none")
 #: With BatchNorm in eval mode, whose statistics differ between processes.
 FIXED = (
     *(*PLAIN, "model.freeze=layer2", "scheduler=linear", "scheduler.head_only_epochs=2", "data.augment.mix=cutmix"),
@@ -98,7 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "data.batch_size=32",
     )
     settings = [o for o in (*FIXED, *CROPS) if "train_size" not in o and "test_size" not in o and o != "data=shapes"]
-    run = (*TRAIN, *settings, *data)
+    run = (*TRAIN, *settings, *data, "report=short")
     finish(*run, "paths.output_dir=one", cwd=folder)
     finish(*run, *TWO, "paths.output_dir=two", cwd=folder)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
@@ -192,7 +197,7 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of the two processes: the order of sums depends on it
-    run = (*PLAIN, "callbacks=minimal", "logger=none", "optimizer=sgd", "optimizer.lr=0.001")
+    run = (*PLAIN, *METRICS, "optimizer=sgd", "optimizer.lr=0.001")
     finish(*TRAIN, *run, *TWO, "paths.output_dir=two", cwd=tmp_path)
     train(compose_train(*run, f"paths.output_dir={tmp_path / 'one'}"))
     monkeypatch.setattr("cifar10_tl.engine.builder.LitClassifier", HalfBatchNorm)
@@ -207,8 +212,8 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
 
 def test_unequal_classes_are_balanced_by_two_processes_as_by_one(tmp_path: Path) -> None:
     data = on_unequal_classes(FIXED, tmp_path / "images")
-    given = (*data, *CROPS, "data.balance=sampler", "callbacks.best_checkpoint.monitor=val/balanced_acc")
-    finish(*TRAIN, *given, "paths.output_dir=one", "paths.cache_dir=cache", cwd=tmp_path)
+    given = (*data, *CROPS, *METRICS, "data.balance=sampler", "callbacks.best_checkpoint.monitor=val/balanced_acc")
+    train(compose_train(*given, f"paths.output_dir={tmp_path / 'one'}", f"paths.cache_dir={tmp_path / 'cache'}"))
     finish(*TRAIN, *given, *TWO, "paths.output_dir=two", "paths.cache_dir=cache", cwd=tmp_path)
     assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
     weights = [torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("one", "two")]
@@ -222,10 +227,10 @@ def test_unequal_classes_are_balanced_by_two_processes_as_by_one(tmp_path: Path)
 
 def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
     cached = (*FIXED, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
-    cached += ("logistic_regression=true", "model.freeze=backbone", "model.image_size=32")
+    cached += (*METRICS, "logistic_regression=true", "model.freeze=backbone", "model.image_size=32")
     finish(*TRAIN, *cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
     assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 3, "train, val and test"
-    finish(*TRAIN, *cached, "paths.output_dir=one", "paths.cache_dir=own", cwd=tmp_path)
+    train(compose_train(*cached, f"paths.output_dir={tmp_path / 'one'}", f"paths.cache_dir={tmp_path / 'own'}"))
     assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
     assert read_results(tmp_path / "two")["test"]["count"] == 35
     one, two = (read_results(tmp_path / name)["logistic_regression"] for name in ("one", "two"))

@@ -51,7 +51,7 @@ NETWORKS = {
 def write_checkpoint(path: Path, name: str) -> LitClassifier:
     """Write a checkpoint of one of the ``NETWORKS``, with BatchNorm statistics of images."""
     torch.manual_seed(0)
-    module = LitClassifier(NAMES, backbone="resnet18", **NETWORKS[name])
+    module = LitClassifier(NAMES, backbone="resnet10", **NETWORKS[name])
     module.network.backbone.num_frozen = 0  # a frozen BatchNorm would not update its statistics
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):

@@ -273,7 +273,8 @@ def test_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000,) * 2); "
         "from cifar10_tl.train import main; main()"
     )
-    process = start_python("-c", code, *SMALL, *TINY, "trainer.max_epochs=1", "paths.output_dir=run", cwd=tmp_path)
+    given = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "paths.output_dir=run")
+    process = start_python("-c", code, *given, cwd=tmp_path)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
