@@ -41,8 +41,8 @@ SHORT = ("recipe", "data", "seeds", "test accuracy", "fit", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
 #: Overrides that make no other recipe.
-UNCOUNTED = r"seed|paths|hydra|logger|callbacks(?!\.best_checkpoint\.monitor)|resume|test"
-UNCOUNTED += r"|trainer\.(accelerator|devices|enable_progress_bar)"
+UNCOUNTED = r"seed|paths|hydra|logger|callbacks(?!\.best_checkpoint\.monitor)|resume|test|report|trust"
+UNCOUNTED += r"|checkpoint_every_n_steps|trainer\.(accelerator|devices|enable_progress_bar)"
 HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and ticks
 
 
@@ -185,8 +185,9 @@ def long_tables(runs: Sequence[Run]) -> str:
 
 
 def short_table(runs: Sequence[Run]) -> str:
-    """Return the table of README.md."""
-    rows = [row for rows in rows_by_data(runs).values() for row in rows]
+    """Return the table of README.md: recipes without other changes than a budget and a backbone."""
+    recipe = re.compile(r"default|((experiment|budget|model\.backbone)=\S+ ?)+")
+    rows = [row for rows in rows_by_data(runs).values() for row in rows if recipe.fullmatch(row.point.name)]
     cells = [{"data": row.title.split(",")[0], **dict(zip(COLUMNS, row.cells, strict=True))} for row in rows]
     lines = [[row[column] for column in SHORT] for row in cells]
     rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))

@@ -144,8 +144,15 @@ def test_the_order_of_overrides_and_the_folder_of_the_data_make_no_other_recipe(
     assert len(rows(runs)) == 1
 
 
-def test_overrides_of_the_device_make_no_other_recipe(tmp_path: Path) -> None:
-    on_device = ("seed=1", "trainer.devices=1", "trainer.accelerator=gpu", "trainer.enable_progress_bar=false")
+def test_overrides_of_the_device_and_the_files_make_no_other_recipe(tmp_path: Path) -> None:
+    on_device = (
+        "report=none",
+        "checkpoint_every_n_steps=9",
+        "seed=1",
+        "trainer.devices=1",
+        "trainer.accelerator=gpu",
+        "trainer.enable_progress_bar=false",
+    )
     runs = digests(tmp_path, {"acc": 0.5, "on": ("seed=0",)}, {"acc": 0.5, "on": on_device})
     (row,) = rows(runs)
     assert row.point.name == "default"
