@@ -93,7 +93,7 @@ def _new_stamp() -> str:
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:  # started by srun, not in the batch script
         return f"slurm-{env.get('SLURM_JOB_ID', 0)}-{env.get('SLURM_STEP_ID', 0)}"
     started, process = time.time(), os.getpid()
-    host = f"_{platform.node()}" if process < 100 else ""  # in a container: others have a process with this number
+    host = f"_{platform.node()}" if process < 100 else ""  # in a container: others use the same numbers
     if job := env.get("TORCHELASTIC_RUN_ID"):
         if job != "none":
             return f"torchrun-{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}"

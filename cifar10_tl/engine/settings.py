@@ -65,7 +65,7 @@ def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "tra
 
 
 def final_overrides(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> list[str]:
-    """Return the overrides of the first start of a run, with the settings that are different since it was resumed."""
+    """Return the overrides of the first start of a run, updated by the settings that changed when it was resumed."""
     given = [o for o in given_overrides(run_dir) or _choices(config, command) if _key(o) not in OF_THE_START]
     searched = as_override("hydra.searchpath", [f"file://{folder}" for folder in _config_dirs(run_dir)])
     known = _composed(config, command, [*given, searched])
