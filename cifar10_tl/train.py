@@ -71,7 +71,8 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
     module = builder.build_module(cfg, datamodule)
     if start is not None:
         check_same_run(start, resumed, module)
-        check_length(cfg, builder.next_epoch(resumed))
+        if not cfg.get("budget"):  # else the checkpoint has the number of epochs
+            check_length(cfg, builder.next_epoch(resumed))
         module.has_weights = True  # those of the checkpoint
     elif cfg.init_from:
         module.load_weights_from(Path(cfg.init_from))

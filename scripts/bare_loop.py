@@ -1,4 +1,4 @@
-"""Training loop in plain PyTorch that the benchmark compares with. As a script it prints its peak memory in MB."""
+"""Plain PyTorch training loop, the baseline of the benchmark. As a script, print its peak memory in MB."""
 
 import sys
 from collections.abc import Iterable, Iterator

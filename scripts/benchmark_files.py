@@ -69,7 +69,7 @@ def folder_data(root: Path, size: int) -> CIFAR10DataModule:
 
 
 def predict_plainly(network: Callable[[Tensor], Tensor], files: list[str], size: int, batch_size: int) -> list[int]:
-    """Return the class of each file, one batch after the other is read by Pillow and classified."""
+    """Return the class of each file, reading and classifying one batch at a time."""
     transform, classes = Compose([Resize(size), CenterCrop(size), PILToTensor()]), []
     for first in range(0, len(files), batch_size):
         pictures = [transform(Image.open(file).convert("RGB")) for file in files[first : first + batch_size]]

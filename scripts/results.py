@@ -40,7 +40,7 @@ COLUMNS = (
 SHORT = ("recipe", "data", "seeds", "test accuracy", "fit", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
-#: Overrides that make no other recipe.
+#: Overrides that do not change the recipe.
 UNCOUNTED = r"seed|paths|hydra|logger|callbacks(?!\.best_checkpoint\.monitor)|resume|test|report|trust"
 UNCOUNTED += r"|checkpoint_every_n_steps|trainer\.(accelerator|devices|enable_progress_bar)"
 HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and ticks

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train with N seeds and print mean, standard deviation and 95 % interval of the test accuracy.
+# Train with N seeds and print mean, standard deviation and 95% interval of the test accuracy.
 #
 #   scripts/seeds.sh 5 experiment=quickstart optimizer.lr=3e-4      (PYTHON=... selects another interpreter)
 set -euo pipefail

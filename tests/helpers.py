@@ -20,8 +20,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar10_tl.data.shapes import draw_shapes
+from cifar10_tl.io import read_csv
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: Folder of cifar10-original-6k.npz; the tests that need it are skipped if the variable is not set.
@@ -62,6 +64,26 @@ def start_python(*arguments: str, cwd: Path | None = None, **variables: str) -> 
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **options)
 
 
+def _call_as(rank: int, number: int, port: int, task: Callable[[], Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    task()
+
+
+def in_processes(number: int, task: Callable[[], Any]) -> None:
+    """Call ``task`` in forked processes that have the variables of torchrun; they start faster than commands."""
+    given = (number, free_port(), task)
+    torch.multiprocessing.start_processes(_call_as, given, nprocs=number, start_method="fork")
+
+
+def train_in_two_processes(*overrides: str) -> None:
+    """Train and test in two forked processes."""
+    from cifar10_tl.train import train
+
+    in_processes(2, lambda: train(compose_train(*overrides, "trainer=ddp_cpu", "trainer.devices=2")))
+
+
 def compose_command(command: str, *overrides: str) -> DictConfig:
     """Return the checked config of a command with these overrides."""
     from hydra import compose, initialize_config_dir
@@ -93,7 +115,12 @@ def resume(run: Path, *overrides: str) -> Any:
 
 def rows(run: Path) -> list[dict[str, str]]:
     """Return the rows of metrics.csv."""
-    return list(csv.DictReader((run / "metrics.csv").open()))
+    return read_csv(run / "metrics.csv")
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    """Return the steps and values of a tag in TensorBoard."""
+    return [(event.step, event.value) for event in EventAccumulator(str(run)).Reload().Scalars(tag)]
 
 
 def saved_step(run: Path) -> int:

@@ -50,7 +50,7 @@ class RunCheckpoint(ModelCheckpoint):
         return str(Path(str(self.dirpath), Path(path).name)) if path.endswith(".ckpt") else ""
 
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        """Return the values for names such as "{epoch}-{step}", not the metric "step", TensorBoard's x axis."""
+        """Return values for file names, with the global step instead of the metric "step" (TensorBoard's x axis)."""
         return super()._monitor_candidates(trainer) | {"step": torch.tensor(trainer.global_step)}
 
     def _save_last(self, trainer: pl.Trainer) -> None:

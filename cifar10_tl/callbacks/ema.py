@@ -46,7 +46,7 @@ class WeightEMA(WeightAveraging):
         average.update_parameters = partial(self._update, average)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Restore both sets of weights for a fit; a test keeps the average, where Lightning would undo it."""
+        """Restore both sets of weights for a fit; a test keeps the average, which Lightning would replace."""
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
@@ -57,7 +57,7 @@ class WeightEMA(WeightAveraging):
             estimate_statistics(trainer, pl_module, self.bn_batches)
 
     def _update(self, average: AveragedModel, model: nn.Module) -> None:
-        """Update the average of weights and buffers by those of ``model``; the first step copies them."""
+        """Update the average of weights and buffers with those of ``model``; the first step copies them."""
         n = int(average.n_averaged)
         kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         tensors = [[x.detach() for x in chain(m.parameters(), m.buffers())] for m in (average.module, model)]

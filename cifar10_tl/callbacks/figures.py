@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,22 @@ class Curves(Callback):
     def on_fit_end(self, trainer: pl.Trainer, *_: Any) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MetricsLogger) and callback.rows and wants_figures(trainer):
-                figure = plots.curves(callback.rows, heading="Training and validation")
+                figure = plots.curves(callback.rows, heading="Training and validation", **_best(trainer, callback.rows))
                 publish(trainer, "curves", figure, step=int(callback.rows[-1]["epoch"] or 0))
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit":  # a test has restored the rows of the best checkpoint
             self.on_fit_end(trainer)
+
+
+def _best(trainer: pl.Trainer, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the epoch of the best checkpoint and its metric; empty if there is none."""
+    checkpoint: Any = trainer.checkpoint_callback
+    monitor, score = (getattr(checkpoint, name, None) for name in ("monitor", "best_model_score"))
+    if monitor is None or score is None:
+        return {}
+    found = (row["epoch"] for row in rows if row[monitor] is not None and abs(row[monitor] - float(score)) < 1e-6)
+    return {"best": next(found, None), "monitor": monitor}
 
 
 class EvaluationFigure(Callback):

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class GracefulStop(Callback):
     """Callback that saves ``checkpoints/last.ckpt`` and stops after the step in which a signal was received.
 
-    After the last step of an epoch, validation and the regular checkpoints come first. All processes stop at the same
-    step: a signal reaches them at different times, so they agree after about every ten batches.
+    After the last step of an epoch, validation and the regular checkpoints come first. Signals reach processes
+    at different times, so they agree about every ten batches, and stop at the same step.
     """
 
     def __init__(self, handler: SignalHandler) -> None:

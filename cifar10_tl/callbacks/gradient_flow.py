@@ -21,9 +21,9 @@ class GradientFlow(Callback):
     """Callback that measures the norm of the gradient in each stage of the network, and for an LSTM at each time step.
 
     About ``points`` optimizer steps per epoch are measured, before clipping, without waiting for the device. The mean
-    of each epoch is logged as ``gradient_norm/<stage>``, and a figure is drawn when the fit ends. A stage has the norm
-    over its trainable parameters. A time step has the norm of the gradient with respect to the input of the LSTM at
-    this step, over all images of the batch (https://arxiv.org/abs/1211.5063, section 2).
+    of each epoch is logged as ``gradient_norm/<stage>``, and a figure is drawn when the fit ends. The norm of a stage
+    is over its trainable parameters. The norm of a time step is that of the gradient with respect to the LSTM's input
+    at this step, over all images of the batch (https://arxiv.org/abs/1211.5063, section 2).
     """
 
     def __init__(self, points: int = 20) -> None:

@@ -20,8 +20,8 @@ class StepLogger(Callback):
     learning rate of the next step. An epoch has ``points`` to ``2 * points`` points, or one per step if it has fewer
     steps. The losses stay on the device until the end of the epoch.
 
-    The points are saved in checkpoints. A resumed run logs them again, because TensorBoard discards what was logged
-    for the resumed epochs by comparing their number with the x axis, which counts steps here.
+    The points are saved in checkpoints. A resumed run logs them again, because TensorBoard discards all points
+    whose x is at least the first resumed epoch, and x counts steps here.
     """
 
     def __init__(self, points: int = 20) -> None:
@@ -42,7 +42,7 @@ class StepLogger(Callback):
         self.tags, self.rows, self._totals = state_dict["tags"], list(state_dict["rows"]), state_dict["totals"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the points that TensorBoard has discarded, and those of a partial epoch; without it, skip the steps."""
+        """Log the points that TensorBoard discarded, and those of a partial epoch; without TensorBoard, skip all."""
         self._strategy = trainer.strategy
         if not tensorboard_loggers(trainer):
             self.on_train_batch_end = None  # type: ignore[method-assign, assignment]
@@ -70,7 +70,7 @@ class StepLogger(Callback):
         self._log(trainer)
 
     def _read(self) -> None:
-        """Wait for the device, and sum up all processes."""
+        """Wait for the device, and sum over all processes."""
         if not self._on_device:
             return
         totals = self._strategy.reduce(torch.stack(self._on_device), reduce_op="sum").cpu()

@@ -33,7 +33,7 @@ from cifar10_tl.io import atomic_write_text
 
 log = logging.getLogger(__name__)
 
-#: Seconds of Python and Hydra before the start of the run, of report.html, and of the process after its end.
+#: Seconds to start Python and Hydra, to write report.html, and to exit.
 PROCESS_SECONDS = 5.5
 #: Estimate of the seconds per epoch for figures and checkpoints before the first epoch.
 FILES_SECONDS = 2.0
@@ -113,7 +113,7 @@ class TimeBudget(Callback):
             self.validation_seconds = time.perf_counter() - self._step_ends[-1]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Update the estimates by an epoch that this process has trained as a whole, and the plan."""
+        """Update the estimates from an epoch that this process has trained entirely, and the plan."""
         now, ends = time.perf_counter(), self._step_ends
         if len(ends) == trainer.num_training_batches:
             seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
@@ -141,6 +141,7 @@ class TimeBudget(Callback):
     def _left(self, trainer: pl.Trainer) -> float:
         """Return the seconds that are left until the last checkpoint is saved and the test starts."""
         tests = _num_images(trainer, "test") / max(1, _num_images(trainer, "val")) if self.test else 0
+        tests *= 1 + trainer.datamodule.splits["test"].slow  # type: ignore[attr-defined]  # also read for the checksum
         # other_seconds contains 1 / every validations of an epoch; the last epoch is always validated
         validations = tests + 1 - 2 / (self._every or 1)
         closing = PROCESS_SECONDS + self.other_seconds + validations * self.validation_seconds
@@ -148,13 +149,13 @@ class TimeBudget(Callback):
 
     def _seconds(self, num_batches: int, done: int, epochs: int) -> float:
         """Return the estimated seconds until all epochs are trained and validated if ``done`` are."""
-        ends = [*(start for start, _ in self.phases[1:]), 1.0]
-        parts = zip(self.phases, ends, strict=True)
-        per_step = sum(seconds * max(0.0, end - max(start, done / epochs)) for (start, seconds), end in parts)
-        return epochs * num_batches * per_step * self.slowdown + (epochs - done) * self.other_seconds
+        starts = [max(done, round(start * epochs)) for start, _ in self.phases]
+        counts = (end - start for start, end in pairwise([*starts, epochs]))
+        steps = sum(count * seconds for count, (_, seconds) in zip(counts, self.phases, strict=True))
+        return num_batches * steps * self.slowdown + (epochs - done) * self.other_seconds
 
     def _plan(self, trainer: pl.Trainer, pl_module: Any, done: int) -> None:
-        """Change the number of epochs if it does not fit the time that is left, and at the beginning."""
+        """Set the number of epochs at the start, and if it no longer fits the remaining time."""
         if self.epochs is not None and done >= self.epochs:
             return
         left = self._left(trainer)

@@ -44,6 +44,10 @@ _MEANINGS = {
     "Expected more than 1 value per channel": (
         "data.batch_size is one image per device, too few for BatchNorm; choose at least 2 per device"
     ),
+    "DataLoader worker .*(killed by signal|exited unexpectedly)|Too many open files": (
+        "a process that decodes images has ended, probably because memory, shared memory (docker run --shm-size=8g) or "
+        "open files (ulimit -n) ran out; set OMP_NUM_THREADS to a lower number of processes"
+    ),
     _LOST_PROCESS: "another process of this run has ended or cannot be reached; resume the run with resume=RUN_DIR",
 }
 _UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append|Could not delete from config\. '([^']+)' does not exist"
@@ -53,10 +57,14 @@ class UserError(Exception):
     """Error that the user can fix: printed as one ``error:`` line, exit status 2, without a traceback."""
 
 
+class OneProcessError(UserError):
+    """UserError that other processes of the run may not have; each process prints its own."""
+
+
 def known_arguments(
     function: Callable[..., Any], settings: Mapping[str, Any], group: str, taken: Collection[str] = ()
 ) -> Mapping[str, Any]:
-    """Return the ``settings`` of a config ``group``, each an argument of ``function`` that is not ``taken``."""
+    """Return the ``settings`` of a config ``group`` if all are arguments of ``function`` that are not ``taken``."""
     known = [name for name in inspect.signature(function).parameters if name not in taken]
     if unknown := [f"{group}.{name}" for name in settings if name not in known]:
         advice = f"choose from {', '.join(known)}" if known else f"{group} has none"

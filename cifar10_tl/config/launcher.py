@@ -6,12 +6,13 @@ import importlib
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar10_tl.config import CONFIG_DIR, run_dir
-from cifar10_tl.config.errors import UserError, explain, is_connection_loss
+from cifar10_tl.config.errors import OneProcessError, UserError, explain, is_connection_loss
 from cifar10_tl.config.resume import quoted, resumed_config
 from cifar10_tl.config.validation import check_config
 from cifar10_tl.io import claim
@@ -37,24 +38,25 @@ _FIXED = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.outpu
 def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     """Compose ``conf/<name>.yaml`` with the command line, check it and call ``task`` with it.
 
-    A user error ends the process with one ``error:`` line on stderr and status 2. ``HYDRA_FULL_ERROR=1`` shows the
-    traceback instead.
+    A user error ends the process with one ``error:`` line on stderr and status 2; a sweep first runs its other jobs.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with status 1
     logging.raiseExceptions = False  # no traceback for each message after the reader of our output ended
+    reported: set[str] = set()
 
-    def report(error: Exception) -> NoReturn:
+    def report(error: Exception) -> None:
         if isinstance(error, BrokenPipeError):  # the reader of our output, such as `| head`, ended
             os._exit(1)
         line = None if full_error == "1" else explain(error, name)
         if line is None:
             raise error
-        if should_print(error):
+        if should_print(error) and line not in reported:
             rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
             origin = "" if rank == "0" else f"process {rank} on {platform.node()}: "
             print(f"error: {origin}{line}", file=sys.stderr)
-        sys.exit(2)
+        reported.add(line)
 
     def job(cfg: DictConfig) -> Any:  # reports errors itself because Hydra would print lines of its own
         folder, records = Path(HydraConfig.get().runtime.output_dir), (".hydra", f"{name}.log")
@@ -74,6 +76,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
             if isinstance(error, SystemExit):  # by a signal
                 raise
             report(error)
+            if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+                sys.exit(2)  # the next job of a sweep would wait for the processes of this one
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -89,6 +93,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         report(error)
     except KeyboardInterrupt:  # before the run handles signals
         sys.exit(128 + signal.SIGINT)
+    if reported:
+        sys.exit(2)
 
 
 def help_text(name: str) -> str:
@@ -100,13 +106,13 @@ def help_text(name: str) -> str:
 def should_print(error: Exception) -> bool:
     """Return whether this process should print ``error``.
 
-    The first process of each node prints. Any process prints its own out-of-memory error, and the second one a lost
-    connection, because the first may have died.
+    The first process of each node prints, and the second one a lost connection, because the first may have died. Any
+    process prints an error that others may not have, such as about its memory.
     """
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    if local == "1" and is_connection_loss(error):
+    if local == "0" or (local == "1" and is_connection_loss(error)) or isinstance(error, OneProcessError):
         return True
-    return local == "0" or "(environment variable)" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    return bool(re.search("MemoryError|allocate memory|DataLoader worker", f"{type(error).__name__}: {error}"))
 
 
 def _prepared(arguments: list[str], name: str = "train") -> list[str]:
@@ -182,7 +188,7 @@ def check_nodes(cfg: DictConfig) -> None:
     if run_dir.run_stamp().startswith(("slurm-", "torchrun-")):
         return
     if nodes == 1 and int(os.environ.get("NODE_RANK", 0)) > 0:
-        raise UserError("NODE_RANK (environment variable): needs trainer.num_nodes above 1; unset NODE_RANK")
+        raise OneProcessError("NODE_RANK (environment variable): needs trainer.num_nodes above 1; unset NODE_RANK")
     default = cfg.paths.output_dir.startswith(run_dir.default_run_dir())
     if nodes > 1 and default and not cfg.get("resume"):
         raise UserError(

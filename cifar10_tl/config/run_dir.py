@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.errors import OneProcessError, UserError
 
 RUN_CONFIG = "config.yaml"
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
@@ -38,9 +38,9 @@ def check_launch_variables() -> None:
     env = os.environ
     for name in _NUMBERS:
         if not re.fullmatch("0|[1-9][0-9]*", env.get(name, "0")):
-            raise UserError(f"{name}={env[name]} (environment variable): must be a whole number; unset {name}")
+            raise OneProcessError(f"{name}={env[name]} (environment variable): must be a whole number; unset {name}")
     if int(env.get("MASTER_PORT", 1)) not in range(1, 2**16):
-        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): must be 1 to 65535")
+        raise OneProcessError(f"MASTER_PORT={env['MASTER_PORT']} (environment variable): must be 1 to 65535")
     if "TORCHELASTIC_RUN_ID" in env:
         _check_job("torchrun", "TORCHELASTIC_RUN_ID", _TORCHRUN, "WORLD_SIZE")
     elif is_started_by_srun():
@@ -49,7 +49,7 @@ def check_launch_variables() -> None:
         names = ("RANK", "SLURM_PROCID")
         for name in names if env.get("MASTER_ADDR") else (*names, "LOCAL_RANK", "NODE_RANK"):
             if env.get(name, "0") != "0":
-                raise UserError(
+                raise OneProcessError(
                     f"{name}={env[name]} (environment variable): must be 0 or unset, because neither torchrun nor "
                     f"srun started this command; unset {name}"
                 )
@@ -58,12 +58,12 @@ def check_launch_variables() -> None:
 def _check_job(launcher: str, mark: str, names: tuple[str, ...], size: str) -> None:
     env = os.environ
     if missing := [name for name in names if not env.get(name)]:
-        raise UserError(
+        raise OneProcessError(
             f"{mark} (environment variable) is set, but {', '.join(missing)} is not: start the command with "
             f"{launcher}, or unset {mark}"
         )
     if int(env[names[0]]) >= int(env[size]):
-        raise UserError(f"{names[0]}={env[names[0]]} (environment variable): must be below {size}={env[size]}")
+        raise OneProcessError(f"{names[0]}={env[names[0]]} (environment variable): must be below {size}={env[size]}")
 
 
 def is_started_by_srun() -> bool:

@@ -53,13 +53,13 @@ def one_of(*choices: Any) -> Rule:
 
 
 def list_of(item: Rule, shortest: int = 0) -> Rule:
-    """Return the rule for lists of items with at least ``shortest`` of them."""
+    """Return the rule for lists of at least ``shortest`` items."""
     wanted = f"a list of {f'at least {shortest} ' if shortest else ''}values, each {item.wanted}"
     return Rule(wanted, lambda v: isinstance(v, list) and len(v) >= shortest and all(map(item.is_valid, v)))
 
 
 def either(first: Rule, second: Rule) -> Rule:
-    """Return the rule for values that are valid by at least one of two rules."""
+    """Return the rule for values that are valid under at least one of two rules."""
     return Rule(f"{first.wanted} or {second.wanted}", lambda value: first.is_valid(value) or second.is_valid(value))
 
 
@@ -98,6 +98,9 @@ fraction_range = Rule(
     lambda value: fractions.is_valid(value) and len(value) == 2 and value[0] <= value[1],
 )
 limit = either(whole(1), number(0, 1, above=True))
+strategy = Rule(  # the first process keeps nothing of a fit in forked processes
+    "auto, ddp or another strategy that does not spawn or fork", lambda v: not re.search("spawn|fork|notebook", str(v))
+)
 has_target = Rule("the _target_ of a profiler", lambda value: isinstance(value, dict) and "_target_" in value)
 
 #: The keys of each rule. A key with ? may also be null.
@@ -146,6 +149,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (number(0, 1, above=True), "optimizer.layer_decay?"),
     (number(0.01, 100), "data.augment.mix_alpha"),
     (either(text, has_target), "trainer.profiler?"),
+    (strategy, "trainer.strategy"),
     (one_of(True, False, "warn"), "trainer.deterministic"),
     (one_of("auto", True, False), "compile"),
     (one_of("none", "mixup", "cutmix"), "data.augment.mix"),
@@ -227,6 +231,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
         for key, unlimited in {"trainer.max_steps": -1, "trainer.max_time": None}.items():
             if config.get(key, unlimited) != unlimited:
                 raise UserError(f"{key}={config[key]}: cannot be combined with budget={budget}; remove one of them")
+    if config.get("trainer.max_time") and (every := config["trainer.check_val_every_n_epoch"]) > 1:
+        raise UserError(
+            f"trainer.max_time={config['trainer.max_time']}: would end without a validation of the last epochs; add "
+            f"trainer.check_val_every_n_epoch=1 instead of {every}, or use budget="
+        )
     alternatives = {"overfit_batches": "debug=overfit", "val_check_interval": "trainer.check_val_every_n_epoch"}
     for key, alternative in alternatives.items():
         if f"trainer.{key}" in config:

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         targets: Labels, int64 [N], or class probabilities, float32 [N, K], after mixing.
         indices: Index of each image in its source, int64 [N], on the CPU.
         features: Cached features of a frozen backbone, float [N, ...], or from a loader [N, V, ...] of V views.
-        boxes: Top, left, height and width in whole pixels, float32 [N, 4], of the part that the network is to see.
+        boxes: Top, left, height and width in whole pixels, float32 [N, 4], of the part that the network sees.
     """
 
     images: Tensor
@@ -209,8 +209,8 @@ class BatchSampler(Sampler[Tensor]):
 class BatchLoader(DataLoader[Batch]):
     """DataLoader that fetches a whole batch by one index operation and can be resumed inside an epoch.
 
-    There are no workers, because indexing takes less time than sending the result to another process, except for slow
-    images: then one per thread of this process, by default the cores divided by the processes.
+    There are no workers, because indexing is faster than sending the result to another process. Slow images have one
+    worker per thread of this process (by default, the cores divided by the processes).
 
     Attributes:
         requested_at: Time when the latest batch was requested.
@@ -239,7 +239,7 @@ class BatchLoader(DataLoader[Batch]):
                 yield batch
                 self.requested_at = time.perf_counter()
         except UserError as error:  # of a worker, with its traceback in the message
-            raise UserError(str(error).rpartition("UserError: ")[-1].strip()) from None
+            raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[-1].strip()) from None
 
 
 def leave_group(worker: int) -> None:

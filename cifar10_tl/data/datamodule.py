@@ -85,7 +85,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
             self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all splits, once; log their sizes unless ``stage`` is "compare"."""
+        """Load all splits once; log the sizes of a folder's splits unless ``stage`` is "compare"."""
         if self.splits:
             return
         splits = {name: Split(x.images, x.labels, paths=x.paths) for name, x in self.source.load().items()}
@@ -110,7 +110,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
         counts = torch.bincount(train.labels, minlength=classes)
         if single := [name for name, count in zip(self.class_names, counts, strict=True) if count == 1]:
             raise UserError(
-                f"data.{key}={given}: too few images: only one of class {', '.join(single)} for both train and "
+                f"data.{key}={given}: only one image of class {', '.join(single)} for both train and "
                 f"{key.removesuffix('_size')}; add images, or make a folder for each split"
             )
         size = max(classes, round(given * len(train))) if isinstance(given, float) else given
@@ -163,15 +163,15 @@ class CIFAR10DataModule(pl.LightningDataModule):
         return class_weights(self.splits["train"].labels, len(self.class_names))
 
     def train_dataloader(self) -> BatchLoader:
-        """Return shuffled full batches, or one smaller batch if there are fewer images than ``batch_size``."""
+        """Return a loader of shuffled full batches; of one smaller batch if ``batch_size`` exceeds the images."""
         return self._loader("train")
 
     def val_dataloader(self) -> BatchLoader:
-        """Return every validation image once, in order unless ``limit_val_batches`` is set."""
+        """Return a loader of every validation image, once and in order unless ``limit_val_batches`` is set."""
         return self._loader("val")
 
     def test_dataloader(self) -> BatchLoader:
-        """Return every test image once, in order unless ``limit_test_batches`` is set."""
+        """Return a loader of every test image, once and in order unless ``limit_test_batches`` is set."""
         return self._loader("test")
 
     def with_features(self, name: str) -> Split:

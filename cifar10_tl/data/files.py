@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.errors import OneProcessError
 from cifar10_tl.data.batch import CHUNK
 from cifar10_tl.data.images import BadImageError, decode_image, in_threads
 
 
 class FileImages:
-    """Images that are decoded each time they are read, for sets that are larger than the disk (``data.cache=false``).
+    """Images that are decoded each time they are read, for ``data.cache=false``: their cache may not fit on the disk.
 
     Args:
         root: Folder that the paths are relative to.
@@ -46,4 +46,4 @@ class FileImages:
         try:
             return decode_image(path, self.size, self.fit)
         except BadImageError as error:
-            raise UserError(f"{path} cannot be read ({error}): restore it, then start or resume again") from error
+            raise OneProcessError(f"{path} cannot be read ({error}): restore it, then start or resume again") from error

@@ -85,7 +85,7 @@ class ImageCache:
 
         Args:
             files: Version of each file by path.
-            retry: Decode the files again that could not be decoded, unless the cache is read-only.
+            retry: Decode again the files that could not be decoded, unless the cache is read-only.
         """
         entries, retry = self._entries(), retry and os.access(self.index, os.W_OK)
         if _outdated(files, entries, retry):
@@ -113,7 +113,7 @@ class ImageCache:
         return {entry.path: entry for entry in found} if is_whole else {}
 
     def _append(self, files: Sequence[tuple[str, list[int]]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Decode files on all cores, append them, to disk every second, and return their entries."""
+        """Decode files on all cores, append them, flushed to disk every second, and return their entries."""
         needed, free = self.row_bytes * len(files), shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(

@@ -77,7 +77,7 @@ def to_pixels(
     floating-point pixels are expected in [0, 1]. Color profiles are ignored, and only the first frame is used.
 
     Args:
-        picture: Picture of any size. It is resized with antialiased bicubic interpolation, unless it has the size.
+        picture: Picture of any size. It is resized with antialiased bicubic interpolation unless it has this size.
         size: Width and height of the result in pixels.
         fit: "crop" scales the shorter side to ``size`` and takes the center, "pad" scales the longer side to ``size``
             and fills the rest with ``PAD_COLOR``, "squeeze" changes the aspect ratio.

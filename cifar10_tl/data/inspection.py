@@ -28,7 +28,7 @@ def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int,
     for split in splits.keys() - {"train"}:
         pairs = [(image, train[image.digest]) for image, _ in splits[split] if image.digest in train]
         shared = [f"{image.path} = {other.path}" for image, other in pairs]
-        notes += [f"{split}: {note}" for note in _note("also in train, so that its accuracy is too high", shared)]
+        notes += [f"{split}: {note}" for note in _note("also in train, which inflates the accuracy", shared)]
     return notes
 
 
@@ -59,7 +59,7 @@ def _odd_sizes(images: Sequence[tuple[Entry, str]], size: int, fit: str) -> Iter
     sides = [(min(i.width, i.height), max(i.width, i.height), f"{i.path} ({i.width} x {i.height})") for i, _ in images]
     small = [text for short, side, text in sides if 2 * (side if fit == "pad" else short) < size]
     long = [text for short, side, text in sides if side > LONG * short and fit == "crop"]
-    yield from _note(f"enlarged more than twice, to {size} pixels", small)
+    yield from _note(f"upscaled by more than 2x, to {size} pixels", small)
     yield from _note(f"more than {LONG} times as long as wide (data.fit=pad keeps everything, crop does not)", long)
 
 

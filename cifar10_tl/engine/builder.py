@@ -97,16 +97,12 @@ def build_trainer(
     except (TypeError, ValueError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={cfg.trainer[key]}" for key in ("accelerator", "devices", "strategy"))
         raise UserError(f"{given}: {error}") from error
-    trainer.fit_loop._iteration_based_training = _never  # type: ignore[method-assign]
+    # with max_steps, a resumed run would end a complete epoch again (Lightning issue 19617)
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     if cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type != "cuda":
         raise UserError("trainer.sync_batchnorm=true requires GPUs; use trainer.sync_batchnorm=false on a CPU")
     return trainer
-
-
-def _never() -> bool:
-    """Prevent a resumed run with ``max_steps`` from ending a complete epoch again (Lightning issue 19617)."""
-    return False
 
 
 def trainer_arguments(cfg: DictConfig) -> dict[str, Any]:

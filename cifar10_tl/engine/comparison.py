@@ -39,7 +39,7 @@ COLUMNS = {
     "different settings": "",
 }
 
-#: The same for the settings of several seeds. Differences are means over the seeds that both settings have.
+#: The same for settings with several seeds. Differences are means over the seeds that both settings have.
 SETTINGS_COLUMNS = {
     "settings": "",
     "seeds": "d",
@@ -54,7 +54,7 @@ SETTINGS_COLUMNS = {
 
 
 class Run(NamedTuple):
-    """Test of a run: by image index, true labels and rows of predictions.csv, and the indices of correct ones."""
+    """Test results of a run: true labels and rows of predictions.csv by image index, and indices of correct images."""
 
     folder: Path
     results: Mapping[str, Any]
@@ -120,7 +120,7 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
 
 
 def compare_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the ``SETTINGS_COLUMNS`` of each group of runs that differ in the seed alone, none if all are alone."""
+    """Return the ``SETTINGS_COLUMNS`` of each group of runs that differ in the seed alone; empty if there is none."""
     groups: dict[str, dict[Any, float]] = {}  # accuracies by the seed
     repeated: list[str] = []
     for run in runs:

@@ -69,7 +69,7 @@ def only_correct(run: Run, other: Run) -> list[int]:
 
 
 def card(index: int, run: Run, other: Run, split: Split | None, sprite: Sprite) -> dict[str, Any]:
-    """Return an image that ``other`` classifies incorrectly for the template."""
+    """Return the template's entry for an image that ``other`` classifies incorrectly."""
     place = None if split is None else sprite.place(index, split.by_index(torch.tensor([index]))[0])
     predictions = [of.predictions[index] for of in (run, other)]
     return {"index": index, "place": place, "path": predictions[1].get("path"), "predictions": predictions}

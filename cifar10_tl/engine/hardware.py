@@ -76,7 +76,7 @@ def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str
     if device.type == "cuda":
         needed = "Triton, a GPU that it supports, a C compiler (gcc) and Python's headers (python3-dev)"
         is_possible = bool(importlib.util.find_spec("triton")) and torch.cuda.get_device_capability(device) >= (7, 0)
-        # Triton compiles a module of Python when it is first used
+        # Triton compiles a C extension when it is first used
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         is_possible = is_possible and bool(compiler) and (_python_headers() / "Python.h").is_file()
     else:

@@ -31,7 +31,7 @@ PENALTIES = tuple(10 ** (-k / 2) for k in range(10))  # from strong to weak, so 
 
 
 class LogisticRegression(Callback):
-    """Callback that fits before the first epoch, so that a time budget counts it.
+    """Callback that fits the heads before the first epoch, within a time budget.
 
     Args:
         test: Whether the chosen head is tested.

@@ -86,7 +86,7 @@ class SignalHandler:
     def end_with_children(self, grace: float = 15) -> None:
         """Wait for the children; if one fails, end the others and this process after ``grace`` seconds.
 
-        Usually this process ends by itself before: its next collective operation fails, or it received the same
+        Usually this process ends by itself first: its next collective operation fails, or it received the same
         signal. But it can wait forever in a rendezvous or an NCCL operation.
         """
         while not any(statuses := [child.poll() for child in self.children]):

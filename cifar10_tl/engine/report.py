@@ -155,7 +155,7 @@ class Pictures:
 
 
 def standard_galleries(evaluation: Evaluation) -> list[Gallery]:
-    """Return the galleries of every page: confident errors, and correct predictions that are not sure."""
+    """Return the galleries of every page: confident errors, and unsure correct predictions."""
     errors = evaluation.incorrect(len(evaluation))
     correct = (evaluation.predictions == evaluation.labels).nonzero().flatten()
     unsure = correct[evaluation.probabilities.max(1).values[correct].argsort(stable=True)]
@@ -275,7 +275,7 @@ class Axis:
 
 
 def curves(sources: Mapping[str, tuple[Path, str]]) -> list[dict[str, Any]]:
-    """Return the charts of accuracy and loss, whose lines are each from a metrics.csv and of a split in it."""
+    """Return the charts of accuracy and loss, with one line per source: a metrics.csv and a split in it."""
     charts = [
         line_chart(title, {name: read_curve(file, f"{split}/{key}") for name, (file, split) in sources.items()}, unit)
         for key, title, unit in (("acc", "accuracy", "%"), ("loss", "loss", ""))

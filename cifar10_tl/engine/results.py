@@ -65,9 +65,10 @@ def write_results(
 ) -> None:
     """Write results.json, with null for NaN and infinity, and the predictions of an evaluation of ``split``.
 
-    A report of earlier results is removed.
+    Those of earlier results are removed first, so that the files of two evaluations are never mixed.
     """
-    (run_dir / REPORT).unlink(missing_ok=True)
+    for name in (REPORT, "results.json"):
+        (run_dir / name).unlink(missing_ok=True)
     if evaluation is not None and split is not None:
         write_predictions(run_dir / "predictions.csv", evaluation, split.paths_of(evaluation.indices))
     finite = json.loads(json.dumps(results), parse_constant=lambda name: None)

@@ -52,10 +52,10 @@ PROJECTED_IMAGES, PROJECTED_FEATURES, THUMBNAIL_SIZE = 2000, 64, 32
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoardLogger with one event file per start of a run, and with one test.
+    """TensorBoardLogger with one event file per start of a run, and at most one test.
 
     A test is logged by ``log_hyperparams`` alone, when its results are complete: a run that is killed before that
-    tests again when it is resumed. A test replaces that of an earlier start, for example of a run that is made longer,
+    tests again when it is resumed. A test replaces that of an earlier start, for example if a run is trained further,
     because TensorBoard would keep the first HPARAMS.
     """
 

@@ -22,10 +22,10 @@ FREEZE = ("none", *STAGES[:-1], "backbone")  # the last frozen stage; layer4 is 
 class Backbone(nn.Sequential):
     """A torchvision ResNet with random weights, without pooling and classifier.
 
-    ResNet10, which torchvision does not name, is ResNet18 with one block per stage.
+    ResNet10, which torchvision does not provide, is ResNet18 with one block per stage.
 
-    It maps images [N, 3, H, W] to features [N, num_features, ceil(H / stride), ceil(W / stride)]. Parameters keep
-    torchvision's names, such as ``layer1.0.bn1.bias``.
+    The backbone maps images [N, 3, H, W] to features [N, num_features, ceil(H / stride), ceil(W / stride)]. Parameters
+    keep torchvision's names, such as ``layer1.0.bn1.bias``.
 
     Args:
         name: One of ``BACKBONES``.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torchvision.ops import MLP
 
 from cifar10_tl.config.errors import UserError, known_arguments
 
@@ -57,18 +57,13 @@ class LSTMHead(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Map features [N, C, h, w] to logits [N, K]."""
-        outputs, _ = self.lstm(feature_map.flatten(2).transpose(1, 2))  # [N, h * w, one or two directions]
-        forward, *backward = outputs.chunk(1 + self.lstm.bidirectional, 2)
-        return self.layers(torch.cat([forward[:, -1], *(direction[:, 0] for direction in backward)], 1))
+        _, (last, _) = self.lstm(feature_map.flatten(2).transpose(1, 2))  # [1 or 2 directions, N, lstm_size]
+        return self.layers(last.transpose(0, 1).flatten(1))
 
 
 def dense_layers(num_inputs: int, hidden: Sequence[int], dropout: float, num_outputs: int) -> list[nn.Module]:
     """Return a linear layer, ReLU and dropout for each size in ``hidden``, and a final linear layer."""
-    layers: list[nn.Module] = []
-    for size in hidden:
-        layers += [nn.Linear(num_inputs, size), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-        num_inputs = size
-    return [*layers, nn.Linear(num_inputs, num_outputs)]
+    return list(MLP(num_inputs, [*hidden, num_outputs], dropout=dropout))[:-1]  # the last is dropout of the logits
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {"linear": LinearHead, "dense": DenseHead, "lstm": LSTMHead}

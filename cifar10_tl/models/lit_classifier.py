@@ -184,6 +184,7 @@ class LitClassifier(pl.LightningModule):
         ``estimated_stepping_batches``: https://github.com/Lightning-AI/pytorch-lightning/issues/20550.
         """
         self.trainer.fit_loop._load_combined_loader_states()
+        self.reschedule()  # a run that is resumed with more epochs has the learning rate of its previous end
         has_float64 = self.device.type != "mps"
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
         if not self.trainer.is_global_zero:
@@ -200,7 +201,7 @@ class LitClassifier(pl.LightningModule):
         self._prepare_epoch()
 
     def _prepare_epoch(self) -> None:
-        """Set what depends on the epoch."""
+        """Apply the settings that depend on the epoch."""
         backbone, head_only_epochs = self.network.backbone, self.hparams["scheduler"].get("head_only_epochs", 0)
         head_only = self.current_epoch < head_only_epochs
         if backbone.head_only != head_only:

@@ -19,7 +19,7 @@ def find_optimizer(name: str) -> type[Optimizer]:
     """Return the optimizer class ``name`` of ``torch.optim``."""
     found = getattr(torch.optim, str(name), None)
     if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
-        raise UserError(f"optimizer.name={name}: torch.optim has no such optimizer; Adam, AdamW and SGD are some")
+        raise UserError(f"optimizer.name={name}: torch.optim has no such optimizer; choose Adam, AdamW, SGD or another")
     return found
 
 
@@ -53,7 +53,7 @@ def parameter_groups(name: str, module: nn.Module, lr: float) -> list[dict[str, 
     trainable = [p for p in module.parameters() if p.requires_grad]
     weights, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
     if others and not weights:
-        raise UserError("this trainer.strategy flattens weights, so that they look like biases; use trainer=ddp")
+        raise UserError("this trainer.strategy flattens weights, so they look like biases; use trainer=ddp")
     groups = [
         {"params": weights, "lr": lr, "name": name},
         {"params": others, "lr": lr, "name": f"{name} without decay", "weight_decay": 0.0},

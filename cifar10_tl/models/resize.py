@@ -11,7 +11,7 @@ class Resize(nn.Module):
     """Equivalent of ``torch.nn.functional.interpolate`` to a square, with antialiasing when downsampling.
 
     Interpolation is separable and linear in the pixels, so it is one matrix product for the rows and one for the
-    columns. On a CPU they take a third of the time of PyTorch's kernel, and far less than ONNX Runtime's.
+    columns. On a CPU they are faster than the kernels of PyTorch and ONNX Runtime (docs/performance.md).
 
     Args:
         native_size: Side in pixels of most input images, for which the matrix is kept.

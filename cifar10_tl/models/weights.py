@@ -62,7 +62,7 @@ def load_backbone(backbone: Backbone, state: Mapping[str, Tensor], origin: str) 
     except RuntimeError as error:
         if "conv1.0.weight" in state:
             raise UserError(
-                f"{origin}: its stem has several convolutions, as that of timm's resnet50d; choose weights of a ResNet "
+                f"{origin}: its stem has several convolutions, like timm's resnet50d; choose weights of a ResNet "
                 "with a single one, such as timm's resnet50"
             ) from error
         if "network.backbone.conv1.weight" in state:
@@ -124,5 +124,5 @@ def load_safely(path: Path) -> Any:
         reason = text.splitlines()[0].split(". ")[0]  # torch appends advice
         if code := re.search(r"Unsupported global: GLOBAL (\S+)", text):
             call = f"torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'weights.pth')"
-            reason = f"{code[1]}. If you trust its source, extract the state dict, as by {call}"
+            reason = f"{code[1]}. If you trust its source, extract the state dict, for example with {call}"
         raise UserError(f"{path} is damaged, not a checkpoint, or would execute code: {reason}") from error

@@ -18,15 +18,19 @@ Floats = NDArray[np.float64]
 
 
 @style.default_style
-def curves(rows: Rows, *, heading: str) -> Figure:
+def curves(rows: Rows, *, heading: str, best: float | None = None, monitor: str = "val/acc") -> Figure:
     """Plot accuracy and loss against the epoch, training and validation together.
 
-    A row has the keys ``epoch``, ``train/acc``, ``val/acc``, ``train/loss`` and ``val/loss``; values that are missing
-    or not finite are left out.
+    Args:
+        rows: One mapping per epoch, with ``epoch``, ``train/acc``, ``val/acc``, ``train/loss`` and ``val/loss``; values
+            that are missing or not finite are left out.
+        heading: Heading of the figure.
+        best: Epoch to mark as the best one.
+        monitor: Metric by which it is the best.
     """
-    epochs, accuracies = _points(rows, "val/acc")
-    best = float(epochs[accuracies.argmax()]) if len(epochs) else None
-    note = "" if best is None else f"☆ best val accuracy {accuracies.max():.2%} at epoch {best:g}"
+    note, name = "", monitor.replace("/", " ").replace("_", " ").replace("acc", "accuracy")
+    for row in (row for row in rows if row["epoch"] == best):
+        note = f"☆ best {name} {row[monitor]:{'.4f' if monitor == 'val/loss' else '.2%'}} at epoch {best:g}"
     fig, page = style.new_page(10, 3.5, heading, note)
     for left, metric, title in ((0.75, "acc", "accuracy"), (5.8, "loss", "loss")):
         style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")

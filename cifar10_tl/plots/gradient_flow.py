@@ -9,7 +9,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from cifar10_tl.plots import style
@@ -55,5 +54,4 @@ def _finish(panel: Axes) -> None:
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    font: dict[str, Any] = {"prop": FontProperties(family=style.FONT, size=style.SMALL), "labelcolor": style.INK}
-    panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, borderaxespad=0, reverse=True, **font)
+    style.add_legend(panel, loc="center left", bbox_to_anchor=(1.02, 0.5), ncols=1, reverse=True)

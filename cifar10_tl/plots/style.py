@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-FONT = "DejaVu Sans"  # part of matplotlib, has ✓ ✗ …, and makes figures equal on every machine
-DPI = 100  # divides by pictures of 32 pixels into whole dots per pixel
+FONT = "DejaVu Sans"  # part of matplotlib, has ✓ ✗ …, and makes figures identical on every machine
+DPI = 100  # pictures of 32 pixels get a whole number of dots per pixel
 INK, MUTED, LINE = "#1a1a1a", "#666666", "#d0d0d0"
 BLUE, ORANGE = "#0072b2", "#d55e00"  # Okabe and Ito's colors, safe for color-blind readers
 HEADING, BODY, SMALL, TINY = 12.0, 9.0, 8.0, 6.0  # points
@@ -77,18 +77,19 @@ def add_panel(page: Axes, x: float, y: float, width: float, height: float, label
 
 
 def scale_accuracy(panel: Axes) -> None:
-    """Scale the y axis to its accuracies: no ticks above 100%, or closer than a thousandth of a percent."""
+    """Scale the y axis to its accuracies, at least one percentage point, without ticks above 100%."""
     low, high = panel.get_ylim()
     spare = max(0.0, 0.01 - (high - low)) / 2
     margin = 0.04 * (high - low + 2 * spare)
     panel.set_ylim(max(low - spare, -margin), min(high + spare, 1 + margin))
 
 
-def add_legend(panel: Axes) -> None:
-    """Add a legend in one line above a panel."""
-    font: dict[str, Any] = {"prop": FontProperties(family=FONT, size=SMALL), "labelcolor": INK}
+def add_legend(panel: Axes, **options: Any) -> None:
+    """Add a legend in one line above a panel, or elsewhere with ``options`` of matplotlib."""
     columns = len(panel.get_legend_handles_labels()[0])
-    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, frameon=False, borderaxespad=0, **font)
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": columns} | options
+    font = FontProperties(family=FONT, size=SMALL)
+    panel.legend(**place, prop=font, labelcolor=INK, frameon=False, borderaxespad=0)
 
 
 @lru_cache(maxsize=8192)
@@ -106,7 +107,7 @@ def clean(text: str) -> str:
 
 
 def legible(names: Sequence[str]) -> list[str]:
-    """Return the class names, with "class 3" for one of which the font has no letter."""
+    """Return the class names, with "class 3" for a name without a letter in the font."""
     return [f"class {i}" if not clean(name).strip("□_- .") and name.strip() else name for i, name in enumerate(names)]
 
 

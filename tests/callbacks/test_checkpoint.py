@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, compose_train, resume, rows
+from helpers import TINY, compose_train, resume, rows, scalars
 from omegaconf import DictConfig
 
 from cifar10_tl.callbacks import RunCheckpoint
@@ -20,14 +20,6 @@ FROZEN = (*TINY, "callbacks=minimal", "report=none", "model.freeze=backbone", "o
 
 def epoch_of(path: Path) -> int:
     return torch.load(path, weights_only=True)["epoch"]
-
-
-def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def test_the_best_of_the_validated_epochs_is_tested_and_reported(

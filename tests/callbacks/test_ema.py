@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from callbacks.small_fit import SPLIT, loader, small_fit
-from helpers import SMALL, TINY, Weights, compose_train, start_python
+from helpers import SMALL, TINY, Weights, compose_train, train_in_two_processes
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
@@ -110,10 +110,7 @@ def test_statistics_of_the_average_are_estimated_at_the_last_size_without_a_chan
 
 @pytest.mark.slow
 def test_statistics_are_averaged_over_processes(tmp_path: Path) -> None:
-    two = ("trainer=ddp_cpu", "trainer.devices=2", f"paths.output_dir={tmp_path}")
-    process = start_python("-m", "cifar10_tl.train", *ESTIMATED, *two, cwd=tmp_path)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    train_in_two_processes(*ESTIMATED, f"paths.output_dir={tmp_path}")
     assert_estimated(tmp_path, processes=2)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cifar10_tl.callbacks import (
@@ -15,6 +16,7 @@ from cifar10_tl.callbacks import (
     Curves,
     GradientFlow,
     IncorrectPredictions,
+    MetricsLogger,
     RunCheckpoint,
     SampleInputs,
     figures,
@@ -116,6 +118,20 @@ def test_mixed_inputs_are_titled_with_both_weights() -> None:
     assert _title(torch.tensor(2), names) == [("c", "")]
     assert _title(torch.tensor([0.3, 0.7, 0.0]), names) == [("b", " 70%"), ("a", " 30%")]
     assert _title(torch.tensor([0.0, 1.0, 0.0]), names) == [("b", "")]
+
+
+@pytest.mark.parametrize(("monitor", "score", "best"), [("val/acc", 0.6, 1), ("val/loss", 0.3, 0), (None, None, None)])
+def test_curves_mark_the_epoch_of_the_best_checkpoint(
+    monitor: str | None, score: float | None, best: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last epoch is incomplete, so its better accuracy does not count."""
+    rows = [{"epoch": i, "val/acc": a, "val/loss": x} for i, (a, x) in enumerate([(0.5, 0.3), (0.6, 0.4), (0.7, 0.5)])]
+    logger, seen = MetricsLogger(), list[Any]()
+    logger.rows = rows
+    monkeypatch.setattr(figures.plots, "curves", lambda *_, **options: seen.append(options.get("best")) or Figure())
+    checkpoint = SimpleNamespace(monitor=monitor, best_model_score=None if score is None else torch.tensor(score))
+    Curves().on_fit_end(fake_trainer(tmp_path, callbacks=[logger], checkpoint_callback=checkpoint))
+    assert seen == [best]
 
 
 @pytest.mark.parametrize("callback", [Curves(), GradientFlow()])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from callbacks.small_fit import SPLIT, loader, small_fit
-from helpers import Accident, StepLosses, compose_train, resume, start_python
+from helpers import Accident, StepLosses, compose_train, resume, train_in_two_processes
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -163,10 +163,7 @@ def test_two_processes_have_the_norms_of_one(tmp_path: Path) -> None:
     """The backbone is frozen, because the statistics of trainable BatchNorm differ between processes."""
     options = (*TINY_LSTM, "gradient_flow=true", "model.freeze=backbone", "model.head.dropout=0")
     train(compose_train(*options, f"paths.output_dir={tmp_path / 'one'}"))
-    two = (*options, "trainer=ddp_cpu", "trainer.devices=2", "paths.output_dir=two")
-    process = start_python("-m", "cifar10_tl.train", *two, cwd=tmp_path)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    train_in_two_processes(*options, f"paths.output_dir={tmp_path / 'two'}")
     one, two = norms(tmp_path / "one"), norms(tmp_path / "two")
     for row, expected in zip(two, one, strict=True):
         assert row["stages"] == pytest.approx(expected["stages"], rel=1e-4)

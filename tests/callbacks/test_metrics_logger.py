@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import rows
 
 from cifar10_tl.callbacks import MetricsLogger
 from cifar10_tl.callbacks.metrics_logger import COLUMNS
@@ -40,8 +40,7 @@ def test_each_epoch_has_one_row_also_after_a_resume(tmp_path: Path, caplog: pyte
     del resumed.rows[0]["val/count"]  # as in a checkpoint of an older version
     trainer.current_epoch, trainer.global_step, module.evaluation = 1, 10, None
     resumed.on_train_epoch_end(trainer, module)
-    with (tmp_path / "metrics.csv").open() as file:
-        validated, other = csv.DictReader(file)
+    validated, other = rows(tmp_path)
     assert tuple(validated) == COLUMNS
     names = ("epoch", "step", "lr", "train/acc", "val/acc", "val/balanced_acc", "val/macro_f1")
     assert [validated[name] for name in names[:-1]] == ["0", "5", "0.2", "0.75", "0.5", "0.5"]

@@ -7,18 +7,15 @@ from typing import Any
 import pytest
 import torch
 from callbacks.small_fit import small_fit
-from helpers import StepLosses
+from helpers import StepLosses, scalars
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar10_tl.callbacks import StepLogger
 
 
 def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return steps and values by tag, without those on the axis of the epochs."""
-    events = EventAccumulator(str(folder)).Reload()
-    tags = ("train/loss_step", "lr/backbone", "lr/head")
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: scalars(folder, tag) for tag in ("train/loss_step", "lr/backbone", "lr/head")}
 
 
 def test_losses_and_rates_of_all_steps_are_logged_if_there_are_few(tmp_path: Path) -> None:

@@ -13,6 +13,15 @@ from cifar10_tl.config.errors import UserError
 STEPS, OTHER = 10, 5
 
 
+class Images(list[None]):
+    """As many images as a split has."""
+
+    slow = False
+
+    def __init__(self, count: int) -> None:
+        super().__init__([None] * count)
+
+
 class Plan:
     """A callback at a given time, with the parts of a trainer that it reads."""
 
@@ -25,7 +34,7 @@ class Plan:
             num_training_batches=STEPS,
             strategy=SimpleNamespace(broadcast=lambda value: value),
             fit_loop=SimpleNamespace(max_epochs=40),
-            datamodule=SimpleNamespace(splits={"val": range(100), "test": range(200)}, hparams={"batch_size": 8}),
+            datamodule=SimpleNamespace(splits={"val": Images(100), "test": Images(200)}, hparams={"batch_size": 8}),
             limit_val_batches=1.0,
             limit_test_batches=1.0,
             default_root_dir="nowhere",
@@ -98,6 +107,14 @@ def test_epochs_of_several_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     left = 25 * (10 * 3 + 5) + 25 * (10 * 4 + 5)
     assert plan.callback._seconds(STEPS, 50, 100) == pytest.approx(left)
     assert plan.callback._seconds(STEPS, 90, 100) == pytest.approx(10 * 45)
+    assert plan.callback._seconds(STEPS, 0, 3) == pytest.approx(10 * (1 + 1 + 4) + 3 * OTHER), "whole epochs"
+    assert plan.callback._seconds(STEPS, 2, 3) == pytest.approx(10 * 4 + OTHER)
+
+
+def test_files_of_the_test_are_decoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, 8 + 4.2 * 15)
+    plan.trainer.datamodule.splits["test"].slow = True
+    assert plan.after(0, 0) == 3
 
 
 def test_budget_for_less_than_an_epoch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import REPOSITORY, compose_train
+from helpers import REPOSITORY, SMALL, TINY, compose_train
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
 
 from cifar10_tl.config import errors, launcher, run_dir, validation
-from cifar10_tl.config.errors import UserError, explain
+from cifar10_tl.config.errors import OneProcessError, UserError, explain
 from cifar10_tl.io import claim
 
 
@@ -25,6 +25,8 @@ def test_bugs_are_not_explained_as_user_errors() -> None:
     assert explain(RuntimeError("shapes differ"), "train") is None
     busy = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for ...")
     assert explain(busy, "train") == "the GPU cannot be used, perhaps because another process uses it (see nvidia-smi)"
+    for text in ("worker (pid(s) 7) exited unexpectedly", "worker (pid 7) is killed by signal: Bus error. "):
+        assert "docker run --shm-size" in str(explain(RuntimeError(f"DataLoader {text}"), "train"))
     assert explain(OSError(28, "No space left on device"), "train") == "[Errno 28] No space left on device"
 
 
@@ -95,6 +97,15 @@ def test_a_user_error_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     full = command("data.batch_size=abc", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert full.returncode == 1
     assert "Traceback" in full.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_its_other_jobs_after_an_error(tmp_path: Path) -> None:
+    given = (*SMALL, *TINY, "callbacks=minimal", "logger=none", "report=none", "trainer.max_epochs=1", "test=false")
+    done = command(*given, "-m", "model.head.hidden=[0],[8]", "paths.output_dir=sweep", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: model.head.hidden=\[0\].*\n", done.stderr), done.stderr
+    assert [path.parent.name for path in tmp_path.glob("sweep/*/results.json")] == ["1"]
 
 
 @pytest.mark.slow
@@ -176,6 +187,8 @@ LOST = RuntimeError("Connection closed by peer")
         ({"RANK": "8", "LOCAL_RANK": "0"}, UserError("x"), True),  # first process of another node
         ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1"}, UserError("x"), False),
         ({"RANK": "1", "LOCAL_RANK": "1"}, torch.OutOfMemoryError("x"), True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, OneProcessError("x"), True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, RuntimeError("can't allocate memory"), True),
         ({"RANK": "1", "LOCAL_RANK": "1"}, LOST, True),
         ({"RANK": "2", "LOCAL_RANK": "2"}, LOST, False),
     ],

@@ -240,7 +240,7 @@ def test_class_of_one_image_is_not_moved_to_validation() -> None:
     data = datamodule(val_size=0.9)
     labels = torch.tensor([1] + [i for i in range(10) if i != 1] * 10)
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"val_size=0.9: too few images: only one of class ring for both"):
+    with pytest.raises(UserError, match=r"val_size=0.9: only one image of class ring for both"):
         data._split(Split(images, labels), "val_size", 0.9)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import errno
 import os
 import socket
@@ -22,6 +21,7 @@ from cifar10_tl.config.validation import check_config
 from cifar10_tl.data.batch import CHUNK, Split
 from cifar10_tl.data.feature_cache import FeatureCache, tensors_checksum
 from cifar10_tl.data.shapes import draw_shapes
+from cifar10_tl.io import read_csv
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
 
@@ -155,8 +155,7 @@ def test_run_is_the_same_with_and_without_cache(small_cfg: Callable[..., DictCon
         StepLosses.seen.clear()
         train(small_cfg(*options, f"data.cache_features={cache}", run=cache))
         losses.append(list(StepLosses.seen))
-        with (tmp_path / cache / "predictions.csv").open() as file:
-            probabilities.append([float(row["probability"]) for row in csv.DictReader(file)])
+        probabilities.append([float(row["probability"]) for row in read_csv(tmp_path / cache / "predictions.csv")])
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert probabilities[1] == pytest.approx(probabilities[0], abs=1e-4)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from callbacks.small_fit import SPLIT, small_fit
 from helpers import write_png
 
-from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.errors import OneProcessError, UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.files import FileImages
 from cifar10_tl.data.images import decode_image
@@ -96,7 +96,7 @@ def test_a_file_that_becomes_unreadable_is_named_in_one_line(files: Split, tmp_p
     path.write_bytes(b"no image")
     message = f"{path} cannot be read (not an image format that Pillow can read): restore it, then start or resume"
     for read in (lambda: files.images, lambda: small_fit(tmp_path, split=files)):
-        with pytest.raises(UserError) as raised:
+        with pytest.raises(OneProcessError) as raised:
             read()
         assert str(raised.value) == f"{message} again"
     assert multiprocessing.active_children() == [], "workers end with the fit"

@@ -38,7 +38,7 @@ def test_copies_within_a_split_and_of_training_images() -> None:
     assert inspect_images({"train": train, "test": test}, 100) == [
         f"train: 4 images are identical to another image: {', '.join(f'{n} = {names[0]}' for n in names[1:4])}, ...",
         f"train: 1 image is identical to an image with a different label: {names[5]} = {names[0]}",
-        f"test: 1 image is also in train, so that its accuracy is too high: {names[6]} = {names[5]}",
+        f"test: 1 image is also in train, which inflates the accuracy: {names[6]} = {names[5]}",
     ]
 
 
@@ -46,7 +46,7 @@ def test_small_and_long_images() -> None:
     usual = [*images("ant", 10), *images("bee", 10)]
     small, fine = images("bee", 1, (300, 49)), images("bee", 1, (50, 150))
     assert inspect_images({"train": [*usual, *small, *fine]}, 100) == [
-        f"train: 1 image is enlarged more than twice, to 100 pixels: {small[0][0].path} (300 x 49)",
+        f"train: 1 image is upscaled by more than 2x, to 100 pixels: {small[0][0].path} (300 x 49)",
         "train: 1 image is more than 3 times as long as wide (data.fit=pad keeps everything, crop does not): "
         f"{small[0][0].path} (300 x 49)",
     ]
@@ -63,7 +63,7 @@ def test_an_image_listed_twice_is_a_copy() -> None:
 def test_the_longer_side_of_padded_images_counts() -> None:
     train = [*images("ant", 10, (100, 350)), *images("bee", 10)]
     assert inspect_images({"train": train, "test": train[9:]}, 224, "pad")[:1] == [
-        "train: 10 images are enlarged more than twice, to 224 pixels: "
+        "train: 10 images are upscaled by more than 2x, to 224 pixels: "
         + ", ".join(f"{image.path} (100 x 100)" for image, _ in train[10:13])
         + ", ..."
     ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from cifar10_tl.data.batch import Split
-from cifar10_tl.engine.results import images_checksum, markdown_table, summary, text_table
+from cifar10_tl.engine.results import images_checksum, markdown_table, summary, text_table, write_results
 from cifar10_tl.metrics.evaluation import Evaluation
 
 
@@ -26,6 +27,21 @@ def test_checksum_of_images_stays_the_same_between_versions() -> None:
     split = Split(images, torch.zeros(300).long())
     assert images_checksum(split) == hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "b8eaefe0cfdb56bf"
     assert images_checksum(split.subset(torch.arange(1, 300, 2))) == "b85a43ce2a5d5e6b"
+
+
+def test_old_results_are_not_kept_beside_new_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(path: Path, text: str) -> None:
+        if path.name == "results.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_text(text)
+
+    split = Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]))
+    evaluation = Evaluation.of(torch.tensor([[1.0, 0.0]]), split.labels, split.indices, ["a", "b"])
+    write_results(tmp_path, {}, evaluation, split)
+    monkeypatch.setattr("cifar10_tl.engine.results.atomic_write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_results(tmp_path, {}, evaluation, split)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
 
 
 def test_the_summary_of_a_run_names_results_files_and_next_commands(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.engine.search import Search, propose
 from cifar10_tl.engine.search_report import describe, summary, write_report
 from cifar10_tl.engine.search_space import read_space
-from cifar10_tl.io import claim
+from cifar10_tl.io import claim, read_csv
 from cifar10_tl.tune import tune
 
 #: Val accuracies by epoch of made-up runs, None: the run fails.
@@ -260,7 +259,7 @@ def test_report_names_the_best_trial_and_its_command(runs: FakeRuns, tmp_path: P
     assert best["command"].startswith("python -m cifar10_tl.train data=shapes optimizer.lr=")
     assert "test=false" not in best["command"]
     assert sum(results["importance"].values()) == pytest.approx(1)
-    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    rows = read_csv(tmp_path / "trials.csv")
     assert [row["state"] for row in rows] == ["finished", "finished", "failed", "pruned", "finished"]
     assert float(rows[1]["optimizer.lr"]) == search.study.trials[1].params["optimizer.lr"]
     assert rows[2]["error"] == "error: seed=x: bad"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,12 +21,15 @@ from helpers import (
     TINY,
     compose_train,
     free_port,
+    in_processes,
     on_unequal_classes,
+    resume,
     rows,
+    scalars,
     start_python,
+    train_in_two_processes,
     write_shapes,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from cifar10_tl.data.batch import Batch
@@ -123,9 +127,7 @@ def test_two_processes_train_like_one(runs: dict[str, Path], name: str) -> None:
     one, two = runs["one"], runs[name]
     assert_same_metrics(two, one, rel=1e-4)
     for tag in ("train/loss_step", "lr/head"):
-        points, others = (
-            [(e.step, e.value) for e in EventAccumulator(str(r)).Reload().Scalars(tag)] for r in (one, two)
-        )
+        points, others = scalars(one, tag), scalars(two, tag)
         assert [step for step, _ in points] == list(range(1, int(rows(one)[-1]["step"]) + 1))
         assert others == [(step, pytest.approx(value, rel=1e-4)) for step, value in points]
     expected, actual = (
@@ -150,19 +152,16 @@ def test_two_processes_write_the_files_of_one(runs: dict[str, Path], name: str) 
     assert (runs[name] / "train.log").read_text().count("test acc") == 1
 
 
-def evaluate(rank: int, world_size: int, port: int, overrides: tuple[str, ...], file: Path) -> None:
-    """Test an untrained network in a process of torchrun; the last one writes its evaluation."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    cfg = compose_train(*overrides, "trainer=ddp_cpu", f"trainer.devices={world_size}")
+def evaluate(overrides: tuple[str, ...], file: Path) -> None:
+    """Test an untrained network; the last process writes its evaluation."""
+    cfg = compose_train(*overrides)
     pl.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     module, trainer = build_module(cfg, datamodule), build_trainer(cfg)
     trainer.test(module, datamodule=datamodule, verbose=False)
     found = module.evaluation
     assert found is not None
-    if trainer.global_rank == world_size - 1:
+    if trainer.global_rank == trainer.world_size - 1:
         exact, close = (found.indices, found.labels, found.confusion_matrix), (found.logits, found.features)
         torch.save((*exact, close, found.metrics()), file)
 
@@ -171,8 +170,8 @@ def evaluate(rank: int, world_size: int, port: int, overrides: tuple[str, ...], 
 def test_evaluation_does_not_depend_on_the_number_of_processes(images: int, tmp_path: Path) -> None:
     overrides = (*PLAIN, "callbacks=minimal", "logger=none", "data.batch_size=12", f"data.image_limit={images}")
     for world_size in (1, 2, 3):
-        given = (world_size, free_port(), overrides, tmp_path / str(world_size))
-        torch.multiprocessing.start_processes(evaluate, given, nprocs=world_size, start_method="fork")
+        given = (*overrides, "trainer=ddp_cpu", f"trainer.devices={world_size}")
+        in_processes(world_size, partial(evaluate, given, tmp_path / str(world_size)))
     *expected, outputs, metrics = torch.load(tmp_path / "1", weights_only=True)
     assert expected[0].unique().numel() == len(expected[0]) == images
     for world_size in (2, 3):
@@ -198,7 +197,7 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of the two processes: the order of sums depends on it
     run = (*PLAIN, *METRICS, "optimizer=sgd", "optimizer.lr=0.001")
-    finish(*TRAIN, *run, *TWO, "paths.output_dir=two", cwd=tmp_path)
+    train_in_two_processes(*run, f"paths.output_dir={tmp_path / 'two'}")
     train(compose_train(*run, f"paths.output_dir={tmp_path / 'one'}"))
     monkeypatch.setattr("cifar10_tl.engine.builder.LitClassifier", HalfBatchNorm)
     train(compose_train(*run, f"paths.output_dir={tmp_path / 'halves'}"))
@@ -213,8 +212,9 @@ def test_trainable_batchnorm_is_the_only_difference_of_two_processes(
 def test_unequal_classes_are_balanced_by_two_processes_as_by_one(tmp_path: Path) -> None:
     data = on_unequal_classes(FIXED, tmp_path / "images")
     given = (*data, *CROPS, *METRICS, "data.balance=sampler", "callbacks.best_checkpoint.monitor=val/balanced_acc")
-    train(compose_train(*given, f"paths.output_dir={tmp_path / 'one'}", f"paths.cache_dir={tmp_path / 'cache'}"))
-    finish(*TRAIN, *given, *TWO, "paths.output_dir=two", "paths.cache_dir=cache", cwd=tmp_path)
+    given += (f"paths.cache_dir={tmp_path / 'cache'}",)
+    train(compose_train(*given, f"paths.output_dir={tmp_path / 'one'}"))
+    train_in_two_processes(*given, f"paths.output_dir={tmp_path / 'two'}")
     assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
     weights = [torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("one", "two")]
     one, two = (content["state_dict"] for content in weights)
@@ -228,7 +228,7 @@ def test_unequal_classes_are_balanced_by_two_processes_as_by_one(tmp_path: Path)
 def test_two_processes_share_a_feature_cache(tmp_path: Path) -> None:
     cached = (*FIXED, "data.cache_features=true", "data.augment.mix=none", "data.augment.random_crop_padding=0")
     cached += (*METRICS, "logistic_regression=true", "model.freeze=backbone", "model.image_size=32")
-    finish(*TRAIN, *cached, *TWO, "paths.output_dir=two", "paths.cache_dir=shared", cwd=tmp_path)
+    train_in_two_processes(*cached, f"paths.output_dir={tmp_path / 'two'}", f"paths.cache_dir={tmp_path / 'shared'}")
     assert len(list((tmp_path / "shared" / "features").glob("*.safetensors"))) == 3, "train, val and test"
     train(compose_train(*cached, f"paths.output_dir={tmp_path / 'one'}", f"paths.cache_dir={tmp_path / 'own'}"))
     assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
@@ -317,7 +317,7 @@ def test_killed_process_ends_the_run_with_one_line(tmp_path: Path, victim: str) 
     if victim == "child":
         assert f"process 1 of this run ({child}) was killed by SIGKILL" in output
         done = epochs(tmp_path / "run")
-        finish(*TRAIN, "resume=run", f"trainer.max_epochs={done + 1}", cwd=tmp_path)
+        in_processes(2, lambda: resume(tmp_path / "run", f"trainer.max_epochs={done + 1}"))
         assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(done + 1)]
 
 
@@ -337,5 +337,5 @@ def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
     stop(os.kill, signal.SIGTERM, *overrides, "paths.output_dir=run")
     stop(os.killpg, signal.SIGINT, "resume=run")
     finish(*TRAIN, "resume=run", cwd=tmp_path)
-    finish(*TRAIN, *overrides, "paths.output_dir=whole", cwd=tmp_path)
+    train_in_two_processes(*overrides, f"paths.output_dir={tmp_path / 'whole'}")
     assert_same_metrics(tmp_path / "run", tmp_path / "whole", rel=1e-5)

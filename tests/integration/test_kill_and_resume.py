@@ -23,10 +23,10 @@ from helpers import (
     resume,
     rows,
     saved_step,
+    scalars,
     start_python,
 )
 from omegaconf import OmegaConf
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -38,6 +38,7 @@ from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.processes import Stopped
 from cifar10_tl.io import claim
+from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
 
 pytestmark = pytest.mark.slow
@@ -133,7 +134,7 @@ def test_run_stopped_by_a_signal_resumes_exactly(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "previous handlers should be restored"
     resume(tmp_path)
     assert_same(tmp_path, expected)
-    assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("test/acc")) == 1
+    assert len(scalars(tmp_path, "test/acc")) == 1
 
 
 def test_results_of_a_run_that_is_trained_further_are_removed(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_results_of_a_run_that_is_trained_further_are_removed(tmp_path: Path) ->
     assert (tmp_path / "results.json").is_file()
     killed("test end", 0, resume, tmp_path, "trainer.max_epochs=2")
     assert not (tmp_path / "results.json").exists()
-    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("val/acc")] == [0, 1]
+    assert [step for step, _ in scalars(tmp_path, "val/acc")] == [0, 1]
 
 
 def test_run_that_is_killed_repeatedly_resumes_exactly(
@@ -192,6 +193,19 @@ def test_finished_run_can_be_made_longer(run: Path) -> None:
     results = resume(run)
     assert results["epochs"] == len(rows(run)) == 3
     assert results["val"]["acc"] == max(float(row["val/acc"]) for row in rows(run))
+
+
+def test_longer_run_has_the_learning_rates_of_its_schedule(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(
+        LitClassifier, "on_before_optimizer_step", lambda _, optimizer: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    start(tmp_path / "three", "trainer.max_epochs=3")
+    resume(run, "trainer.max_epochs=3")
+    assert len(rates) == 9 + 3
+    assert rates[9:] == rates[6:9]
 
 
 def test_settings_of_a_refused_resume_are_not_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

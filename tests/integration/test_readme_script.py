@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import ast
-import csv
+import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, in_processes
+
+from cifar10_tl.io import read_csv
 
 README = (REPOSITORY / "README.md").read_text()
 (SCRIPT,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pl.Trainer(" in block)
@@ -18,20 +17,28 @@ SIZES = {"val_size=1000": "train_size=128, val_size=32, test_size=32, batch_size
 
 
 @pytest.mark.slow
-def test_the_script_in_the_readme_logs_each_metric_once_per_epoch(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_script_in_the_readme_logs_each_metric_once_per_epoch(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = SCRIPT
     for shown, small in SIZES.items():
         assert shown in script
         script = script.replace(shown, small)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (results,) = ast.literal_eval(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    script = script.replace("pl.Trainer(", f"pl.Trainer(accelerator='cpu', devices={processes}, strategy='ddp', ")
+    monkeypatch.chdir(tmp_path)
+
+    def keep(results: object) -> None:
+        Path(f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+    in_processes(processes, lambda: exec(script, {"print": keep}))
+    results, *others = (json.loads(path.read_text())[0] for path in sorted(tmp_path.glob("*.json")))
+    assert others == [results] * (processes - 1)
     assert 0 <= results["test/acc"] <= 1
     assert math.isfinite(results["test/loss"])
 
     (file,) = tmp_path.rglob("metrics.csv")
-    rows = list(csv.DictReader(file.open()))
+    rows = read_csv(file)
     for stage in ("train", "val", "test"):
         for name in ("loss", "acc"):
             points = [(row["step"], float(row[f"{stage}/{name}"])) for row in rows if row[f"{stage}/{name}"]]

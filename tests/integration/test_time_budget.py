@@ -138,6 +138,21 @@ def test_resumed_run_has_the_time_that_was_left(clock: Clock, tmp_path: Path) ->
     torch.testing.assert_close(state(tmp_path / "killed"), state(tmp_path / "whole"), rtol=0, atol=0)
 
 
+def test_requeued_job_resumes_with_the_planned_epochs(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (budget(3.5), "trainer.max_epochs=1", "+callbacks.accident={_target_: helpers.Accident}")
+
+    def kill() -> None:
+        raise RuntimeError("power cut")
+
+    Accident.happens, Accident.at = kill, ("step", 7)
+    with pytest.raises(RuntimeError, match="power cut"):
+        start(tmp_path, *command)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert start(tmp_path, *command)["epochs"] == 3
+
+
 def test_too_little_time_is_reported_before_training(clock: Clock, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"budget=.*about {CLOSING + EPOCH:.0f} s"):
         start(tmp_path, budget(0.9))

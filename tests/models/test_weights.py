@@ -174,7 +174,7 @@ def test_a_checkpoint_with_objects_is_explained_with_the_call_that_extracts_its_
     torch.save({"model": tensors, "args": Namespace(lr=0.1)}, path)
     with pytest.raises(UserError, match=r"would execute code: argparse\.Namespace\. If you trust") as caught:
         load_safely(path)
-    call = str(caught.value).partition(", as by ")[2].replace("weights.pth", str(tmp_path / "weights.pth"))
+    call = str(caught.value).partition(", for example with ")[2].replace("weights.pth", str(tmp_path / "weights.pth"))
     exec(call)
     assert torch.equal(load_safely(tmp_path / "weights.pth")["conv1.weight"], tensors["conv1.weight"])
 

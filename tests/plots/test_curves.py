@@ -14,7 +14,9 @@ def lines(fig: Figure, panel: int) -> dict[str, list[float]]:
 def test_the_best_epoch_is_marked_in_both_panels() -> None:
     rows = history(5)
     rows[2]["val/acc"] = 0.95
-    fig = curves(rows, heading="Run")
+    fig = curves(rows, heading="Run", best=2, monitor="val/loss")
+    assert "☆ best val loss 1.0000 at epoch 2" in strings(fig)
+    fig = curves(rows, heading="Run", best=2)
     assert "☆ best val accuracy 95.00% at epoch 2" in strings(fig)
     for panel, value in ((1, 0.95), (2, 1.0)):
         (star,) = [line for line in fig.axes[panel].get_lines() if line.get_marker() == "*"]

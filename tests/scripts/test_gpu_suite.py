@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,33 @@ import gpu_suite
 SCRIPT = REPOSITORY / "scripts" / "gpu_suite.py"
 
 
-def suite(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--cpu-check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+Measure = Callable[..., int]
+
+
+@pytest.fixture
+def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """A function that runs the script and returns its exit status."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--out", str(tmp_path / "out"), "--cpu-check", *arguments])
+        return gpu_suite.main()
+
+    return run
+
+
+@pytest.fixture
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the script run its commands in forks of one process, which start faster."""
+    with Python(tmp_path, PYTHONPATH=f"{REPOSITORY}{os.pathsep}{SCRIPT.parent}") as python:
+
+        def run(suite: object, *command: str) -> str:
+            status, printed = python(command)
+            if status:
+                raise RuntimeError(printed)
+            return printed
+
+        monkeypatch.setattr(gpu_suite.Suite, "python", run)
+        yield
 
 
 def state(out: Path) -> dict[str, Any]:
@@ -30,30 +54,11 @@ def state(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_steps_are_measured_once_and_continue_in_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("forked")
+def test_steps_are_measured_once(measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shapes(tmp_path / "data", 2, train=24, test=8)
     out, images_of = tmp_path / "out", ("--data-root", str(tmp_path / "data"))
-    stopped = suite(out, *images_of, "--minutes", "0.01")
-    assert stopped.returncode == 3, stopped.stderr
-    assert "run the same command again" in stopped.stdout
-    assert not (out / "state.json").exists()
-
-    def measure(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--out", str(out), "--cpu-check", *arguments])
-        return gpu_suite.main()
-
-    path = f"{REPOSITORY}{os.pathsep}{SCRIPT.parent}"
-    with Python(tmp_path, PYTHONPATH=path) as python:  # starts faster than a process for each command
-
-        def run(suite: object, *command: str) -> str:
-            status, printed = python(command)
-            assert status == 0, printed
-            return printed
-
-        monkeypatch.setattr(gpu_suite.Suite, "python", run)
-        assert measure(*images_of, "--steps", "losses", "speed", "scratch", "benchmark") == 0
+    assert measure(*images_of, "--steps", "losses", "speed", "scratch", "benchmark") == 0, capsys.readouterr().out
     found = state(out)
     assert list(found) == ["losses gpu", "losses ddp", "speed scratch 32", "scratch", "benchmark help"]
     assert found["losses gpu"]["largest relative difference"] == 0, "both runs were on the CPU"
@@ -78,18 +83,25 @@ def test_steps_are_measured_once_and_continue_in_the_next_call(
 
 
 @pytest.mark.slow
-def test_killed_runs_are_compared(tmp_path: Path) -> None:
-    done = suite(tmp_path, "--steps", "resume")
-    assert done.returncode == 0, done.stdout
-    assert state(tmp_path) == {"resume": {"result": "1 of 1 rounds identical"}}
+def test_killed_runs_are_compared_in_the_next_call_if_the_time_is_short(
+    measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure("--minutes", "0.01", "--steps", "resume") == 3
+    assert "run the same command again" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "state.json").exists()
+    assert measure("--steps", "resume") == 0, capsys.readouterr().out
+    assert state(tmp_path / "out") == {"resume": {"result": "1 of 1 rounds identical"}}
 
 
 @pytest.mark.slow
-def test_a_failed_step_is_reported_and_repeated_only_if_it_is_named(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked")
+def test_a_failed_step_is_reported_and_repeated_only_if_it_is_named(
+    measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    failing = ("--data-root", str(tmp_path / "empty"))
-    done = suite(tmp_path / "out", *failing, "--steps", "scratch")
-    assert done.returncode == 1
-    assert "failed: scratch" in done.stdout
+    failing = ("--data-root", str(tmp_path / "empty"), "--steps", "scratch")
+    assert measure(*failing) == 1
+    assert "failed: scratch" in capsys.readouterr().out
     assert "needs images of at least 2 classes" in state(tmp_path / "out")["scratch"]["failed"]
-    assert "scratch ..." in suite(tmp_path / "out", *failing, "--steps", "scratch").stdout
+    assert measure(*failing) == 1
+    assert "scratch ..." in capsys.readouterr().out
