@@ -74,7 +74,13 @@ def _call_as(rank: int, number: int, port: int, task: Callable[[], Any]) -> None
 def in_processes(number: int, task: Callable[[], Any]) -> None:
     """Call ``task`` in forked processes that have the variables of torchrun; they start faster than commands."""
     given = (number, free_port(), task)
-    torch.multiprocessing.start_processes(_call_as, given, nprocs=number, start_method="fork")
+    context = torch.multiprocessing.start_processes(_call_as, given, nprocs=number, join=False, start_method="fork")
+    try:
+        while not context.join(timeout=10):
+            pass
+    finally:  # else a process that waits forever would keep pytest from ending
+        for process in context.processes:
+            process.kill()
 
 
 def train_in_two_processes(*overrides: str) -> None:
@@ -115,7 +121,9 @@ def resume(run: Path, *overrides: str) -> Any:
 
 def rows(run: Path) -> list[dict[str, str]]:
     """Return the rows of metrics.csv."""
-    return read_csv(run / "metrics.csv")
+    found = read_csv(run / "metrics.csv")
+    assert found
+    return found
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:

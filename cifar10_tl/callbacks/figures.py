@@ -93,7 +93,8 @@ def _best(trainer: pl.Trainer, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     monitor, score = (getattr(checkpoint, name, None) for name in ("monitor", "best_model_score"))
     if monitor is None or score is None:
         return {}
-    found = (row["epoch"] for row in rows if row[monitor] is not None and abs(row[monitor] - float(score)) < 1e-6)
+    values = {row["epoch"]: row.get(monitor) for row in rows}
+    found = (epoch for epoch, value in values.items() if value is not None and abs(value - float(score)) < 1e-6)
     return {"best": next(found, None), "monitor": monitor}
 
 

@@ -75,6 +75,10 @@ def known_arguments(
 def explain(error: BaseException, config_name: str) -> str | None:
     """Return the line that explains ``error`` to a user, or None if it is a bug."""
     text = str(error)
+    if isinstance(error, (MemoryError, RuntimeError, ValueError)):
+        for pattern, meaning in _MEANINGS.items():
+            if re.search(pattern, f"{type(error).__name__}: {text}"):
+                return meaning
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
@@ -94,10 +98,6 @@ def explain(error: BaseException, config_name: str) -> str | None:
         return "a config group takes a name, such as logger=none or callbacks=minimal; --help lists them"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return one_line(f"{text} {error.__cause__ or ''}")
-    if isinstance(error, (MemoryError, RuntimeError, ValueError)):
-        for pattern, meaning in _MEANINGS.items():
-            if re.search(pattern, f"{type(error).__name__}: {text}"):
-                return meaning
     refused = isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OverflowError))
     if refused and _raised_by(error, "hydra", "logging", "lightning"):
         return one_line(f"{text} (HYDRA_FULL_ERROR=1 shows where)")

@@ -38,8 +38,8 @@ _FIXED = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.outpu
 def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     """Compose ``conf/<name>.yaml`` with the command line, check it and call ``task`` with it.
 
-    A user error ends the process with one ``error:`` line on stderr and status 2; a sweep first runs its other jobs.
-    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    A user error ends the process with one ``error:`` line on stderr and status 2; a sweep of single processes first
+    runs its other jobs. ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with status 1
@@ -76,8 +76,8 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
             if isinstance(error, SystemExit):  # by a signal
                 raise
             report(error)
-            if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-                sys.exit(2)  # the next job of a sweep would wait for the processes of this one
+            if _has_other_processes():
+                sys.exit(2)  # in the next job of a sweep, they would be those of this one
         finally:
             os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -112,7 +112,16 @@ def should_print(error: Exception) -> bool:
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     if local == "0" or (local == "1" and is_connection_loss(error)) or isinstance(error, OneProcessError):
         return True
-    return bool(re.search("MemoryError|allocate memory|DataLoader worker", f"{type(error).__name__}: {error}"))
+    return bool(
+        re.search(
+            "MemoryError|allocate memory|DataLoader worker|Too many open files", f"{type(error).__name__}: {error}"
+        )
+    )
+
+
+def _has_other_processes() -> bool:
+    is_connected = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    return is_connected or "TORCHELASTIC_RUN_ID" in os.environ or run_dir.is_started_by_srun()
 
 
 def _prepared(arguments: list[str], name: str = "train") -> list[str]:

@@ -99,7 +99,8 @@ fraction_range = Rule(
 )
 limit = either(whole(1), number(0, 1, above=True))
 strategy = Rule(  # the first process keeps nothing of a fit in forked processes
-    "auto, ddp or another strategy that does not spawn or fork", lambda v: not re.search("spawn|fork|notebook", str(v))
+    "auto, ddp or another strategy that does not spawn or fork",
+    lambda v: not re.search("spawn|fork|notebook", str(v), re.I),
 )
 has_target = Rule("the _target_ of a profiler", lambda value: isinstance(value, dict) and "_target_" in value)
 
@@ -231,7 +232,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
         for key, unlimited in {"trainer.max_steps": -1, "trainer.max_time": None}.items():
             if config.get(key, unlimited) != unlimited:
                 raise UserError(f"{key}={config[key]}: cannot be combined with budget={budget}; remove one of them")
-    if config.get("trainer.max_time") and (every := config["trainer.check_val_every_n_epoch"]) > 1:
+    if config.get("trainer.max_time") and (every := config.get("trainer.check_val_every_n_epoch", 1)) > 1:
         raise UserError(
             f"trainer.max_time={config['trainer.max_time']}: would end without a validation of the last epochs; add "
             f"trainer.check_val_every_n_epoch=1 instead of {every}, or use budget="

@@ -65,7 +65,7 @@ def write_results(
 ) -> None:
     """Write results.json, with null for NaN and infinity, and the predictions of an evaluation of ``split``.
 
-    Those of earlier results are removed first, so that the files of two evaluations are never mixed.
+    Earlier results and their report are removed first: they must not stand beside predictions of another checkpoint.
     """
     for name in (REPORT, "results.json"):
         (run_dir / name).unlink(missing_ok=True)

@@ -305,17 +305,22 @@ class LitClassifier(pl.LightningModule):
             return optimizer
         return [optimizer], [{"scheduler": self._schedule(optimizer), "interval": "step"}]
 
-    def _schedule(self, optimizer: Optimizer, last_step: int = -1) -> LambdaLR:
+    def _schedule(self, optimizer: Optimizer, last_step: int = -1) -> Schedule:
         settings = self.hparams["scheduler"]
         factor = schedule_factor(settings, int(self.trainer.estimated_stepping_batches))
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factors = group_factors(optimizer, factor, settings.get("head_only_epochs", 0) * steps_per_epoch)
-        return LambdaLR(optimizer, factors, last_step)
+        return Schedule(optimizer, factors, last_step)
 
     def reschedule(self) -> None:
         """Adapt the schedule to a changed number of epochs, from the next step on."""
         for config in self.trainer.lr_scheduler_configs:
-            config.scheduler = self._schedule(self.trainer.optimizers[0], config.scheduler.last_epoch - 1)
+            if isinstance(config.scheduler, Schedule):
+                config.scheduler = self._schedule(self.trainer.optimizers[0], config.scheduler.last_epoch - 1)
+
+
+class Schedule(LambdaLR):
+    """LambdaLR of the settings, unlike that of a subclass or of Lightning's learning rate finder."""
 
 
 def weighted_targets(targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:

@@ -30,7 +30,7 @@ def curves(rows: Rows, *, heading: str, best: float | None = None, monitor: str 
     """
     note, name = "", monitor.replace("/", " ").replace("_", " ").replace("acc", "accuracy")
     for row in (row for row in rows if row["epoch"] == best):
-        note = f"☆ best {name} {row[monitor]:{'.4f' if monitor == 'val/loss' else '.2%'}} at epoch {best:g}"
+        note = f"☆ best {name} {row[monitor]:{'.4f' if monitor.endswith('loss') else '.2%'}} at epoch {best:g}"
     fig, page = style.new_page(10, 3.5, heading, note)
     for left, metric, title in ((0.75, "acc", "accuracy"), (5.8, "loss", "loss")):
         style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")

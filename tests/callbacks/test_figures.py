@@ -120,7 +120,10 @@ def test_mixed_inputs_are_titled_with_both_weights() -> None:
     assert _title(torch.tensor([0.0, 1.0, 0.0]), names) == [("b", "")]
 
 
-@pytest.mark.parametrize(("monitor", "score", "best"), [("val/acc", 0.6, 1), ("val/loss", 0.3, 0), (None, None, None)])
+@pytest.mark.parametrize(
+    ("monitor", "score", "best"),
+    [("val/acc", 0.6, 1), ("val/loss", 0.3, 0), ("images/s", 9.0, None), (None, None, None)],
+)
 def test_curves_mark_the_epoch_of_the_best_checkpoint(
     monitor: str | None, score: float | None, best: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

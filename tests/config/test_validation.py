@@ -100,6 +100,7 @@ MADE = [
     ("model.head.name=conv", ["model.head.name=conv", "linear, dense, lstm"]),
     ("+model.head.depth=3", ["model.head.depth", "hidden, dropout"]),
     ("trainer.strategy=telepathy", ["strategy", "telepathy"]),
+    ("trainer.strategy=DDP_Spawn", ["trainer.strategy=DDP_Spawn"]),
     ("trainer.strategy=ddp_fork", ["trainer.strategy=ddp_fork", "must be auto, ddp or"]),
     ("trainer.precision=half", ["Precision 'half' is invalid", "bf16-mixed"]),
     ("trainer.max_time=soon", ["DD:HH:MM:SS"]),

@@ -312,6 +312,16 @@ def test_the_last_complete_epoch_is_validated_before_max_steps_end_the_run(tmp_p
     assert Validations.epochs == [1]
 
 
+def test_the_scheduler_of_a_subclass_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def configure_optimizers(self: LitClassifier) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)]
+
+    monkeypatch.setattr(LitClassifier, "configure_optimizers", configure_optimizers)
+    trainer, _ = small_fit(tmp_path, max_epochs=2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
 @pytest.mark.parametrize(("options", "name"), [({"native_size": 40}, "native_size"), ({"fit": "crop"}, "fit")])
 def test_predictions_resize_images_as_the_data_module_does(options: dict[str, Any], name: str) -> None:
     data = SimpleNamespace(source=SimpleNamespace(native_size=32, fit="squeeze"))
