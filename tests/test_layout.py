@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -102,10 +102,7 @@ def test_the_diagram_shows_the_imports() -> None:
 
 
 def test_imports_have_no_cycle() -> None:
-    try:
-        TopologicalSorter(GRAPH).prepare()
-    except CycleError as error:
-        pytest.fail(" -> ".join(error.args[1]))
+    assert set(TopologicalSorter(GRAPH).static_order()) >= set(GRAPH), "a cycle raises CycleError"
 
 
 def reachable(module: str) -> set[str]:

@@ -113,7 +113,7 @@ class TimeBudget(Callback):
             self.validation_seconds = time.perf_counter() - self._step_ends[-1]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Update the estimates from an epoch that this process has trained entirely, and the plan."""
+        """Update the estimates, from an epoch that this process trained entirely, and then the plan."""
         now, ends = time.perf_counter(), self._step_ends
         if len(ends) == trainer.num_training_batches:
             seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
@@ -155,7 +155,7 @@ class TimeBudget(Callback):
         return num_batches * steps * self.slowdown + (epochs - done) * self.other_seconds
 
     def _plan(self, trainer: pl.Trainer, pl_module: Any, done: int) -> None:
-        """Set the number of epochs at the start, and if it no longer fits the remaining time."""
+        """Set the number of epochs at the start, and again when it no longer fits the remaining time."""
         if self.epochs is not None and done >= self.epochs:
             return
         left = self._left(trainer)

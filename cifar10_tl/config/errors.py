@@ -46,7 +46,7 @@ _MEANINGS = {
     ),
     "DataLoader worker .*(killed by signal|exited unexpectedly)|Too many open files": (
         "a process that decodes images has ended, probably because memory, shared memory (docker run --shm-size=8g) or "
-        "open files (ulimit -n) ran out; set OMP_NUM_THREADS to a lower number of processes"
+        "open files (ulimit -n) ran out; start on fewer cores (taskset), with OMP_NUM_THREADS set to their number"
     ),
     _LOST_PROCESS: "another process of this run has ended or cannot be reached; resume the run with resume=RUN_DIR",
 }
@@ -107,6 +107,12 @@ def explain(error: BaseException, config_name: str) -> str | None:
 def is_connection_loss(error: BaseException) -> bool:
     """Return whether ``error`` says that another process of the job cannot be reached."""
     return isinstance(error, RuntimeError) and bool(re.search(_LOST_PROCESS, str(error)))
+
+
+def is_of_one_process(error: BaseException) -> bool:
+    """Return whether ``error`` is one that other processes of the job may not have."""
+    pattern = "MemoryError|allocate memory|DataLoader worker|Too many open files"
+    return isinstance(error, OneProcessError) or bool(re.search(pattern, f"{type(error).__name__}: {error}"))
 
 
 def _raised_by(error: BaseException, *libraries: str) -> bool:

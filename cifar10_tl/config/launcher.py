@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -21,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cifar10_tl.config import CONFIG_DIR, run_dir
-from cifar10_tl.config.errors import OneProcessError, UserError, explain, is_connection_loss
+from cifar10_tl.config.errors import OneProcessError, UserError, explain, is_connection_loss, is_of_one_process
 from cifar10_tl.config.resume import quoted, resumed_config
 from cifar10_tl.config.validation import check_config
 from cifar10_tl.io import claim
@@ -110,13 +109,7 @@ def should_print(error: Exception) -> bool:
     process prints an error that others may not have, such as about its memory.
     """
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    if local == "0" or (local == "1" and is_connection_loss(error)) or isinstance(error, OneProcessError):
-        return True
-    return bool(
-        re.search(
-            "MemoryError|allocate memory|DataLoader worker|Too many open files", f"{type(error).__name__}: {error}"
-        )
-    )
+    return local == "0" or (local == "1" and is_connection_loss(error)) or is_of_one_process(error)
 
 
 def _has_other_processes() -> bool:

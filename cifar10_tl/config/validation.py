@@ -98,7 +98,7 @@ fraction_range = Rule(
     lambda value: fractions.is_valid(value) and len(value) == 2 and value[0] <= value[1],
 )
 limit = either(whole(1), number(0, 1, above=True))
-strategy = Rule(  # the first process keeps nothing of a fit in forked processes
+strategy = Rule(  # after a fit in forked processes, the first one has no metrics
     "auto, ddp or another strategy that does not spawn or fork",
     lambda v: not re.search("spawn|fork|notebook", str(v), re.I),
 )

@@ -163,15 +163,15 @@ class CIFAR10DataModule(pl.LightningDataModule):
         return class_weights(self.splits["train"].labels, len(self.class_names))
 
     def train_dataloader(self) -> BatchLoader:
-        """Return a loader of shuffled full batches; of one smaller batch if ``batch_size`` exceeds the images."""
+        """Return a loader of shuffled full batches, or of one smaller batch if there are too few images."""
         return self._loader("train")
 
     def val_dataloader(self) -> BatchLoader:
-        """Return a loader of every validation image, once and in order unless ``limit_val_batches`` is set."""
+        """Return a loader that yields every validation image once, in order unless ``limit_val_batches`` is set."""
         return self._loader("val")
 
     def test_dataloader(self) -> BatchLoader:
-        """Return a loader of every test image, once and in order unless ``limit_test_batches`` is set."""
+        """Return a loader that yields every test image once, in order unless ``limit_test_batches`` is set."""
         return self._loader("test")
 
     def with_features(self, name: str) -> Split:

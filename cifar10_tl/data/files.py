@@ -17,7 +17,7 @@ from cifar10_tl.data.images import BadImageError, decode_image, in_threads
 
 
 class FileImages:
-    """Images that are decoded each time they are read, for ``data.cache=false``: their cache may not fit on the disk.
+    """Images that are decoded each time they are read, for ``data.cache=false``: a cache may not fit on the disk.
 
     Args:
         root: Folder that the paths are relative to.

@@ -75,12 +75,12 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     return {**numbers, **plain_values(trial.params), "error": trial.user_attrs["error"]}
 
 
-def summary(results: Mapping[str, Any], folder: Path, count: int = 10) -> str:
-    """Return the best trials and the command that repeats the best one, for the terminal."""
+def summary(results: Mapping[str, Any], folder: Path) -> str:
+    """Return a text with the ten best trials and the command that repeats the best one."""
     from cifar10_tl.engine.results import text_table
 
     rows = [row for row in results["trials"] if row["val_acc"] is not None]
-    best = sorted(rows, key=lambda row: (row["state"] != "finished", -row["val_acc"]))[:count]
+    best = sorted(rows, key=lambda row: (row["state"] != "finished", -row["val_acc"]))[:10]
     names = [name for name in rows[0] if name != "error"]
     table = text_table(names, ([_cell(name, row[name]) for name in names] for row in best))
     states = [row["state"] for row in results["trials"]]

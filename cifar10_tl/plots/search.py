@@ -40,7 +40,7 @@ def search_history(accuracies: Mapping[int, float], pruned: Sequence[int], *, he
 
 @style.default_style
 def importance_bars(importance: Mapping[str, float], *, heading: str, note: str) -> Figure:
-    """Draw the importance of each setting, which sum to 1, as a bar."""
+    """Draw one bar per setting for its importance; importances sum to 1."""
     width = min(max(style.text_width(style.clean(name), style.BODY) for name in importance), 2.5) + 0.02
     left, height = style.PAD + width + 0.1, _ROW * len(importance)
     fig, page = style.new_page(left + _BAR + 0.85, height, heading, note)
