@@ -1,6 +1,6 @@
 """Evaluate a checkpoint, or compare tested runs.
 
-python -m cifar10_tl.evaluate checkpoint=outputs/runs/<stamp>/checkpoints/best.ckpt
+python -m cifar10_tl.evaluate checkpoint=outputs/runs/<time>/checkpoints/best.ckpt
 python -m cifar10_tl.evaluate checkpoint=best.ckpt data=folder data.root=DIR tta=flip
 python -m cifar10_tl.evaluate compare=outputs/runs/<one>,outputs/runs/<other>
 """

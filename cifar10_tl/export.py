@@ -1,6 +1,6 @@
 """Export the network of a checkpoint as a model file that runs without this project.
 
-python -m cifar10_tl.export checkpoint=outputs/runs/<stamp>/checkpoints/best.ckpt                    ONNX
+python -m cifar10_tl.export checkpoint=outputs/runs/<time>/checkpoints/best.ckpt                    ONNX
 python -m cifar10_tl.export checkpoint=best.ckpt format=torch_export output=model.pt2    torch.export
 
 The model maps ``images``, raw uint8 [N, 3, S, S] (S: native size, N: any number), to ``logits``, float32 [N, K]. Its

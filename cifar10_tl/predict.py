@@ -1,6 +1,6 @@
 """Label images with a trained network.
 
-python -m cifar10_tl.predict checkpoint=outputs/runs/<stamp>/checkpoints/best.ckpt images=photos
+python -m cifar10_tl.predict checkpoint=outputs/runs/<time>/checkpoints/best.ckpt images=photos
 python -m cifar10_tl.predict checkpoint=model.onnx images='photos/*.jpg' top_k=3
 """
 

@@ -1,6 +1,6 @@
 """Kill a small run at random moments, resume it, and compare it with an uninterrupted run.
 
-The run (ResNet18, built-in images) is ended by SIGKILL, SIGTERM or SIGINT up to three times per round. Afterwards the
+The run (ResNet10, built-in images) is ended by SIGKILL, SIGTERM or SIGINT up to three times per round. Afterwards the
 weights and the optimizer must be bit-identical, metrics.csv and results.json must hold the same numbers, and
 TensorBoard must show the same points, each of them once. The exit status is 1 if a round differs.
 """
@@ -25,7 +25,7 @@ from cifar10_tl.callbacks.metrics_logger import SPEED
 from cifar10_tl.io import read_csv
 
 RUN = (
-    *("experiment=quickstart", "model.backbone=resnet18", "model.head.hidden=[32]", "model.head.dropout=0.2"),
+    *("experiment=quickstart", "model.backbone=resnet10", "model.head.hidden=[32]", "model.head.dropout=0.2"),
     *("data.train_size=700", "data.val_size=100", "data.test_size=100", "data.batch_size=50", "trainer.max_epochs=4"),
     *("trainer.devices=1", "trainer.deterministic=true", "ema_decay=0.9"),
     *("trainer.enable_progress_bar=false", "checkpoint_every_n_steps=3", "callbacks=minimal", "report=none"),

@@ -54,7 +54,7 @@ def write_files(page: Path, folder: Path) -> list[Path]:
 
 #: Overrides that make a training run as short as possible.
 SHORT = {
-    "model.backbone": "resnet18",
+    "model.backbone": "resnet10",
     "model.weights": "null",
     "model.image_size": "32",
     "model.freeze": "backbone",

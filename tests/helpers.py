@@ -28,10 +28,10 @@ from cifar10_tl.io import read_csv
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: Folder of cifar10-original-6k.npz; the tests that need it are skipped if the variable is not set.
 REAL_IMAGES = os.environ.get("CIFAR10_TL_TEST_DATA")
-#: The smallest run that has everything: ResNet18 at 32 px on a few built-in images.
+#: The smallest run that has everything: ResNet10 at 32 px on a few built-in images.
 SMALL = (
     "experiment=quickstart",
-    "model.backbone=resnet18",
+    "model.backbone=resnet10",
     "model.head.hidden=[32]",
     "data.train_size=400",
     "data.test_size=100",
@@ -45,8 +45,8 @@ SMALL = (
 )
 #: Labels of the eight images that :func:`make_run` tests.
 LABELS = ("cat", "dog", "cat", "dog", "cat", "dog", "cat", "dog")
-#: On top of SMALL: ResNet10, three steps per epoch.
-TINY = ("model.backbone=resnet10", "data.train_size=128", "data.val_size=32", "data.test_size=32", "data.batch_size=32")
+#: On top of SMALL: three steps per epoch.
+TINY = ("data.train_size=128", "data.val_size=32", "data.test_size=32", "data.batch_size=32")
 
 
 def free_port() -> int:

@@ -132,7 +132,7 @@ def test_help_lists_ten_settings_with_their_defaults() -> None:
     from omegaconf import OmegaConf
 
     cfg = compose_train()
-    rows = dict(re.findall(r"^  ([\w.]+)=(\S+)", HELP.split("Settings that")[1], flags=re.M))
+    rows = dict(re.findall(r"^  ([\w.]+)=(\S+)", HELP.split("Common settings")[1], flags=re.M))
     assert len(rows) == 10
     assert rows.pop("paths.output_dir") == "outputs/runs/<time>"
     defaults = {key: OmegaConf.select(cfg, key, throw_on_missing=True) for key in rows}

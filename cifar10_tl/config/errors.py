@@ -116,7 +116,7 @@ def is_of_one_process(error: BaseException) -> bool:
 
 
 def _raised_by(error: BaseException, *libraries: str) -> bool:
-    """Return whether a library raised ``error``: Hydra and Lightning raise plain ValueErrors for wrong settings."""
+    """Return whether a library raised ``error``: Hydra and Lightning raise plain ValueErrors for invalid settings."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     while modules and modules[-1].split(".")[0] in ("os", "pathlib"):  # pathlib._local in Python 3.13
         modules.pop()

@@ -37,8 +37,8 @@ _FIXED = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.outpu
 def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     """Compose ``conf/<name>.yaml`` with the command line, check it and call ``task`` with it.
 
-    A user error ends the process with one ``error:`` line on stderr and status 2; a sweep of single processes first
-    runs its other jobs. ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    A user error ends the process with one ``error:`` line on stderr and status 2; a sweep whose jobs are single
+    processes first runs the others. ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with status 1

@@ -43,12 +43,12 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         )
     own = OmegaConf.create(_moved(saved, str(saved["paths"]["output_dir"]), str(run_dir)))
     for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
+        key = override_key(override)
         if not key.startswith(ALLOWED):
             raise UserError(
                 f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.labels, "
-                "data.on_device, paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= to start a new "
-                "run from its weights"
+                "data.on_device, data.cache_dir, paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= "
+                "to start a new run from its weights"
             )
         if key == "trainer.max_epochs" and own.get("budget"):
             raise UserError(f"{override}: budget={own.budget} sets it; use init_from= to train these weights further")
@@ -81,6 +81,11 @@ def _read_run_config(run_dir: Path) -> dict[str, Any]:
 def quoted(text: object) -> str:
     """Return ``text`` as a quoted value of a Hydra override."""
     return QuotedString(text=str(text), quote=Quote.double).with_quotes()
+
+
+def override_key(override: str) -> str:
+    """Return the setting that a Hydra override sets, adds or removes."""
+    return override.lstrip("+~").split("=")[0]
 
 
 def as_override(key: str, value: Any) -> str:

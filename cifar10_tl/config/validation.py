@@ -201,7 +201,7 @@ def expand_home(cfg: DictConfig) -> None:
 
 def _check_together(config: Mapping[str, Any]) -> None:
     if "checkpoint" in config and bool(config["checkpoint"]) == bool(config.get("compare")):
-        raise UserError("set checkpoint=FILE (evaluate: either that or compare=RUN,RUN, the folders of tested runs)")
+        raise UserError("set checkpoint=FILE, or for evaluate compare=RUN,RUN (folders of tested runs), not both")
     start = config.get("init_from")
     if start and not config.get("resume") and not Path(start).is_file():  # a resumed run has its own weights
         raise UserError(f"init_from={start}: no such file")

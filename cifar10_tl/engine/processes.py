@@ -116,7 +116,7 @@ class SignalHandler:
 
 @contextmanager
 def own_processes(handler: SignalHandler) -> Iterator[None]:
-    """Context manager in which the processes that Lightning starts end together.
+    """Make the processes that Lightning starts end together.
 
     On exit, the environment is restored and the process group is destroyed, so that the next run of a sweep starts its
     own processes. Processes started by ``torchrun`` or SLURM are managed by those.
@@ -152,7 +152,7 @@ def end_with_parent(parent: int, grace: float = 10) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(grace)
-    _fail(f"process {os.environ.get('LOCAL_RANK', 0)}: its parent process ({parent}) was killed")
+    _fail(f"process {os.environ.get('LOCAL_RANK', 0)}: its parent process ({parent}) has ended")
 
 
 def requeue() -> None:

@@ -289,12 +289,12 @@ def _next_commands(results: Mapping[str, Any], run_dir: Path, best: Path | None)
     return ["  next commands", *(f"    {command}" for command in commands)] if commands else []
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
-    """Return a table with columns of equal width, the first one left-aligned, the others right-aligned."""
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return an indented table with columns of equal width, the first one left-aligned, the others right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
-        indent + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+        "  " + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
     )
 
 

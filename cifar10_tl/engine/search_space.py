@@ -9,7 +9,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.config.resume import as_override
+from cifar10_tl.config.resume import as_override, override_key
 
 Space = dict[str, BaseDistribution]
 
@@ -67,7 +67,7 @@ def shared_overrides(overrides: Sequence[str], space: Space) -> list[str]:
     """Return those ``overrides`` of a search that its training runs take."""
     shared = []
     for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
+        key = override_key(override)
         if key in space:
             raise UserError(f"{override}: this setting is searched; leave it out, or remove it with ~search.{key}")
         if key != "paths.output_dir" and key.split(".")[0] not in ("search", "trials", "pruner"):

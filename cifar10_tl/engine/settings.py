@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from cifar10_tl.config import CONFIG_DIR
-from cifar10_tl.config.resume import as_override
+from cifar10_tl.config.resume import as_override, override_key
 
 #: Settings of a start or of its folder, not of what is run.
 OF_THE_START = ("paths.output_dir", "resume", "trust")
@@ -66,13 +66,13 @@ def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "tra
 
 def final_overrides(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> list[str]:
     """Return the overrides of the first start of a run, updated by the settings that changed when it was resumed."""
-    given = [o for o in given_overrides(run_dir) or _choices(config, command) if _key(o) not in OF_THE_START]
+    given = [o for o in given_overrides(run_dir) or _choices(config, command) if override_key(o) not in OF_THE_START]
     searched = as_override("hydra.searchpath", [f"file://{folder}" for folder in _config_dirs(run_dir)])
     known = _composed(config, command, [*given, searched])
     changed = _differences(config, known)
     if config.get("budget"):
         changed.pop("trainer.max_epochs", None)  # chosen by the budget
-    kept = [o for o in given if _key(o) not in changed]
+    kept = [o for o in given if override_key(o) not in changed]
     return kept + [as_override(key if key in known else f"++{key}", value) for key, value in changed.items()]
 
 
@@ -94,12 +94,8 @@ def experiment_name(run_dir: Path) -> str:
     """Return the name of a run's experiment, "default" if it has none, "" if it was not started by a command line."""
     if not (run_dir / ".hydra" / "overrides.yaml").is_file():
         return ""
-    chosen = [o.partition("=")[2] for o in given_overrides(run_dir) if _key(o) == "experiment"]
+    chosen = [o.partition("=")[2] for o in given_overrides(run_dir) if override_key(o) == "experiment"]
     return "default" if chosen[-1:] in ([], ["null"]) else chosen[-1]
-
-
-def _key(given: str) -> str:
-    return given.lstrip("+~").split("=")[0]
 
 
 def _choices(config: Mapping[str, Any], command: str) -> list[str]:

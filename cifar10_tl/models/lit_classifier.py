@@ -48,7 +48,7 @@ class LitClassifier(pl.LightningModule):
         fit: How pictures become squares of this side, see :func:`~cifar10_tl.data.images.to_pixels`; "squeeze" in
             checkpoints without it.
         interpolation: "bicubic" or "bilinear".
-        freeze: Last stage that is not trained, "none" or "backbone" for all, see :class:`Backbone`.
+        freeze: Last frozen stage, "none", or "backbone" for all stages, see :class:`Backbone`.
         stem: "imagenet" or "cifar", see :class:`Backbone`.
         head: ``{"name": "dense", ...}``, see :mod:`cifar10_tl.models.heads`.
         label_smoothing: Fraction of the target probability spread over all classes, in [0, 1).

@@ -69,12 +69,12 @@ def test_the_header_of_a_run_says_what_is_trained_on_what(
         return describe(cfg, trainer, module)
 
     monkeypatch.setattr("cifar10_tl.engine.builder.device_name", lambda device: f"fast {device.type}")
-    backbone, head = 11_176_512, 5_130  # of torchvision without fc; 512 x 10 + 10
+    backbone, head = 4_898_112, 5_130  # of torchvision's ResNet without fc; 512 x 10 + 10
     total = backbone + head
     assert header().splitlines() == [
         "",
         "  data         shapes: 320 train, 80 val, 100 test images of 10 classes",
-        f"  network      resnet18, random weights, 32 px, dense head: {total:,} trainable and 0 frozen parameters",
+        f"  network      resnet10, random weights, 32 px, dense head: {total:,} trainable and 0 frozen parameters",
         "  training     epochs: 7, 64 images per step, Adam, lr 0.001",
         "  device       2 x fast cpu, x",
     ]

@@ -97,7 +97,7 @@ def test_child_ends_when_its_parent_is_killed() -> None:
     parent.send_signal(signal.SIGKILL)
     errors, _ = parent.communicate(timeout=60)  # returns when the child has closed the pipes, too
     assert time.monotonic() - killed_at < 30
-    assert f"error: process 1: its parent process ({parent.pid}) was killed; resume the run with resume=" in errors
+    assert f"error: process 1: its parent process ({parent.pid}) has ended; resume the run with resume=" in errors
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_run_of_a_search_ends_at_once_when_the_search_is_killed() -> None:
     search.send_signal(signal.SIGKILL)
     errors, _ = search.communicate(timeout=60)
     assert time.monotonic() - killed_at < 8
-    assert f"error: process 0: its parent process ({search.pid}) was killed; resume the run with resume=" in errors
+    assert f"error: process 0: its parent process ({search.pid}) has ended; resume the run with resume=" in errors
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_child_ends_when_its_parent_was_killed_before() -> None:
     process = start("end_with_parent(1, grace=0.1)")
     errors, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: process 1: its parent process (1) was killed" in errors
+    assert "error: process 1: its parent process (1) has ended" in errors
 
 
 @pytest.mark.slow

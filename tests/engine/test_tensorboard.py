@@ -128,12 +128,12 @@ def test_texts_describe_the_run(board: Board, finished_run: Path) -> None:
         texts[tag.removesuffix("/text_summary")] = entry["text"]
     assert set(texts) == {"run/settings", "run/command", "run/environment", "run/result"}
     results = read_results(finished_run)
-    assert "<td>model.backbone</td>\n<td>resnet18</td>" in texts["run/settings"]
+    assert "<td>model.backbone</td>\n<td>resnet10</td>" in texts["run/settings"]
     assert "<td>data</td>\n<td>shapes</td>" in texts["run/settings"], "the option of a config group"
     assert "data.batch_size" in texts["run/settings"]
     assert "interpolation" not in texts["run/settings"], "the default"
     assert "<code>python -m cifar10_tl.train" in texts["run/command"]
-    assert "model.backbone=resnet18" in texts["run/command"]
+    assert "model.backbone=resnet10" in texts["run/command"]
     assert str(finished_run) not in texts["run/command"]
     assert results["environment"]["versions"]["torch"] in texts["run/environment"]
     assert f"{results['test']['acc']:.2%}" in texts["run/result"]

@@ -28,7 +28,7 @@ def test_each_experiment_trains_a_step_of_each_image_size(name: str, tmp_path: P
     starts = [] if isinstance(size, int) else [start for start, _ in size]
     small = [[start, 33 + 8 * i] for i, start in enumerate(starts)] or 33
     cfg = compose_train(
-        *(f"experiment={name}", "data=shapes", *TINY, "model.weights=null", "logger=none"),
+        *(f"experiment={name}", "data=shapes", *TINY, "model.backbone=resnet10", "model.weights=null", "logger=none"),
         *(f"model.image_size={small}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"),
         *("trainer.max_epochs=4", "trainer.limit_train_batches=1", "trainer.enable_progress_bar=false"),
         *("trainer.check_val_every_n_epoch=4", "callbacks.last_checkpoint.every_n_epochs=4", "report=none"),

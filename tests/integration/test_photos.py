@@ -43,14 +43,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(photos: Path, tmp_path: Path, *overrides: str) -> float:
     results = train(
         compose_train(
-            *(
-                "data=folder",
-                f"data.root={photos}",
-                "model.backbone=resnet18",
-                "model.weights=null",
-                "data.test_size=45",
-            ),
-            *("model.image_size=112", "optimizer.backbone_lr_scale=1", "trainer.max_epochs=4", "data.batch_size=16"),
+            *("data=folder", f"data.root={photos}", "data.test_size=45", "data.batch_size=16", "trainer.max_epochs=4"),
+            *("model.backbone=resnet10", "model.weights=null", "model.image_size=112", "optimizer.backbone_lr_scale=1"),
             *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "callbacks=minimal", "report=none"),
             *(f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={photos.parent / 'cache'}", *overrides),
         )

@@ -76,7 +76,7 @@ def test_results_agree_with_metrics_csv(finished_run: Path) -> None:
     same = {name: float(best[f"val/{name}"]) for name in ("loss", "acc", "balanced_acc", "macro_f1", "count")}
     assert results["val"] == same
     assert results["test"]["balanced_acc"] == pytest.approx(results["test"]["acc"]), "classes of equal size"
-    assert results["config"]["model"]["backbone"] == "resnet18"
+    assert results["config"]["model"]["backbone"] == "resnet10"
     assert results["environment"]["versions"]["torch"] == torch.__version__
     assert results["seconds"]["fit"] > results["seconds"]["first_step"] > 0
     seconds = [float(row["seconds"]) for row in table]
@@ -102,7 +102,7 @@ def test_tensorboard_agrees_with_metrics_csv(finished_run: Path) -> None:
 def test_settings_are_in_hparams_yaml(finished_run: Path) -> None:
     assert len(list(finished_run.rglob("events.out.tfevents*"))) == 1, "one event file per start of a run"
     settings = yaml.safe_load((finished_run / "hparams.yaml").read_text())
-    assert (settings["optimizer.lr"], settings["model.backbone"], settings["seed"]) == (0.001, "resnet18", 0)
+    assert (settings["optimizer.lr"], settings["model.backbone"], settings["seed"]) == (0.001, "resnet10", 0)
 
 
 def test_checkpoint_loads_without_the_run(finished_run: Path) -> None:
@@ -258,9 +258,7 @@ def test_compiled_network_trains_the_same(tmp_path: Path, finished_run: Path, mo
 
 def test_frozen_backbone_keeps_the_weights_of_another_run(small_cfg: Small, finished_run: Path) -> None:
     init = [f"init_from={finished_run / 'checkpoints' / 'best.ckpt'}", "model.weights=IMAGENET1K_V1"]  # not downloaded
-    cfg = small_cfg(
-        *QUICK, "model.backbone=resnet18", *init, "model.freeze=backbone", "optimizer.lr=1e-5", "test=false"
-    )
+    cfg = small_cfg(*QUICK, *init, "model.freeze=backbone", "optimizer.lr=1e-5", "test=false")
     train(cfg)
     start, end = weights(finished_run, "best"), weights(Path(cfg.paths.output_dir))
     assert all(torch.allclose(value, start[name], atol=1e-4) for name, value in end.items())

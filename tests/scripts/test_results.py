@@ -180,7 +180,7 @@ def test_recipes_without_a_run_are_listed(tmp_path: Path) -> None:
     purposes = RESULTS["not_measured"](runs)
     files = {f"experiment={file.stem}" for file in (REPOSITORY / "conf" / "experiment").iterdir()}
     assert set(purposes) == {"default", *files} - {"experiment=probe"}
-    assert purposes["experiment=original"] == "The original recipe, to the letter."
+    assert purposes["experiment=original"] == "The recipe that this project started from, unchanged."
     last = RESULTS["short_table"](runs).splitlines()[-1]
     assert last.startswith("| `default`, `accurate`, ")
     assert last.endswith("`scratch` |  |  | not measured here |  |  |")
