@@ -38,8 +38,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             )
         return compare(cfg)
     from cifar10_tl.engine.evaluator import evaluate_checkpoint  # imports torch
+    from cifar10_tl.engine.processes import SignalHandler
 
-    return evaluate_checkpoint(cfg)
+    with SignalHandler() as handler:
+        return evaluate_checkpoint(cfg, handler)
 
 
 def compare(cfg: DictConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = OmegaConf.load(CONFIG_DIR / "data" / "cifar10.yaml")
     try:
-        source = Cifar10(arguments.root, arguments.mirror or config.mirrors, config.md5, config.stall_seconds)
+        source = Cifar10(arguments.root, arguments.mirror or config.mirrors, config.stall_seconds)
         source.prepare()
         if arguments.jpeg:
             write_jpeg(source, arguments.jpeg)

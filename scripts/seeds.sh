@@ -6,6 +6,7 @@ set -euo pipefail
 
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: usage: scripts/seeds.sh N [key=value ...], N >= 1" >&2; exit 2; }
 seeds=$(seq -s, 0 $(($1 - 1)))
+seeds=${seeds%,} # macOS
 shift
 sweep=outputs/sweeps/$(date +%Y-%m-%d_%H-%M-%S)_$$
 for override in "$@"; do

@@ -51,8 +51,7 @@ class Throughput(Callback):
         self.first_step_seconds, self.earlier_seconds = state_dict["first_step_seconds"], state_dict["fit_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit_start = time.perf_counter()
-        self.on_train_epoch_start()  # which Lightning omits for an epoch that is resumed in the middle
+        self._fit_start = self._epoch_start = time.perf_counter()
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._epoch_start = self._step_end = time.perf_counter()
@@ -61,7 +60,11 @@ class Throughput(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Add the time since this batch was requested: fetch, transfer and augmentation."""
         now = time.perf_counter()
-        self._epoch_wait += now - getattr(trainer.train_dataloader, "requested_at", now)
+        requested_at = getattr(trainer.train_dataloader, "requested_at", now)
+        if self._epoch_start == self._fit_start:  # Lightning omits the start of an epoch that is resumed in the middle
+            self.on_train_epoch_start()
+            self._epoch_start = requested_at
+        self._epoch_wait += now - requested_at
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         """Count the step; at the last one of an epoch wait for the device."""
@@ -72,7 +75,7 @@ class Throughput(Callback):
         self._epoch_steps += 1
         self._steps += 1
         if self._steps == 1:
-            self.first_step_seconds = self._step_end - self._fit_start
+            self.first_step_seconds = self.first_step_seconds or self._step_end - self._fit_start
         elif self._steps == 2:
             self._second_step_end = self._step_end
         elif self._steps == 5 and pl_module.device.type == "cpu" and trainer.is_global_zero:

@@ -138,6 +138,9 @@ def _prepared(arguments: list[str], name: str = "train") -> list[str]:
             raise UserError(f"{argument}: a command resumes one run; leave -m out")
         if name == "tune" and key == "resume":
             raise UserError(f"{argument}: a search is continued by its own command; leave resume out")
+        if key in ("data.labels", "data.cache_dir") and any(a.startswith("resume=") for a in arguments):
+            key = f"++{key}"  # of data=folder, which only the config of the run has
+            argument = f"{key}={value}"
         if value.startswith("~") and "," not in value:
             argument = f"{key}={quoted(os.path.expanduser(value))}"
         prepared.append(argument)

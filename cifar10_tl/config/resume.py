@@ -25,6 +25,8 @@ ALLOWED = (
     *("trainer.", "data.root", "data.labels", "data.cache_dir", "data.on_device", "paths.cache_dir", "compile", "test"),
     *("checkpoint_every_n_steps", "resume", "trust"),
 )
+#: Settings that change the number of steps per epoch, and with it the position in the schedule.
+STEPS = ("trainer.accumulate_grad_batches", "trainer.limit_train_batches")
 #: Classes that a run's config may name. Their packages export nothing else, but modules inside them do:
 #: ``lightning.pytorch.callbacks.model_checkpoint.os`` is a module that can do harm.
 _LIGHTNING = r"lightning\.pytorch\.(callbacks|loggers|strategies|profilers)"
@@ -44,11 +46,11 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     own = OmegaConf.create(_moved(saved, str(saved["paths"]["output_dir"]), str(run_dir)))
     for override in overrides:
         key = override_key(override)
-        if not key.startswith(ALLOWED):
+        if not key.startswith(ALLOWED) or key in STEPS:
             raise UserError(
-                f"{override}: a resumed run keeps its own settings, except trainer.*, test, data.root, data.labels, "
-                "data.on_device, data.cache_dir, paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= "
-                "to start a new run from its weights"
+                f"{override}: a resumed run keeps its own settings, except trainer.* (but accumulate_grad_batches and "
+                "limit_train_batches), test, data.root, data.labels, data.on_device, data.cache_dir, paths.cache_dir, "
+                "compile and checkpoint_every_n_steps; use init_from= to start a new run from its weights"
             )
         if key == "trainer.max_epochs" and own.get("budget"):
             raise UserError(f"{override}: budget={own.budget} sets it; use init_from= to train these weights further")

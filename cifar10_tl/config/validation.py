@@ -113,7 +113,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (one_of(True, False), "trainer.enable_progress_bar trainer.enable_model_summary trainer.detect_anomaly"),
     (one_of(True, False), "gradient_flow logistic_regression"),
     (folder, "paths.output_dir paths.data_dir paths.cache_dir data.root data.cache_dir"),
-    (text, "data.source data.md5 model.backbone model.weights? model.head.name optimizer.name scheduler.name"),
+    (text, "data.source model.backbone model.weights? model.head.name optimizer.name scheduler.name"),
     (text, "resume? init_from? checkpoint? output? compare_on? human_labels? doubtful_labels? data.labels?"),
     (text, "callbacks.best_checkpoint.filename callbacks.best_checkpoint.dirpath trainer.max_time?"),
     (text, "callbacks.last_checkpoint.filename callbacks.last_checkpoint.dirpath"),

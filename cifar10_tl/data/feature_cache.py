@@ -19,12 +19,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import CHUNK, Split
+from cifar10_tl.data.image_cache import mapped
 
 log = logging.getLogger(__name__)
 
@@ -59,28 +59,28 @@ class FeatureCache:
         content = {**self.describe(), **entry, "images": checksum(images.encode(), split.chunks())}
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.safetensors"
-        free = shutil.disk_usage(self.folder).free
-        if num_bytes > free and _read(path) is None:
+        header, free = _header(entry), shutil.disk_usage(self.folder).free
+        size = len(header) + num_bytes
+        if num_bytes > free and not _is_whole(path, size):
             raise UserError(
                 f"data.cache_features=true: the features of {name} need {num_bytes / 1e9:.2f} GB, but {self.folder} "
                 f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit"
             )
-        self._fill(path, name, split, mirrored, _header(entry))
-        features = _read(path)
-        assert features is not None
-        return features
+        self._fill(path, size, name, split, mirrored, header)
+        _, content = mapped(path)
+        return content[len(header) :].view(sample.dtype).view(shape)
 
     def _views(self, images: Tensor, mirrored: bool) -> Tensor:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
 
-    def _fill(self, path: Path, name: str, split: Split, mirrored: bool, header: bytes) -> None:
+    def _fill(self, path: Path, size: int, name: str, split: Split, mirrored: bool, header: bytes) -> None:
         """Write the features to a temporary file, each process its chunks, and rename it."""
         strategy, first = self.trainer.strategy, self.trainer.local_rank == 0
         # The first process alone decides whether to compute, so that all processes meet at the same barriers.
         run = strategy.broadcast(uuid.uuid4().hex)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{run}.tmp")
         try:
-            if first and _read(path) is None:
+            if first and not _is_whole(path, size):
                 for abandoned in self.folder.glob(f".*.{socket.gethostname()}.*.tmp"):  # by a killed process
                     with suppress(OSError):  # renamed by its process, or another user's
                         if time.time() - abandoned.stat().st_mtime > DAY:
@@ -133,13 +133,8 @@ def _header(entry: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read(path: Path) -> Tensor | None:
-    """Return the memory-mapped features of a file, or None if it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("features")
-    except (FileNotFoundError, SafetensorError):
-        return None
+def _is_whole(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _bytes(tensor: Tensor) -> memoryview:

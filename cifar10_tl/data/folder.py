@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import logging
 import os
 import unicodedata
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 SMALL = 64  # pixels: images of this size are never reduced
 SAMPLE = 256  # files whose size is read to choose native_size
+_TEMPORARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+#: Ends of messages about files that may be readable later, so that leaving them out would change the splits.
+TEMPORARY = (*(f"({os.strerror(number)})" for number in _TEMPORARY), "(MemoryError)")
 
 
 def largest(image_size: int | Sequence[Sequence[float]]) -> int:
@@ -145,6 +149,8 @@ class Folder:
         return usable, bad
 
     def _check(self, usable: Mapping[str, Sequence[tuple[Entry, str]]], bad: Sequence[str]) -> None:
+        if failed := next((text for text in bad if text.endswith(TEMPORARY)), None):
+            raise UserError(f"cannot read {printable(failed)}; try again, or remove the file")
         if bad and not self.skip_bad:
             advice = "restore them, or start a new run with data.skip_bad=true" if self.cache else "remove them"
             raise UserError(f"cannot use {_summary(bad)}; {advice}")
@@ -178,6 +184,9 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
     splits = {split: matches[0] for split, matches in found.items() if matches}
     if folders and not splits and all(any(f.name.casefold() in names for names in SPLITS.values()) for f in folders):
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
+    if not splits and folders and outer == folders and not any(map(_has_images, folders)):
+        names = ", ".join(path.name for path in folders[:5])
+        log.warning("data.root=%s: the classes are folders of folders (%s); name splits train, val, test", root, names)
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         unused = ", ".join(others)
         reason = "which are not train, val or test, or have no folders of classes"
@@ -191,6 +200,10 @@ def _folders(parent: Path) -> list[Path]:
     folders = (path for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith("."))
     own = (CACHE_TAG, f"cache/{CACHE_TAG}", "runs/*/.hydra", "sweeps/*/*/.hydra")
     return [path for path in folders if not any(next(path.glob(pattern), None) for pattern in own)]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 def _list_classes(folder: Path, root: Path, bad: list[str]) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ FOLDER_KEY = "data.cache_dir (with resume=: paths.cache_dir)"
 VERSION = 8  # of the files and of decoding
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
+WEEK = 7 * 24 * 3600  # seconds
 FILES = 32  # that a process decodes at once
 PAGE = 2**16  # bytes that the kernel maps around a page that is read
 RELEASE_BYTES = 2**25
@@ -87,21 +88,21 @@ class ImageCache:
             files: Version of each file by path.
             retry: Decode again the files that could not be decoded, unless the cache is read-only.
         """
-        entries, retry = self._entries(), retry and os.access(self.index, os.W_OK)
+        entries, retry = self._entries(files), retry and os.access(self.index, os.W_OK)
         if _outdated(files, entries, retry):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not (self.folder / CACHE_TAG).exists():  # it may be another user's
                     (self.folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
                 with FileLock(self.lock):
-                    entries = self._entries()  # with what another process has decoded meanwhile
+                    entries = self._entries(files)  # with what another process has decoded meanwhile
                     entries |= self._append(_outdated(files, entries, retry), entries)
             except OSError as error:
                 raise UserError(f"{self.folder}: {error.strerror}; choose another {FOLDER_KEY}") from error
         return {path: entries[path] for path in files}
 
-    def _entries(self) -> dict[str, Entry]:
-        """Return the latest entry of each path; none if pixels are missing."""
+    def _entries(self, files: Mapping[str, list[int]]) -> dict[str, Entry]:
+        """Return the entry of each path, of this version of the file or the latest one; none if pixels are missing."""
         if not self.index.exists() or not self.pixels.exists():
             return {}
         lines = [line.partition(b" ") for line in self.index.read_bytes().split(b"\n")]
@@ -110,6 +111,8 @@ class ImageCache:
         with self.pixels.open("rb") as file:  # NFS may return an outdated size of a file that is not open
             num_rows = file.seek(0, os.SEEK_END) // self.row_bytes
         is_whole = all(entry.row is None or entry.row < num_rows for entry in found)
+        # machines with copies of the same files add one version each
+        found.sort(key=lambda entry: files.get(entry.path) == entry.version)
         return {entry.path: entry for entry in found} if is_whole else {}
 
     def _append(self, files: Sequence[tuple[str, list[int]]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -120,7 +123,8 @@ class ImageCache:
                 f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
                 f"free; choose another {FOLDER_KEY}, a smaller data.native_size, or data.cache=false"
             )
-        if entries.keys() <= {path for path, _ in files}:  # nothing in the cache is current
+        current = entries.keys() - {path for path, _ in files}
+        if not entries or (not current and time.time() - self.index.stat().st_mtime > WEEK):
             self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content
             self.index.unlink(missing_ok=True)
         self.pixels.touch()
@@ -207,6 +211,16 @@ def _checksum(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
 
 
+def mapped(path: Path) -> tuple[mmap.mmap, Tensor]:
+    """Map a file into memory, and return the map and its content, a uint8 tensor that must not be written to."""
+    with path.open("rb") as file:
+        # read-only, because Linux refuses writable maps that are larger than the memory of the machine
+        file_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return file_map, torch.frombuffer(file_map, dtype=torch.uint8)
+
+
 class MappedImages:
     """Images in a raw uint8 file, mapped into memory: one copy for all processes of a machine.
 
@@ -220,14 +234,9 @@ class MappedImages:
 
     def __init__(self, path: Path, rows: Tensor, size: int) -> None:
         self.path, self.rows, self.shape = path, rows, (len(rows), 3, size, size)
-        with path.open("rb") as file:
-            # read-only, because Linux refuses writable maps that are larger than the memory of the machine
-            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        count = len(self._file) // (3 * size**2) * 3 * size**2
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
-            images = torch.frombuffer(self._file, dtype=torch.uint8, count=count)
-        self._images, self._touched = images.view(-1, 3, size, size), 0
+        self._file, content = mapped(path)
+        count = len(content) // (3 * size**2)
+        self._images, self._touched = content[: count * 3 * size**2].view(count, 3, size, size), 0
 
     def __reduce__(self) -> tuple[Callable[..., MappedImages], tuple[Path, Tensor, int]]:
         return MappedImages, (self.path, self.rows, self.shape[-1])

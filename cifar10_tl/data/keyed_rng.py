@@ -28,7 +28,7 @@ def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     """Copy a CPU tensor to ``device`` without waiting for pending work on a GPU."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")  # unsafe on Apple GPUs (pytorch #189690)
 
 
 class KeyedRNG:

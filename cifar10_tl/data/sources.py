@@ -41,8 +41,8 @@ class Cifar10:
 
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-    def __init__(self, root: str, mirrors: Sequence[str] = (), md5: str = "", stall_seconds: float = 20.0) -> None:
-        self.root, self.mirrors, self.md5, self.stall_seconds = root, mirrors, md5, stall_seconds
+    def __init__(self, root: str, mirrors: Sequence[str] = (CIFAR10.url,), stall_seconds: float = 20.0) -> None:
+        self.root, self.mirrors, self.stall_seconds = root, mirrors, stall_seconds
 
     def prepare(self) -> None:
         """Download and extract the archive, unless all files of CIFAR-10 are in ``root``."""
@@ -53,7 +53,7 @@ class Cifar10:
             if self._is_complete():  # another process downloaded it while this one was waiting
                 return
             archive = Path(self.root, CIFAR10.filename)
-            download(self.mirrors, archive, md5=self.md5, timeout=self.stall_seconds)
+            download(self.mirrors, archive, md5=CIFAR10.tgz_md5, timeout=self.stall_seconds)
             extract_archive(str(archive), self.root)
             if not self._is_complete():
                 raise UserError(f"{archive} does not contain CIFAR-10; delete it and try again")

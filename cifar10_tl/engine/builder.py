@@ -186,6 +186,8 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     if trainer.precision == "64-true":  # Lightning restores a checkpoint before it converts the module
         module.double()
     compiled, reason = choose_compile(cfg.compile, device)
+    if cfg.data.get("cache_features"):
+        compiled, reason = False, "the features are cached"
     if compiled:
         torch.compiler.reset()  # graphs of an earlier run in this process count against the limit
         num_sizes = len(module.image_sizes)

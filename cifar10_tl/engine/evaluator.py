@@ -12,13 +12,14 @@ from typing import Any
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from cifar10_tl.callbacks import RunProgressBar
+from cifar10_tl.callbacks import GracefulStop, RunProgressBar
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.analysis import analyze, heatmaps
 from cifar10_tl.engine.checkpoints import read_checkpoint, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
+from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.engine.report import write_report
 from cifar10_tl.engine.results import all_metrics, describe, environment, images_checksum, read_results, write_results
 from cifar10_tl.io import atomic_write
@@ -34,12 +35,12 @@ log = logging.getLogger(__name__)
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
-def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
+def evaluate_checkpoint(cfg: DictConfig, handler: SignalHandler) -> dict[str, Any]:
     """Evaluate ``cfg.checkpoint``, write metrics, figures and predictions, and return the content of results.json."""
     quiet_libraries()
     start = time.perf_counter()
     module = restore(Path(cfg.checkpoint))
-    trainer = build_trainer(cfg)
+    trainer = build_trainer(cfg, handler)
     datamodule = build_datamodule(cfg, module)
     needed = {cfg.split: f"split={cfg.split}"} | ({"train": "report=full"} if cfg.report == "full" else {})
     if missing := needed.keys() - datamodule.splits.keys():
@@ -137,7 +138,7 @@ def recorded_precision(checkpoint: Path) -> str | None:
     return read_results(checkpoint.resolve().parent.parent).get("environment", {}).get("precision")
 
 
-def build_trainer(cfg: DictConfig) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, handler: SignalHandler) -> pl.Trainer:
     """Return a Trainer for one device that writes nothing."""
     precision, show_bar = cfg.trainer.precision, cfg.trainer.enable_progress_bar
     if precision == "auto":
@@ -152,7 +153,7 @@ def build_trainer(cfg: DictConfig) -> pl.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=show_bar,
         enable_model_summary=False,
-        callbacks=[RunProgressBar()] if show_bar else [],
+        callbacks=[GracefulStop(handler), *([RunProgressBar()] if show_bar else [])],
         default_root_dir=cfg.paths.output_dir,
     )
 
@@ -180,6 +181,8 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
         raise UserError(f"the classes of the checkpoint ({names}) differ from those of the data ({found})")
     datamodule.prepare_data()
     datamodule.setup()
+    if options.get("test_only") and [*datamodule.splits] == ["test"]:
+        log.info("data.root=%s: all images are tested; remove those that the network was trained on", options["root"])
     if is_same:
         limit, as_trained = trained_with.get("image_limit"), datamodule
         if options.get("image_limit") != limit:

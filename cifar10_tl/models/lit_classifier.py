@@ -184,6 +184,7 @@ class LitClassifier(pl.LightningModule):
         ``estimated_stepping_batches``: https://github.com/Lightning-AI/pytorch-lightning/issues/20550.
         """
         self.trainer.fit_loop._load_combined_loader_states()
+        match_layouts(self.trainer.optimizers)
         self.reschedule()  # a run that is resumed with more epochs has the learning rate of its previous end
         has_float64 = self.device.type != "mps"
         self._totals = self._totals.to(self.device, torch.float64 if has_float64 else torch.float32)
@@ -296,9 +297,10 @@ class LitClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the schedule of its learning rates."""
-        clips = self.trainer.gradient_clip_val is not None
-        # Lightning cannot clip gradients of a fused optimizer in mixed precision
-        can_fuse = not (clips and isinstance(self.trainer.precision_plugin, MixedPrecision))
+        plugin, clips = self.trainer.precision_plugin, self.trainer.gradient_clip_val is not None
+        # Lightning cannot clip gradients of a fused optimizer in mixed precision, and if the scaler of fp16 skips the
+        # first step, fused SGD keeps uninitialized memory as momentum
+        can_fuse = not (isinstance(plugin, MixedPrecision) and (clips or plugin.scaler is not None))
         optimizer = build_optimizer(self.hparams["optimizer"], self.network.backbone, self.network.head, can_fuse)
         settings = self.hparams["scheduler"]
         if settings["name"] == "constant" and not settings.get("head_only_epochs", 0):
@@ -321,6 +323,18 @@ class LitClassifier(pl.LightningModule):
 
 class Schedule(LambdaLR):
     """LambdaLR of the settings, unlike that of a subclass or of Lightning's learning rate finder."""
+
+
+def match_layouts(optimizers: Sequence[Optimizer]) -> None:
+    """Give the state of each parameter its memory layout, which differs between CPUs and GPUs.
+
+    A fused step on a CPU does not check the strides: moments of a GPU would be those of other weights.
+    """
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def weighted_targets(targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:

@@ -41,7 +41,7 @@ def build_optimizer(settings: Mapping[str, Any], backbone: Backbone, head: nn.Mo
         groups += parameter_groups(part, module, lr)
     groups += parameter_groups("head", head, options["lr"])
     if "fused" in inspect.signature(optimizer_class).parameters and not options.get("foreach"):
-        options["fused"] = can_fuse and options.get("fused", True)
+        options["fused"] = options.get("fused", True) if can_fuse else None  # None: torch's choice without fusion
     try:
         return optimizer_class(groups, **options)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:

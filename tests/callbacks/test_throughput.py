@@ -34,7 +34,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def epoch(
-    callback: Throughput, clock: Clock, steps: int, seconds: float, fetch: float, device: str = "cpu", sizes: int = 1
+    callback: Throughput,
+    clock: Clock,
+    steps: int,
+    seconds: float,
+    fetch: float,
+    device: str = "cpu",
+    sizes: int = 1,
+    is_resumed: bool = False,
 ) -> None:
     """Run an epoch of two processes with batches of 8, ``seconds`` per step and ``fetch`` seconds per batch."""
     loader = SimpleNamespace(requested_at=0.0)
@@ -48,7 +55,8 @@ def epoch(
         accumulate_grad_batches=1,
     )
     module: Any = SimpleNamespace(device=torch.device(device), image_sizes=[(0, 32)] * sizes)
-    callback.on_train_epoch_start(trainer, module)
+    if not is_resumed:
+        callback.on_train_epoch_start(trainer, module)
     for _ in range(steps):
         loader.requested_at = clock.now
         clock.now += fetch
@@ -68,6 +76,14 @@ def test_speed_leaves_out_what_is_between_epochs(clock: Clock) -> None:
     assert 0.1 < row["peak_memory_gb"] < 1000  # type: ignore[operator]
     assert callback.images_per_second == 4.0
     assert callback.first_step_seconds == 104.0
+
+
+def test_an_epoch_resumed_in_the_middle_begins_with_its_first_batch(clock: Clock) -> None:
+    callback = Throughput()
+    callback.on_fit_start(None, None)  # type: ignore[arg-type]
+    clock.now += 100.0  # features, logistic regression
+    epoch(callback, clock, steps=3, seconds=4.0, fetch=1.0, is_resumed=True)
+    assert [callback.row(torch.device("cpu"))[key] for key in ("seconds", "step_ms", "data_wait")] == [12, 4000, 0.25]
 
 
 class SlowSplit(Split):

@@ -168,6 +168,11 @@ def test_one_run_is_resumed_per_command() -> None:
         launcher._prepared(["resume=a,b", "-m"])
 
 
+def test_settings_of_a_folder_are_accepted_when_its_run_is_resumed() -> None:
+    assert launcher._prepared(["data.labels=a.csv", "resume=run"]) == ["++data.labels=a.csv", "resume=run"]
+    assert launcher._prepared(["data.labels=a.csv"]) == ["data.labels=a.csv"]
+
+
 def test_an_unwritable_run_folder_is_one_line() -> None:
     handlers = {"file": {"class": "logging.FileHandler", "filename": "/proc/train.log"}}
     with pytest.raises(ValueError, match="file") as raised:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from helpers import lock
 from PIL import Image
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data import image_cache
+from cifar10_tl.data import image_cache, images
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.folder import Folder
 
@@ -104,6 +106,19 @@ def test_files_that_are_not_images_are_reported_or_left_out(pictures: Path, capl
         assert caplog.text.count("left out 2 paths: ") == 1
         with pytest.raises(UserError, match=r"use 2 paths: .*notes\.txt \(not an image.*cut\.png \(.*skip_bad=true"):
             folder_of(pictures).load()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_an_image_that_may_be_readable_later_is_not_left_out(
+    pictures: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(images, "to_pixels", Mock(side_effect=error))
+        with pytest.raises(UserError, match=r"0\.png \((Input/output error|MemoryError)\); try again"):
+            folder_of(pictures, skip_bad=True).prepare()
+    source = folder_of(pictures, skip_bad=True)
+    source.prepare()
+    assert len(source.load()["train"].labels) == 14
 
 
 def test_links_are_followed_and_hidden_files_skipped(pictures: Path, tmp_path: Path) -> None:
@@ -254,6 +269,17 @@ def test_a_locked_folder_beside_the_splits_is_not_used(
     lock(monkeypatch, pictures / "lost+found")
     assert set(folder_of(pictures).load()) == {"train", "test"}
     assert "or have no folders of classes: lost+found" in caplog.text
+
+
+def test_splits_with_other_names_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("training_set/cat/1.png", "test_set/cat/1.png", "classes/cat/tabby/1.png", "classes/dog/1.png"):
+        write(tmp_path / name)
+    shutil.copytree(tmp_path / "training_set", tmp_path / "pets" / "training_set")
+    shutil.copytree(tmp_path / "test_set", tmp_path / "pets" / "test_set")
+    assert folder_of(tmp_path / "classes").class_names == ("cat", "dog")
+    assert not caplog.text
+    assert folder_of(tmp_path / "pets").class_names == ("test_set", "training_set")
+    assert "the classes are folders of folders (test_set, training_set); name splits train, val, test" in caplog.text
 
 
 def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:

@@ -259,8 +259,18 @@ def test_kill_9_while_decoding(cache: ImageCache, monkeypatch: pytest.MonkeyPatc
     assert 20 - kept <= len(decoded) <= 20 - kept + 1 < 20  # the last line may have been cut off
 
 
-def test_a_cache_of_which_nothing_is_current_starts_over(cache: ImageCache) -> None:
+def test_machines_share_a_cache_of_their_copies_of_the_files(
+    cache: ImageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = {path: [*version, 1] for path, version in FILES.items()}
+    assert values(cache) == values(cache, copies) == WANTED
+    monkeypatch.setattr(image_cache, "decode_sized", None)  # fails if it is called
+    assert values(cache) == values(cache, copies) == WANTED
+
+
+def test_an_old_cache_of_which_nothing_is_current_starts_over(cache: ImageCache) -> None:
     values(cache)
     size = cache.pixels.stat().st_size
+    os.utime(cache.index, (0, time.time() - 8 * 24 * 3600))
     assert values(cache, {path: [*version, 1] for path, version in FILES.items()}) == WANTED
     assert cache.pixels.stat().st_size == size

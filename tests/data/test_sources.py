@@ -8,7 +8,7 @@ import shutil
 import sys
 import tarfile
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from torchvision.datasets import CIFAR10
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data import sources
+from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.data.sources import Cifar10, Shapes
 
 Archive: TypeAlias = tuple[Path, np.ndarray, np.ndarray]
@@ -45,6 +46,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archive:
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     sums = {name: md5(content) for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(path.read_bytes()))
     monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
@@ -70,7 +72,7 @@ def test_partial_copy_is_completed_from_the_archive(archive: Archive) -> None:
     path, *_ = archive
     (path.parent / "cifar-10-batches-py").mkdir()
     (path.parent / "cifar-10-batches-py" / "test_batch").write_bytes(b"partial")
-    source = Cifar10(str(path.parent), [], md5(path.read_bytes()))
+    source = Cifar10(str(path.parent), [])
     source.prepare()
     assert len(source.load()["train"].labels) == 20
 
@@ -79,7 +81,7 @@ def test_the_download_script_writes_jpeg_files_in_the_official_order(
     archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, images, labels = archive
-    Cifar10(str(path.parent), [], md5(path.read_bytes())).prepare()
+    Cifar10(str(path.parent), []).prepare()
     monkeypatch.setattr(sys, "argv", ["download.py", "--root", str(path.parent), "--jpeg", str(tmp_path / "jpeg")])
     runpy.run_path(str(REPOSITORY / "scripts" / "download.py"), run_name="__main__")
     for split, originals, own in (("train", images[:5], labels[:5].flatten()), ("test", images[5], labels[5])):
@@ -96,7 +98,17 @@ def test_archive_without_cifar10_is_rejected(archive: Archive, monkeypatch: pyte
     path, *_ = archive
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
     with pytest.raises(UserError, match="does not contain CIFAR-10"):
-        Cifar10(str(path.parent), [], md5(path.read_bytes())).prepare()
+        Cifar10(str(path.parent), []).prepare()
+
+
+def test_another_archive_is_never_extracted(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a checkpoint says: those of earlier versions hold a checksum."""
+    path, *_ = archive
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+    options: dict[str, Any] = {"root": str(path.parent), "mirrors": [], "md5": md5(path.read_bytes())}
+    with pytest.raises(UserError, match=r"save it as .* \(md5 0000"):
+        CIFAR10DataModule(source="cifar10", **options).prepare_data()
+    assert not (path.parent / "cifar-10-batches-py").exists()
 
 
 def test_shapes_of_train_and_test_differ() -> None:

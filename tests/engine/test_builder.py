@@ -123,6 +123,13 @@ def test_network_is_compiled_once_per_training_size(
     assert not any(compiled)  # no graph takes a size that varies
 
 
+def test_training_on_cached_features_is_not_compiled(small_cfg: Callable[..., DictConfig]) -> None:
+    module = LitClassifier(["a", "b"], "resnet10", image_size=32)
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    speed_up(small_cfg("compile=true", "data.cache_features=true", "model.freeze=backbone"), module, trainer)
+    assert module.network._compiled_call_impl is None
+
+
 def test_double_precision_is_set_before_a_checkpoint_is_restored(small_cfg: Callable[..., DictConfig]) -> None:
     module = LitClassifier(["a", "b"], "resnet18", image_size=32)
     module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, precision="64-true")

@@ -16,6 +16,7 @@ from cifar10_tl.engine import logistic_regression
 from cifar10_tl.engine.checkpoints import RunCheckpointIO, find_resumable
 from cifar10_tl.engine.evaluator import evaluate_checkpoint
 from cifar10_tl.engine.logistic_regression import CHECKPOINT, PENALTIES, solutions
+from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.engine.results import read_results
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.train import train
@@ -78,7 +79,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(run: Path, split: str, output: Path) -> dict[str, Any]:
     paths = (f"checkpoint={run / CHECKPOINT}", f"split={split}", f"paths.output_dir={output / split}")
-    return evaluate_checkpoint(compose_command("evaluate", *paths, "trainer.enable_progress_bar=false"))
+    cfg = compose_command("evaluate", *paths, "trainer.enable_progress_bar=false")
+    return evaluate_checkpoint(cfg, SignalHandler())
 
 
 def test_checkpoint_repeats_the_results(run: Path, tmp_path: Path) -> None:

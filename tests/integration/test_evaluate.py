@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,10 +33,12 @@ from cifar10_tl.engine.evaluator import (
     data_options,
     recorded_precision,
 )
+from cifar10_tl.engine.processes import SignalHandler, Stopped
 from cifar10_tl.evaluate import evaluate, main, quote_list
 from cifar10_tl.io import read_csv
 from cifar10_tl.metrics.calibration import fit_temperature
 from cifar10_tl.metrics.tta import additional_views
+from cifar10_tl.models.lit_classifier import LitClassifier
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +69,16 @@ def run_evaluate(tmp_path: Path, best: Path, monkeypatch: pytest.MonkeyPatch) ->
         return evaluate(compose_command("evaluate", f"checkpoint={checkpoint}", *usual, *overrides))
 
     return run
+
+
+def test_a_signal_ends_an_evaluation_with_its_status(
+    run_evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LitClassifier, "test_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        run_evaluate()
+    assert stopped.value.code == 143
+    assert not (tmp_path / "evaluation" / "results.json").exists()
 
 
 @pytest.fixture(scope="session")
@@ -199,10 +212,13 @@ def test_another_split_of_the_training_images_is_refused(run_evaluate: Evaluate,
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_added(tmp_path: Path) -> None:
+def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_added(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_shapes(tmp_path, num_classes=3, pictures=20)
     folder, checkpoint = tmp_path / "pictures", tmp_path / "best.ckpt"
     sizes: Any = {"val_size": 0.2, "test_size": 0.2}
+    caplog.set_level("INFO", "cifar10_tl.engine.evaluator")
     data = CIFAR10DataModule(source="folder", root=str(folder), cache_dir=str(tmp_path / "cache"), **sizes)
     data.setup()
     content = {"state_dict": {}, "hyper_parameters": {}, "epoch": 0, "datamodule_hyper_parameters": dict(data.hparams)}
@@ -218,7 +234,9 @@ def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_ad
     assert len(test_of("data.image_limit=6")) == 6
     for root in (folder, tmp_path / "moved"):
         shutil.copy(root / "class 0" / "00.png", root / "class 0" / "000.png")
+    assert not caplog.text
     assert len(test_of(moved)) == 61, "other images are tested as a whole"
+    assert "all images are tested; remove those that the network was trained on" in caplog.text
     for overrides in ((), ("data.image_limit=6",)):
         with pytest.raises(UserError, match=r"^the images of train, val, test have changed .*data\.root=DIR"):
             test_of(*overrides)
@@ -330,7 +348,8 @@ def test_precision_is_that_of_the_run(best: Path, tmp_path: Path) -> None:
         assert recorded_precision(checkpoint) is None
     (tmp_path / "run" / "results.json").write_text('{"environment": {"precision": "bf16-mixed"}}')
     for given, used in ((), "bf16-mixed"), (("trainer.precision=32-true",), "32-true"):
-        trainer = build_trainer(compose_command("evaluate", f"checkpoint={checkpoint}", *given))
+        cfg = compose_command("evaluate", f"checkpoint={checkpoint}", *given)
+        trainer = build_trainer(cfg, SignalHandler())
         assert trainer.precision == used
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from callbacks.small_fit import small_fit
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import BatchNorm2d
 from torch.utils.data import DataLoader
 
@@ -187,13 +188,38 @@ def test_last_group_of_accumulated_batches_is_a_mean() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("precision", "settings", "fused"),
-    [("32-true", {}, True), ("bf16-mixed", {}, False), ("bf16-mixed", {"fused": True}, False)],
+    [("32-true", {}, True), ("bf16-mixed", {}, None), ("bf16-mixed", {"fused": True}, None)],
 )
-def test_gradients_are_clipped_in_every_precision(precision: Any, settings: dict[str, Any], fused: bool) -> None:
+def test_gradients_are_clipped_in_every_precision(precision: Any, settings: dict[str, Any], fused: bool | None) -> None:
     adam = {"optimizer": {"name": "Adam", "lr": 0.001, **settings}}
     run = fitted(12, adam, precision=precision, gradient_clip_val=1)
     assert run.optimizers[0].defaults["fused"] == fused
     assert all(value.isfinite().all() for value in run.lightning_module.state_dict().values())
+
+
+def test_optimizers_are_not_fused_in_fp16() -> None:
+    """Fused SGD keeps uninitialized memory as momentum if the scaler skips the first step."""
+    net = module()
+    for precision, fused in (("16-mixed", None), ("bf16-mixed", True)):
+        plugin = MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu") if fused is None else None)
+        net.trainer = SimpleNamespace(precision_plugin=plugin, gradient_clip_val=None)
+        net.hparams["scheduler"] = {"name": "constant"}
+        assert net.configure_optimizers().defaults["fused"] is fused
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_optimizer_of_a_gpu_continues_on_a_cpu(tmp_path: Path) -> None:
+    """On a GPU, weights and moments of convolutions are in channels_last memory format."""
+    path, options = tmp_path / "a.ckpt", {"freeze": "none", "optimizer": {"name": "Adam", "lr": 0.01}}
+    whole, resumed = Recorder(path), Recorder()
+    fitted(8, options, callbacks=[whole])
+    content = torch.load(path, weights_only=True)
+    for state in content["optimizer_states"][0]["state"].values():
+        for name, value in state.items():
+            state[name] = value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+    torch.save(content, path)
+    fitted(8, options, ckpt_path=path, callbacks=[resumed])
+    assert resumed.backbones == whole.backbones[1:]
 
 
 class Recorder(Callback):
