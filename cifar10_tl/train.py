@@ -2,7 +2,7 @@
 
 python -m cifar10_tl.train                                the default recipe on CIFAR-10
 python -m cifar10_tl.train experiment=quickstart          a few minutes on two CPU cores, without downloads
-python -m cifar10_tl.train resume=outputs/runs/<time>    resume a run
+python -m cifar10_tl.train resume=outputs/runs/<time>     resume a run
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class Session(Python):
 
     def run(self, words: Sequence[str], *overrides: str) -> str:
         """Run a command, check that it succeeds, and return what it printed."""
-        names = {"@time@": -1, "@stamp@": -1, "@one@": -1, "@other@": -2}
+        names = {"@time@": -1, "@one@": -1, "@other@": -2}
         text = "\n".join(shortened(words))
         for name, number in names.items():
             while name in text and len(self.runs) < -number:

@@ -51,7 +51,7 @@ class Throughput(Callback):
         self.first_step_seconds, self.earlier_seconds = state_dict["first_step_seconds"], state_dict["fit_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit_start = self._epoch_start = time.perf_counter()
+        self._fit_start = self._epoch_start = self._step_end = time.perf_counter()
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._epoch_start = self._step_end = time.perf_counter()

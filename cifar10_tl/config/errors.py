@@ -27,6 +27,7 @@ RENAMED: dict[str, str | None] = {
     "experiment/seed": "experiment=original",
     "trainer/fsdp": "trainer=ddp",
     "corrupt": None,
+    "data.md5": None,
 }
 _LOST_PROCESS = r"Connection (closed|reset) by peer|Broken pipe|TCPStore|NCCL|gloo"
 #: What errors of torch mean, by a pattern of "TypeName: message".

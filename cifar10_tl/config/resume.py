@@ -48,9 +48,10 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = override_key(override)
         if not key.startswith(ALLOWED) or key in STEPS:
             raise UserError(
-                f"{override}: a resumed run keeps its own settings, except trainer.* (but accumulate_grad_batches and "
-                "limit_train_batches), test, data.root, data.labels, data.on_device, data.cache_dir, paths.cache_dir, "
-                "compile and checkpoint_every_n_steps; use init_from= to start a new run from its weights"
+                f"{override}: a resumed run keeps its own settings, except trainer.* (other than "
+                "accumulate_grad_batches and limit_train_batches), test, data.root, data.labels, data.on_device, "
+                "data.cache_dir, paths.cache_dir, compile and checkpoint_every_n_steps; use init_from= to start a new "
+                "run from its weights"
             )
         if key == "trainer.max_epochs" and own.get("budget"):
             raise UserError(f"{override}: budget={own.budget} sets it; use init_from= to train these weights further")

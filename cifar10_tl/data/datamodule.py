@@ -70,7 +70,8 @@ class CIFAR10DataModule(pl.LightningDataModule):
         if source == "folder" and self.augment.random_resized_crop:
             # random crops then have as many pixels as the network sees, such as 256 x 256 for 224 x 224
             source_options["image_size"] = math.ceil(8 / 7 * largest(source_options.get("image_size", 224)))
-        source_options.pop("md5", None)  # of earlier checkpoints
+        if source == "cifar10":
+            source_options.pop("md5", None)  # of earlier checkpoints
         self.source = SOURCES[source](**known_arguments(SOURCES[source], source_options, "data"))
         side = getattr(self.source, "native_size", 32)
         for key in ("random_crop_padding", "cutout"):

@@ -67,8 +67,8 @@ class FeatureCache:
                 f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit"
             )
         self._fill(path, size, name, split, mirrored, header)
-        _, content = mapped(path)
-        return content[len(header) :].view(sample.dtype).view(shape)
+        _, data = mapped(path)
+        return data[len(header) :].view(sample.dtype).view(shape)
 
     def _views(self, images: Tensor, mirrored: bool) -> Tensor:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)

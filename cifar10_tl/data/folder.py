@@ -150,7 +150,7 @@ class Folder:
 
     def _check(self, usable: Mapping[str, Sequence[tuple[Entry, str]]], bad: Sequence[str]) -> None:
         if failed := next((text for text in bad if text.endswith(TEMPORARY)), None):
-            raise UserError(f"cannot read {printable(failed)}; try again, or remove the file")
+            raise UserError(f"cannot read {printable(failed)}; try again")
         if bad and not self.skip_bad:
             advice = "restore them, or start a new run with data.skip_bad=true" if self.cache else "remove them"
             raise UserError(f"cannot use {_summary(bad)}; {advice}")
@@ -186,7 +186,7 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if not splits and folders and outer == folders and not any(map(_has_images, folders)):
         names = ", ".join(path.name for path in folders[:5])
-        log.warning("data.root=%s: the classes are folders of folders (%s); name splits train, val, test", root, names)
+        log.warning("data.root=%s: the classes (%s) contain only folders; name splits train, val or test", root, names)
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         unused = ", ".join(others)
         reason = "which are not train, val or test, or have no folders of classes"

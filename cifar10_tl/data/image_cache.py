@@ -31,11 +31,11 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import leave_group
 from cifar10_tl.data.images import BadImageError, available_cores, decode_sized
 
-FOLDER_KEY = "data.cache_dir (with resume=: paths.cache_dir)"
 VERSION = 8  # of the files and of decoding
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
 WEEK = 7 * 24 * 3600  # seconds
+COPIES = 8  # of the same files, on machines or in times, that a cache has before it starts over
 FILES = 32  # that a process decodes at once
 PAGE = 2**16  # bytes that the kernel maps around a page that is read
 RELEASE_BYTES = 2**25
@@ -98,7 +98,7 @@ class ImageCache:
                     entries = self._entries(files)  # with what another process has decoded meanwhile
                     entries |= self._append(_outdated(files, entries, retry), entries)
             except OSError as error:
-                raise UserError(f"{self.folder}: {error.strerror}; choose another {FOLDER_KEY}") from error
+                raise UserError(f"{self.folder}: {error.strerror}; choose another data.cache_dir") from error
         return {path: entries[path] for path in files}
 
     def _entries(self, files: Mapping[str, list[int]]) -> dict[str, Entry]:
@@ -115,16 +115,19 @@ class ImageCache:
         found.sort(key=lambda entry: files.get(entry.path) == entry.version)
         return {entry.path: entry for entry in found} if is_whole else {}
 
+    def _age(self) -> float:
+        return time.time() - self.index.stat().st_mtime
+
     def _append(self, files: Sequence[tuple[str, list[int]]], entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Decode files on all cores, append them, flushed to disk every second, and return their entries."""
         needed, free = self.row_bytes * len(files), shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
                 f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
-                f"free; choose another {FOLDER_KEY}, a smaller data.native_size, or data.cache=false"
+                f"free; choose another data.cache_dir, a smaller data.native_size, or data.cache=false"
             )
         current = entries.keys() - {path for path, _ in files}
-        if not entries or (not current and time.time() - self.index.stat().st_mtime > WEEK):
+        if not entries or (not current and (self._age() > WEEK or self.pixels.stat().st_size > COPIES * needed)):
             self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content
             self.index.unlink(missing_ok=True)
         self.pixels.touch()

@@ -63,6 +63,8 @@ def decode_sized(path: Path | str, size: int, fit: str = "crop") -> Decoded:
             return Decoded(pixels, *((height, width) if _orientation(picture) >= 5 else (width, height)))
     except UnidentifiedImageError as error:
         raise BadImageError("not an image format that Pillow can read") from error
+    except MemoryError as error:
+        raise BadImageError("MemoryError") from error
     except Exception as error:  # Pillow raises many types of errors for broken files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadImageError(" ".join(reason.split())) from error

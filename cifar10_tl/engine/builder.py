@@ -185,9 +185,8 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     tune_for(device, module.network)
     if trainer.precision == "64-true":  # Lightning restores a checkpoint before it converts the module
         module.double()
-    compiled, reason = choose_compile(cfg.compile, device)
-    if cfg.data.get("cache_features"):
-        compiled, reason = False, "the features are cached"
+    is_cached = cfg.data.get("cache_features")
+    compiled, reason = (False, "the features are cached") if is_cached else choose_compile(cfg.compile, device)
     if compiled:
         torch.compiler.reset()  # graphs of an earlier run in this process count against the limit
         num_sizes = len(module.image_sizes)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 #: Beginnings of the keys of settings that do not change a result.
 WITHOUT_EFFECT = (
     *("paths", "callbacks", "logger", "resume", "test", "report", "imports", "trust", "checkpoint_every_n_steps"),
-    *("data.cache_dir", "trainer.enable_"),
+    *("data.cache_dir", "data.md5", "trainer.enable_"),
 )
 #: Columns of the table and their number formats.
 COLUMNS = {

@@ -182,7 +182,7 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
     datamodule.prepare_data()
     datamodule.setup()
     if options.get("test_only") and [*datamodule.splits] == ["test"]:
-        log.info("data.root=%s: all images are tested; remove those that the network was trained on", options["root"])
+        log.info("data.root=%s: all images are tested; none of them should be from the training set", options["root"])
     if is_same:
         limit, as_trained = trained_with.get("image_limit"), datamodule
         if options.get("image_limit") != limit:

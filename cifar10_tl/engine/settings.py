@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.config.resume import as_override, override_key
 
-#: Settings of a start or of its folder, not of what is run.
-OF_THE_START = ("paths.output_dir", "resume", "trust")
+#: Settings of a start or of its folder, not of what is run; data.md5 is one of earlier runs.
+OF_THE_START = ("paths.output_dir", "resume", "trust", "data.md5")
 #: Metric that selects the checkpoint for the test; without it, the last one is tested.
 MONITOR = "callbacks.best_checkpoint.monitor"
 _CHOICES = {"data": "data.source", "optimizer": "optimizer.name", "scheduler": "scheduler.name"}

@@ -25,7 +25,7 @@ def test_a_resumed_run_keeps_its_settings_but_its_length(
     assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.trainer.max_epochs, cfg.test) == (0.5, 32, 99, False)
     assert (cfg.paths.output_dir, cfg.resume) == (str(tmp_path), str(tmp_path))
     assert "trainer.max_epochs: 40 -> 99" in caplog.text
-    for override in ("optimizer.lr=1", "init_from=some.ckpt", "trainer.accumulate_grad_batches=4"):
+    for override in ("optimizer.lr=1", "init_from=some.ckpt", "trainer.limit_train_batches=4"):
         with pytest.raises(UserError, match=rf"{override}: a resumed run keeps its own settings"):
             resumed_config(compose_train(*given), [*given, override])
     own = compose_train("data=folder", "data.root=a", "paths.cache_dir=b", f"paths.output_dir={tmp_path}")

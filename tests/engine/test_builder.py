@@ -69,7 +69,7 @@ def test_the_header_of_a_run_says_what_is_trained_on_what(
         return describe(cfg, trainer, module)
 
     monkeypatch.setattr("cifar10_tl.engine.builder.device_name", lambda device: f"fast {device.type}")
-    backbone, head = 4_898_112, 5_130  # of torchvision's ResNet without fc; 512 x 10 + 10
+    backbone, head = 4_905_792, 5_130  # of torchvision's ResNet without fc; 512 x 10 + 10
     total = backbone + head
     assert header().splitlines() == [
         "",
@@ -126,7 +126,8 @@ def test_network_is_compiled_once_per_training_size(
 def test_training_on_cached_features_is_not_compiled(small_cfg: Callable[..., DictConfig]) -> None:
     module = LitClassifier(["a", "b"], "resnet10", image_size=32)
     trainer = pl.Trainer(accelerator="cpu", logger=False)
-    speed_up(small_cfg("compile=true", "data.cache_features=true", "model.freeze=backbone"), module, trainer)
+    cached = ("data.cache_features=true", "model.freeze=backbone", "data.augment.random_crop_padding=0")
+    speed_up(small_cfg("compile=true", *cached), module, trainer)
     assert module.network._compiled_call_impl is None
 
 

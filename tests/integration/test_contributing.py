@@ -106,7 +106,7 @@ def test_an_experiment_is_run_and_searched_from(session: Session) -> None:
     config = read_results(session.runs[-1])["config"]
     assert (config["optimizer"]["name"], config["optimizer"]["lr"]) == ("SGD", 0.005)
     session.run(documented("cifar10_tl.tune", "experiment=gentle"))
-    search = session.folder / "outputs" / "search"
+    search = session.folder / "outputs" / "search_gentle"
     assert read_results(search / "trials" / "0")["config"]["optimizer"]["name"] == "SGD"
     best = json.loads((search / "results.json").read_text())["best"]["command"]
     assert f"--config-dir={session.folder / 'my_conf'}" in shlex.split(best)

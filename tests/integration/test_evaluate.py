@@ -78,6 +78,7 @@ def test_a_signal_ends_an_evaluation_with_its_status(
     with pytest.raises(Stopped) as stopped:
         run_evaluate()
     assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert not (tmp_path / "evaluation" / "results.json").exists()
 
 
@@ -236,7 +237,7 @@ def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_ad
         shutil.copy(root / "class 0" / "00.png", root / "class 0" / "000.png")
     assert not caplog.text
     assert len(test_of(moved)) == 61, "other images are tested as a whole"
-    assert "all images are tested; remove those that the network was trained on" in caplog.text
+    assert "all images are tested; none of them should be from the training set" in caplog.text
     for overrides in ((), ("data.image_limit=6",)):
         with pytest.raises(UserError, match=r"^the images of train, val, test have changed .*data\.root=DIR"):
             test_of(*overrides)
