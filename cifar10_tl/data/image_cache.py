@@ -35,7 +35,7 @@ VERSION = 8  # of the files and of decoding
 CACHE_TAG = "CACHEDIR.TAG"  # marks a folder of a cache: https://bford.info/cachedir/
 FLUSH_SECONDS = 1.0
 WEEK = 7 * 24 * 3600  # seconds
-COPIES = 8  # of the same files, on machines or in times, that a cache has before it starts over
+COPIES = 8  # versions of all files, such as those on several machines, before a cache starts over
 FILES = 32  # that a process decodes at once
 PAGE = 2**16  # bytes that the kernel maps around a page that is read
 RELEASE_BYTES = 2**25
@@ -124,10 +124,10 @@ class ImageCache:
         if needed > free:
             raise UserError(
                 f"{self.folder}: {len(files):,} decoded images need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
-                f"free; choose another data.cache_dir, a smaller data.native_size, or data.cache=false"
+                "free; choose another data.cache_dir, a smaller data.native_size, or data.cache=false"
             )
         current = entries.keys() - {path for path, _ in files}
-        if not entries or (not current and (self._age() > WEEK or self.pixels.stat().st_size > COPIES * needed)):
+        if not entries or (not current and (self._age() > WEEK or self.pixels.stat().st_size >= COPIES * needed)):
             self.pixels.unlink(missing_ok=True)  # a process that reads it keeps its content
             self.index.unlink(missing_ok=True)
         self.pixels.touch()

@@ -268,6 +268,12 @@ def test_machines_share_a_cache_of_their_copies_of_the_files(
     assert values(cache) == values(cache, copies) == WANTED
 
 
+def test_a_cache_of_eight_outdated_versions_starts_over(cache: ImageCache) -> None:
+    for i in range(9):
+        assert values(cache, {path: [*version, i] for path, version in FILES.items()}) == WANTED
+        assert cache.pixels.stat().st_size == (i % 8 + 1) * 20 * cache.row_bytes
+
+
 def test_an_old_cache_of_which_nothing_is_current_starts_over(cache: ImageCache) -> None:
     values(cache)
     size = cache.pixels.stat().st_size
