@@ -202,7 +202,7 @@ def test_ended_run_is_not_trained_further(
 # -------------------------------------------------------------------------------------------------------- repeated runs
 
 
-#: Losses of the first five steps, and tolerances: with one and two threads, they differ by up to 2e-4 after the first two.
+#: Losses of the first five steps, and tolerances: one and two threads differ by up to 2e-4 after the second step.
 GOLDEN_LOSSES = ((2.37358, 1e-5), (2.3289, 1e-3), (2.2248, 2e-3), (2.2615, 5e-3), (2.2508, 5e-3))
 
 
