@@ -18,7 +18,7 @@ from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.resume import quoted
 from cifar10_tl.config.run_dir import check_owner
-from cifar10_tl.io import atomic_write_text, csv_text
+from cifar10_tl.io import atomic_write_text, write_csv
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     header, cells = [*comparison.COLUMNS], comparison.format_rows(rows)
     seeds = [*comparison.SETTINGS_COLUMNS], comparison.format_rows(settings, comparison.SETTINGS_COLUMNS)
     markdown = markdown_table(header, cells) + (f"\n{markdown_table(*seeds)}" if settings else "")
-    atomic_write_text(run_dir / "comparison.csv", csv_text(header, (list(row.values()) for row in rows)))
+    write_csv(run_dir / "comparison.csv", header, (list(row.values()) for row in rows))
     atomic_write_text(run_dir / "comparison.md", markdown)
     if cfg.report != "none":
         write_comparison(run_dir, runs, rows, settings)

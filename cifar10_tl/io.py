@@ -1,10 +1,10 @@
-"""Atomic writes, folder locks and CSV text."""
+"""Atomic writes, folder locks and CSV files."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import fcntl
-import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,13 +72,12 @@ def claim(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a CSV table with a header line. None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV table with a header line with :func:`atomic_write`. None is an empty cell."""
+    with atomic_write(path) as file:
+        table = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
 
 
 def printable(path: Path | str) -> str:

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from cifar10_tl.config import CONFIG_DIR
-from cifar10_tl.engine.comparison import settings_of
+from cifar10_tl.engine.comparison import OWN_CALLBACKS, settings_of
 from cifar10_tl.engine.results import markdown_table, read_results
 from cifar10_tl.engine.settings import changed_settings, final_overrides
 from cifar10_tl.metrics.intervals import spread, wilson_interval
@@ -41,7 +41,8 @@ SHORT = ("recipe", "data", "seeds", "test accuracy", "fit", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
 #: Overrides that do not change the recipe.
-UNCOUNTED = r"seed|paths|hydra|logger|callbacks(?!\.best_checkpoint\.monitor)|resume|test|report|trust"
+UNCOUNTED = r"seed|paths|hydra|logger|resume|test|report|trust"
+UNCOUNTED += rf"|callbacks(?=$|=)|callbacks\.({'|'.join(OWN_CALLBACKS)})(?!\.monitor)"
 UNCOUNTED += r"|checkpoint_every_n_steps|trainer\.(accelerator|devices|enable_progress_bar)"
 HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and ticks
 
@@ -83,7 +84,7 @@ def digest(folder: Path, data_name: str, evaluations: Iterable[Run] = ()) -> Run
         "seed": results["config"]["seed"],
         "overrides": [shortened(o) for o in given if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
         "settings": {key: shortened(value) for key, value in sorted(recipe_settings(results["config"]).items())},
-        "weights": shortened(results["config"]["model"]["weights"] or "random"),
+        "weights": shortened(results["config"].get("init_from") or results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],
         "test": {key: results["test"][key] for key in ("acc", "loss", "count")},
         "flip_averaging": averaged.get(test),
@@ -151,8 +152,12 @@ def make_row(runs: Sequence[Run]) -> Row:
     averaged: list[Any] = [run.get("flip_averaging") for run in runs]
     flips = "" if None in averaged else f"{fmean(averaged):.2%}"
     cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", flips]
-    cells += [f"{minutes:.3g} min", f"{fmean(run['images_per_second'] for run in runs):,.0f}"]
-    cells += [f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"]
+    speeds: list[Any] = [run["images_per_second"] for run in runs]
+    cells += [f"{minutes:.3g} min", "" if None in speeds else f"{fmean(speeds):,.0f}"]
+    devices = f"{where['devices']} x " * (where["devices"] > 1)
+    cells += [
+        f"{devices}{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"
+    ]
     commits = listed(re.sub(r"(?<=^\w{7})\w+", "", str(run["environment"]["git"])) for run in runs)
     given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
     command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {where['versions']['torch']}"
@@ -188,7 +193,7 @@ def short_table(runs: Sequence[Run]) -> str:
     """Return the table of README.md: recipes without other changes than a budget and a backbone."""
     recipe = re.compile(r"default|((experiment|budget|model\.backbone)=\S+ ?)+")
     rows = [row for rows in rows_by_data(runs).values() for row in rows if recipe.fullmatch(row.point.name)]
-    cells = [{"data": row.title.split(",")[0], **dict(zip(COLUMNS, row.cells, strict=True))} for row in rows]
+    cells = [{"data": row.title.rsplit(", ", 1)[0], **dict(zip(COLUMNS, row.cells, strict=True))} for row in rows]
     lines = [[row[column] for column in SHORT] for row in cells]
     rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))
     lines += [[rest, "", "", "not measured here", "", ""]] if rest else []
@@ -249,9 +254,10 @@ def main() -> None:
     if len(evaluations) > sum(run["flip_averaging"] is not None for run in added):
         parser.error("an evaluation matches no run: it needs tta=flip, the best epoch and the same test images")
     runs = merged([*json.loads(RUNS.read_text()), *added])
+    long, short = long_tables(runs), short_table(runs)  # first, because an error must leave the files as they are
     RUNS.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
-    PAGE.write_text(filled(PAGE.read_text(), long_tables(runs)))
-    README.write_text(filled(README.read_text(), short_table(runs)))
+    PAGE.write_text(filled(PAGE.read_text(), long))
+    README.write_text(filled(README.read_text(), short))
     if runs:
         panels = {title: [row.point for row in rows] for title, rows in rows_by_data(runs).items()}
         FIGURE.write_bytes(to_png(accuracy_against_time(panels)))

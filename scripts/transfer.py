@@ -89,7 +89,8 @@ def main() -> None:
             run = out / "other" / f"{images}_{Path(weights).stem}_{seed}"
             found[weights].append(accuracy(run, images * (len(classes) // 2), given.steps, *own, *shared))
         found["gain"] = [b - a for a, b in zip(*found.values(), strict=True)]
-        texts = (f"{100 * s.mean:.2f} [{100 * s.low:.2f}, {100 * s.high:.2f}]" for s in map(spread, found.values()))
+        spreads = map(spread, found.values())
+        texts = (f"{100 * s.mean:.2f}" + f" [{100 * s.low:.2f}, {100 * s.high:.2f}]" * (s.n > 1) for s in spreads)
         rows.append([str(images), *texts])
     table = markdown_table(
         ["images per class", "random weights, %", "backbone of other classes, %", "gain, points"], rows

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar10_tl.callbacks.throughput import Throughput
-from cifar10_tl.io import atomic_write_text, csv_text
+from cifar10_tl.io import write_csv
 from cifar10_tl.metrics.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class MetricsLogger(Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             lines = ([row.get(column) for column in COLUMNS] for row in self.rows)  # older versions had fewer
-            atomic_write_text(Path(trainer.default_root_dir) / "metrics.csv", csv_text(COLUMNS, lines))
+            write_csv(Path(trainer.default_root_dir) / "metrics.csv", COLUMNS, lines)
             log.info("%s", _summary(row, trainer.max_epochs))
 
     def _row(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float | int | None]:

@@ -10,6 +10,9 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine.results import read_results, text_table
 from cifar10_tl.engine.settings import MONITOR, flat
@@ -17,10 +20,12 @@ from cifar10_tl.metrics.intervals import further_pairs, spread, wilson_interval
 
 log = logging.getLogger(__name__)
 
+#: Names of the callbacks that draw, measure or save; others may change a result.
+OWN_CALLBACKS = tuple(yaml.safe_load((CONFIG_DIR / "callbacks" / "default.yaml").read_text()))
 #: Beginnings of the keys of settings that do not change a result.
 WITHOUT_EFFECT = (
-    *("paths", "callbacks", "logger", "resume", "test", "report", "imports", "trust", "checkpoint_every_n_steps"),
-    *("data.cache_dir", "data.md5", "trainer.enable_"),
+    *("paths", "logger", "resume", "test", "report", "imports", "trust", "checkpoint_every_n_steps"),
+    *(*(f"callbacks.{name}" for name in OWN_CALLBACKS), "data.cache_dir", "data.md5", "trainer.enable_"),
 )
 #: Columns of the table and their number formats.
 COLUMNS = {
@@ -86,6 +91,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"compare={folder}: not the folder of a tested run or an evaluation: {error}") from error
     if not labels or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
+    if "tta" in results:
+        log.warning("%s: predictions without test-time augmentation are compared", folder)
     return Run(folder, results, labels, correct, predictions)
 
 

@@ -145,7 +145,7 @@ class Pictures:
         for position in self.evaluation.probabilities.max(1).values.argsort(descending=True, stable=True).tolist():
             cells[self.labels[position], self.predictions[position]].append(position)
         # errors first, and of these the most frequent; of correct predictions, the least confident
-        found = sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1])))
+        found = sorted(cells.items(), key=lambda cell: (cell[0][0] == cell[0][1], -len(cell[1]), cell[0]))
         if self.evaluation.num_classes > MATRIX_LIMIT:
             found = [cell for cell in found if cell[0][0] != cell[0][1]][:PAIR_LIMIT]
         budget, sizes = PIXELS // min(SIDE, self.split.shape[-1]) ** 2, [len(positions) for _, positions in found]
@@ -303,9 +303,14 @@ def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], u
 def render(template: str, context: Mapping[str, Any]) -> str:
     """Return the page of a template in the folder ``templates``, in which all text is escaped."""
     environment = Environment(loader=PackageLoader("cifar10_tl.engine"), autoescape=True, trim_blocks=True)
-    environment.filters |= {"percent": as_percent, "at": at, "spec": format}
+    environment.filters |= {"percent": as_percent, "at": at, "spec": formatted}
     written = time.strftime("%Y-%m-%d %H:%M")
     return environment.get_template(template).render(context, Axis=Axis, written=written)
+
+
+def formatted(value: Any, form: str) -> str:
+    """Return a value in a format such as ``.2%``, in which only exactly 0 and 1 are 0% and 100%."""
+    return as_percent(value, int(form[1])) if form.endswith("%") else format(value, form)
 
 
 def at(results: Any, key: str) -> Any:

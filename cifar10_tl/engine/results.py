@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from cifar10_tl import __version__
 from cifar10_tl.callbacks import MetricsLogger, Throughput
@@ -27,7 +28,7 @@ from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.hardware import device_name
 from cifar10_tl.engine.logistic_regression import CHECKPOINT
 from cifar10_tl.engine.settings import MONITOR, flat
-from cifar10_tl.io import atomic_write_text, csv_text
+from cifar10_tl.io import atomic_write_text, write_csv
 from cifar10_tl.metrics.calibration import NUM_BINS
 from cifar10_tl.metrics.evaluation import Evaluation
 from cifar10_tl.models.lit_classifier import LitClassifier
@@ -78,12 +79,13 @@ def write_results(
 def write_predictions(file: Path, evaluation: Evaluation, paths: Sequence[str | None]) -> None:
     """Write one row per image: index, true and predicted label, its probability, one column per class, and its path."""
     names = evaluation.class_names
-    columns = (evaluation.indices, evaluation.labels, evaluation.predictions, evaluation.probabilities)
+    columns = [column.tolist() for column in (evaluation.indices, evaluation.labels, evaluation.predictions)]
+    probabilities = map(Tensor.tolist, evaluation.probabilities)
     rows = (
         [index, names[true], names[predicted], f"{row[predicted]:.6g}", *(f"{p:.6g}" for p in row), path]
-        for index, true, predicted, row, path in zip(*(column.tolist() for column in columns), paths, strict=True)
+        for index, true, predicted, row, path in zip(*columns, probabilities, paths, strict=True)
     )
-    atomic_write_text(file, csv_text(["index", "true_label", "predicted_label", "probability", *names, "path"], rows))
+    write_csv(file, ["index", "true_label", "predicted_label", "probability", *names, "path"], rows)
 
 
 def environment(device: torch.device, num_devices: int, precision: str) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def describe(results: Mapping[str, Any], run_dir: Path) -> str:
         _class_table(scores["per_class"]),
     ]
     if scores["confused_pairs"]:
-        rows = [[_confusion(p), str(p["count"]), f"{p['share']:.1%}"] for p in scores["confused_pairs"][:5]]
+        rows = [[_confusion(p), str(p["count"]), as_percent(p["share"])] for p in scores["confused_pairs"][:5]]
         parts.append(text_table(["most frequent confusions", "images", "of the class"], rows))
     if scores["confident_errors"]:
         errors = [(e, e["path"] or str(e["index"])) for e in scores["confident_errors"][:5]]
@@ -173,15 +175,17 @@ def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> 
 def _cell(value: Any, form: str) -> str:
     if isinstance(value, list):
         return f"{100 * value[0]:.2f} to {value[1]:.2%}"
-    return "" if value is None else format(value, form)
+    if value is None or not form.endswith("%"):
+        return "" if value is None else format(value, form)
+    return as_percent(value, int(form[1]))
 
 
 def _class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
-    title = "class"
+    title, per_class = "class", [row for row in per_class if row["count"]]
     if len(per_class) > limit:
         title, per_class = f"{limit} classes with the lowest F1", sorted(per_class, key=lambda row: row["f1"])[:limit]
     scores = ("precision", "recall", "f1")
-    rows = [[row["class"], *(f"{row[key]:.1%}" for key in scores), str(row["count"])] for row in per_class]
+    rows = [[row["class"], *(as_percent(row[key]) for key in scores), str(row["count"])] for row in per_class]
     return text_table([title, "precision", "recall", "F1", "images"], rows)
 
 
@@ -251,11 +255,11 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
     lines, run_dir, best = [""], _relative(run_dir), best and _relative(best)
     if test := results.get("test"):
         interval = _cell(test["acc_interval"], "")
-        lines.append(f"  test acc     {test['acc']:.2%} (95% interval {interval}), {test['count']:,} images")
+        lines.append(f"  test acc     {as_percent(test['acc'], 2)} (95% interval {interval}), {test['count']:,} images")
         if abs(test["balanced_acc"] - test["acc"]) > 1e-9:  # classes of unequal size
             lines.append(f"  balanced acc {test['balanced_acc']:.2%}, the mean recall of the classes")
         for pair in test["confused_pairs"][:1]:
-            share = f"{pair['count']} images, {pair['share']:.1%} of {pair['true']}"
+            share = f"{pair['count']} images, {as_percent(pair['share'])} of {pair['true']}"
             lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")
     if (val_acc := results["val"]["acc"]) is not None:
         monitor = flat(results["config"]).get(MONITOR)

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine.search_space import as_overrides, plain_values
-from cifar10_tl.io import atomic_write, atomic_write_text, csv_text
+from cifar10_tl.io import atomic_write, write_csv
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
@@ -47,7 +47,7 @@ def write_report(folder: Path, study: optuna.Study, overrides: Sequence[str]) ->
     trials = study.get_trials(deepcopy=False)
     rows = [_row(trial) for trial in trials]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    atomic_write_text(folder / "trials.csv", csv_text(names, ([row.get(name) for name in names] for row in rows)))
+    write_csv(folder / "trials.csv", names, ([row.get(name) for name in names] for row in rows))
     best = best_trial(trials)
     if best is None:
         raise UserError(f"all {len(rows)} trials failed; the first one: {trials[0].user_attrs['error']}")
@@ -95,4 +95,5 @@ def summary(results: Mapping[str, Any], folder: Path) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    return f"{value:.2%}" if name == "val_acc" else f"{value:.4g}" if isinstance(value, float) else str(value)
+    form = {"val_acc": ".2%", "seconds": ".0f"}.get(name, ".4g")
+    return format(value, form) if isinstance(value, float) else str(value)

@@ -173,6 +173,7 @@ def hparams_summaries(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -
 def _short(key: str, settings: Mapping[str, Any]) -> Any:
     value = settings.get(key)
     if key == "model.weights":
+        value = settings.get("init_from") or value
         return Path(value).name if value else "random"
     if key == "model.image_size" and isinstance(value, list):
         return value[-1][1]

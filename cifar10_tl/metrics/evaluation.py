@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-)
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from cifar10_tl.metrics.calibration import (
     ReliabilityBins,
@@ -65,7 +60,7 @@ class Evaluation:
     def mean_of(cls, views: Sequence[Evaluation]) -> Evaluation:
         """Average the probabilities of several views of the same images."""
         # The softmax of log-probabilities returns the probabilities; log space avoids underflow of small ones.
-        logs = torch.stack([view.logits.double().log_softmax(1) for view in views]).logsumexp(0)
+        logs = reduce(torch.logaddexp, (view.logits.double().log_softmax(1) for view in views))
         return replace(views[0], logits=(logs - math.log(len(views))).float())
 
     def scaled(self, temperature: float) -> Evaluation:
@@ -127,12 +122,15 @@ class Evaluation:
 
         Two classes have no top-2 accuracy, which would always be 1.
         """
-        top2 = multiclass_accuracy(self.probabilities, self.labels, self.num_classes, average="micro", top_k=2)
+        top2: dict[str, float] = {}
+        if self.num_classes > 2:
+            acc = multiclass_accuracy(self.probabilities, self.labels, self.num_classes, average="micro", top_k=2)
+            top2["top2_acc"] = _rounded(acc)
         num_correct = int((self.predictions == self.labels).sum())
         return {
             **self.metrics(),
             "acc_interval": list(wilson_interval(num_correct, len(self))),
-            **({"top2_acc": _rounded(top2)} if self.num_classes > 2 else {}),
+            **top2,
             "nll": self.loss,
             **self.calibration(),
         }
@@ -147,16 +145,16 @@ class Evaluation:
         return reliability_bins(self.probabilities, self.labels)
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Return name, precision, recall, F1 and number of images of each class; 0 for division by zero."""
-        precision, recall, f1 = (
-            metric(self.predictions, self.labels, self.num_classes, average="none")
-            for metric in (multiclass_precision, multiclass_recall, multiclass_f1_score)
-        )
-        columns = (self.class_names, precision, recall, f1, self.confusion_matrix.sum(1))
-        return [
-            {"class": name, "precision": _rounded(p), "recall": _rounded(r), "f1": _rounded(f), "count": int(count)}
-            for name, p, r, f, count in zip(*columns, strict=True)
-        ]
+        """Return name, precision, recall, F1 and number of images of each class.
+
+        The precision is 0 without predictions of the class, the recall NaN without images of it, F1 NaN without both.
+        """
+        hits, predicted = self.confusion_matrix.diag().double(), self.confusion_matrix.sum(0)
+        count = self.confusion_matrix.sum(1)
+        scores = ((hits / predicted).nan_to_num(), hits / count, 2 * hits / (predicted + count))
+        keys = ("class", "precision", "recall", "f1", "count")
+        columns = (self.class_names, *(column.tolist() for column in (*scores, count)))
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def confused_pairs(self, limit: int = 10) -> list[dict[str, Any]]:
         """Return the most frequent confusions, with their number and their fraction of the true class."""

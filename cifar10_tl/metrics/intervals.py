@@ -51,7 +51,7 @@ def further_pairs(difference: Spread) -> int | None:
     level with a power of 80%. Source: W. C. Guenther, "Sample size formulas for normal theory t tests", The American
     Statistician 35 (1981).
     """
-    if difference.n == 1 or difference.mean == 0:
+    if difference.n == 1 or abs(difference.mean) < 1e-9:  # equal up to rounding
         return None
     if difference.low > 0 or difference.high < 0:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,9 @@ def confidence_histogram(
 def class_bars(rows: Sequence[Mapping[str, Any]], *, heading: str) -> Figure:
     """Draw one bar per class for its ``f1``, with marks for ``precision`` and ``recall``.
 
-    Of more than 40 classes, those with the lowest F1 are drawn.
+    Classes without images are left out. Of more than 40 classes, those with the lowest F1 are drawn.
     """
+    rows = [row for row in rows if not math.isnan(row["recall"])]
     class_names = style.legible([row["class"] for row in rows])
     precision, recall, f1 = (np.array([row[key] for row in rows]) for key in ("precision", "recall", "f1"))
     order = np.arange(len(f1)) if len(f1) <= _LIMIT else np.argsort(f1, kind="stable")[:_LIMIT]

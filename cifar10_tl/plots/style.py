@@ -136,10 +136,11 @@ def wrap(text: str, width: float, size: float, weight: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def as_percent(fraction: float) -> str:
+def as_percent(fraction: float, digits: int = 1) -> str:
     """Return a percentage that is 0% and 100% for exactly 0 and 1 only."""
     if math.isnan(fraction):
         return "n/a"
     if fraction in (0.0, 1.0):
         return f"{fraction:.0%}"
-    return "<0.1%" if fraction < 0.0005 else ">99.9%" if fraction >= 0.9995 else f"{fraction:.1%}"
+    text, step = f"{fraction:.{digits}%}", 10.0**-digits
+    return {0.0: f"<{step:g}%", 100.0: f">{100 - step:.{digits}f}%"}.get(float(text[:-1]), text)

@@ -217,7 +217,16 @@ def test_a_sweep_is_described_by_mean_deviation_and_interval(tmp_path: Path) -> 
 def test_settings_without_effect_do_not_separate_seeds() -> None:
     config = {"seed": 1, "trust": True, "checkpoint_every_n_steps": 5, "optimizer": {"lr": 0.1}}
     config |= {"data": {"cache_dir": "c"}, "trainer": {"enable_progress_bar": False, "max_epochs": 2}}
-    assert settings_of({"config": config}) == {"seed": 1, "optimizer.lr": 0.1, "trainer.max_epochs": 2}
+    config |= {"callbacks": {"curves": None, "throughput": {"a": 1}, "stop": {"patience": 3}}, "ema_decay": 0.9}
+    kept = {"callbacks.stop.patience": 3, "ema_decay": 0.9, "optimizer.lr": 0.1, "trainer.max_epochs": 2}
+    assert settings_of({"config": config}) == {"seed": 1, **kept}
+
+
+def test_predictions_beside_a_test_time_augmentation_are_the_plain_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_run(make_run(tmp_path / "a", "11110000", tta={"name": "flip", "acc": 0.75}))
+    assert "a: predictions without test-time augmentation are compared" in caplog.text
 
 
 @pytest.mark.parametrize("given", ["split=val", "tta=flip", "doubtful_labels=a.csv"])

@@ -79,6 +79,10 @@ def test_balanced_accuracy_and_macro_f1_of_unequal_classes() -> None:
     assert of.macro_f1 == pytest.approx((16 / 17 + 0 + 0) / 3), "but it does when it is predicted"
     only = Evaluation.of(torch.zeros(4, 1), torch.zeros(4).long(), torch.arange(4), ["a"])
     assert (only.balanced_accuracy, only.macro_f1, only.confusion_matrix.tolist()) == (1, 1, [[4]])
+    assert (only.scores()["acc"], "top2_acc" in only.scores()) == (1, False)
+    a, b, c = of.per_class()
+    assert (a["recall"], b["precision"], b["recall"], b["f1"]) == (1, 0, 0, 0)
+    assert (math.isnan(c["recall"]), c["precision"], c["f1"], c["count"]) == (True, 0, 0, 0)
 
 
 def test_balanced_accuracy_of_equal_classes_is_the_accuracy() -> None:

@@ -49,6 +49,8 @@ def test_agreement_with_people(evaluation: Evaluation, tmp_path: Path) -> None:
     assert found["cross_entropy"] == pytest.approx(-(math.log(0.5) + second + third + math.log(0.9)) / 4, rel=1e-5)
     assert found["lowest_possible"] == pytest.approx(-(0.4 * math.log(0.4) + 0.6 * math.log(0.6)) / 2)
     assert found["agreement"] == 0.75
+    others = torch.tensor([[1, 0], [0.4, 0.6], [0.4, 0.6], [0.9, 0.1]])
+    assert compare_with_people(evaluation, others)["agreement"] == 0.5, "with people, not with the labels"
 
 
 def test_rows_of_a_limited_test_set_are_selected(tmp_path: Path) -> None:

@@ -54,5 +54,6 @@ def test_a_settled_difference_needs_no_more_pairs_and_none_at_all_is_never_settl
     assert further_pairs(spread([0.01, 0.011, 0.012])) == 0
     assert further_pairs(spread([-0.01, -0.01])) == 0
     assert further_pairs(spread([0.01, -0.01])) is None
+    assert further_pairs(spread([0.2 - 0.3, 0.2 - 0.1])) is None, "up to rounding"
     assert further_pairs(spread([0.01])) is None
     assert further_pairs(Spread(9, 1.0, 1.0, -0.1, 2.1)) == 1

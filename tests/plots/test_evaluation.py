@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection, PathCollection
 from plots.figures import evaluation, scored, shown, strings
 
 from cifar10_tl.data.batch import Split
@@ -52,6 +54,8 @@ def test_a_reliability_diagram_has_a_bar_for_each_bin_with_images() -> None:
     (_, panel) = reliability_diagram({"a": (counts, middle, middle**2)}, heading="h").axes
     assert [bar.get_height() for bar in panel.patches] == pytest.approx((middle[1:] ** 2).tolist())
     assert [bar.get_x() + bar.get_width() / 2 for bar in panel.patches] == pytest.approx(middle[1:].tolist())
+    (marks,) = (c for c in panel.collections if isinstance(c, LineCollection))
+    assert [segment[0][1] for segment in marks.get_segments()] == pytest.approx(middle[1:].tolist()), "mean confidence"
 
 
 def test_histograms_count_correct_and_incorrect_predictions() -> None:
@@ -66,6 +70,11 @@ def test_bars_are_as_long_as_f1() -> None:
     short, long = fig.axes[0].patches
     assert long.get_width() / short.get_width() == pytest.approx(0.889 / 0.5)
     assert {"cat", "dog", "50.0%", "88.9%"} <= set(strings(fig))
+    precision, recall = (c.get_offsets()[:, 0] for c in fig.axes[0].collections if isinstance(c, PathCollection))
+    assert (precision[1] - recall[1]) / (precision[1] - precision[0]) == pytest.approx((1.0 - 0.8) / (1.0 - 0.5))
+    absent = scored(["cat", "dog"], [(0.5, 0.5, 0.5), (0.0, math.nan, 0.0)])
+    (only,) = class_bars(absent, heading="Bars").axes[0].patches
+    assert only.get_width() == pytest.approx(short.get_width()), "a class without images is left out"
 
 
 def test_the_lowest_of_many_classes_are_drawn() -> None:

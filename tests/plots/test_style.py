@@ -142,3 +142,4 @@ def test_names_without_a_letter_in_the_font_are_numbered() -> None:
 def test_a_percentage_is_0_or_100_only_if_exact() -> None:
     fractions = [0.0, 4e-5, 0.004, 0.5, 0.9996, 1.0, float("nan")]
     assert [as_percent(f) for f in fractions] == ["0%", "<0.1%", "0.4%", "50.0%", ">99.9%", "100%", "n/a"]
+    assert [as_percent(f, 2) for f in (4e-5, 6e-5, 0.99994, 0.99996)] == ["<0.01%", "0.01%", "99.99%", ">99.99%"]

@@ -20,7 +20,7 @@ RESULTS = runpy.run_path(str(SCRIPT))
 
 
 def make_run(
-    folder: Path, acc: float, *overrides: str, device: str = "cpu (X)", images: str = "aa", **own: Any
+    folder: Path, acc: float, *overrides: str, device: str = "cpu (X)", devices: int = 1, images: str = "aa", **own: Any
 ) -> Path:
     """Write the files of a finished run of the train command."""
     given = [*overrides, f"paths.output_dir={folder}"]
@@ -35,7 +35,7 @@ def make_run(
         "config": plain(compose_train(*given)),
         "environment": {
             "device": device,
-            "devices": 1,
+            "devices": devices,
             "threads": 2,
             "precision": "32-true",
             "git": "0123456789" * 4 + "-dirty",
@@ -108,12 +108,15 @@ def test_settings_hardware_and_test_images_are_kept_apart(tmp_path: Path) -> Non
         {"acc": 0.7, "on": ("seed=3",), "device": "NVIDIA H100"},
         {"acc": 0.8, "on": ("seed=4",), "images": "bb"},
         {"acc": 0.4, "on": ("seed=1",)},  # replaces the first one
+        {"acc": 0.45, "on": ("seed=1",), "devices": 8},
+        {"acc": 0.55, "on": ("seed=1", "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping}")},
     )
     found = RESULTS["rows_by_data"](runs)
     assert {title: [row.point.accuracy for row in table] for title, table in found.items()} == {
-        "drawn shapes, 1,000 test images (aa)": [0.7, 0.6, 0.4],
+        "drawn shapes, 1,000 test images (aa)": [0.7, 0.6, 0.55, 0.45, 0.4],
         "drawn shapes, 1,000 test images (bb)": [0.8],
     }
+    assert sum(row.cells[-1] == "8 x cpu (X), 2 threads, 32-true" for row in rows(runs)) == 1
 
 
 def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
