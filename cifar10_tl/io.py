@@ -8,7 +8,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +23,8 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp creates private files
+        with suppress(OSError):  # some mounts of Windows folders refuse it
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp creates private files
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()

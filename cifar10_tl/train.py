@@ -144,7 +144,8 @@ def prepare_resume(cfg: DictConfig, checkpoint_io: Any) -> tuple[Path | None, Ma
 
     run_dir, is_rank_zero = Path(cfg.paths.output_dir), process_rank() == 0
     exists = (run_dir / RUN_CONFIG).exists()
-    is_requeued = exists and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0  # SLURM repeats the first command
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    is_requeued = exists and any(int(os.environ.get(name, 0)) > 0 for name in counts)  # the first command is repeated
     if not cfg.resume and not is_requeued:
         check_owner(run_dir, "train")
         if exists and is_rank_zero:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Train on several machines with SLURM:   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh [key=value ...]
-# Download the data first, on a node with a network: python scripts/download.py. In a new job, resume=RUN_DIR resumes.
+# Download first, on a node with a network, the data (python scripts/download.py) and the weights (into TORCH_HOME):
+#   python -c 'from torchvision.models import get_model; get_model("resnet50", weights="IMAGENET1K_V2")'
+# In a new job, resume=RUN_DIR resumes.
 #
 # SLURM sends SIGUSR1 two minutes before the time limit or a preemption. The run then saves its state and requeues
 # itself, and the next start resumes it in the same folder.

@@ -49,6 +49,13 @@ _MEANINGS = {
         "a process that decodes images has ended, probably because memory, shared memory (docker run --shm-size=8g) or "
         "open files (ulimit -n) ran out; start on fewer cores (taskset), with OMP_NUM_THREADS set to their number"
     ),
+    "NVIDIA driver on your system is too old|no kernel image is available": (
+        "this PyTorch does not support the GPU or the driver of this machine; install another build "
+        "(https://pytorch.org/get-started/locally), or use trainer.accelerator=cpu"
+    ),
+    "shared memory segment": (
+        "NCCL has too little shared memory; start the container with more, such as docker run --shm-size=8g"
+    ),
     _LOST_PROCESS: "another process of this run has ended or cannot be reached; resume the run with resume=RUN_DIR",
 }
 _UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append|Could not delete from config\. '([^']+)' does not exist"
@@ -79,7 +86,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, (MemoryError, RuntimeError, ValueError)):
         for pattern, meaning in _MEANINGS.items():
             if re.search(pattern, f"{type(error).__name__}: {text}"):
-                return meaning
+                return f"{meaning} ({one_line(text)[-200:]})" if pattern == _LOST_PROCESS else meaning
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):

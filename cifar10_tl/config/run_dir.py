@@ -15,6 +15,7 @@ from cifar10_tl.config.errors import OneProcessError, UserError
 
 RUN_CONFIG = "config.yaml"
 STAMP_VARIABLE = "CIFAR10_TL_RUN_STAMP"
+SWEEP_VARIABLE = "CIFAR10_TL_SWEEP_DIR"
 #: Files that only one command writes: its name, and what the folder is.
 _OWNERS = {
     RUN_CONFIG: ("train", "a training run"),
@@ -25,12 +26,11 @@ _OWNERS = {
 _NUMBERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE"),
-    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"),
 )
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
 _composed = itertools.count(1)
-_sweep_dirs: set[str] = set()
 
 
 def check_launch_variables() -> None:
@@ -122,9 +122,11 @@ def _run_dir(resume: object, count: int = 1) -> str:
 
 def _sweep_dir(output_dir: object) -> str:
     folder = f"outputs/sweeps/{run_stamp()}" if output_dir == default_run_dir() else os.path.expanduser(str(output_dir))
-    if folder not in _sweep_dirs and (Path(folder) / "multirun.yaml").exists():
+    # another process of the job, or the one that started this job of the sweep, may have created the folder
+    is_known = os.environ.get(SWEEP_VARIABLE) == folder or "TORCHELASTIC_RUN_ID" in os.environ or is_started_by_srun()
+    if not is_known and (Path(folder) / "multirun.yaml").exists():
         raise UserError(f"paths.output_dir={folder}: this folder holds a sweep; choose another folder")
-    _sweep_dirs.add(folder)
+    os.environ[SWEEP_VARIABLE] = folder
     return folder
 
 

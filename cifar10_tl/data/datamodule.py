@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -90,7 +91,10 @@ class CIFAR10DataModule(pl.LightningDataModule):
         """Load all splits once; log the sizes of a folder's splits unless ``stage`` is "compare"."""
         if self.splits:
             return
-        splits = {name: Split(x.images, x.labels, paths=x.paths) for name, x in self.source.load().items()}
+        loaded = self.source.load()
+        for name, (images, labels, _) in loaded.items():
+            _check_types(f"data.source={self.hparams['source']}: {name}", images, labels)
+        splits = {name: Split(x.images, x.labels, paths=x.paths) for name, x in loaded.items()}
         if "test" not in splits:
             test_size = getattr(self.source, "test_size", 0.1)
             splits["train"], splits["test"] = self._split(splits["train"], "test_size", test_size)
@@ -265,3 +269,19 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = torch.split(shuffled[labels[shuffled].argsort(stable=True)], counts.tolist())
     return torch.cat([images[:n] for images, n in zip(by_class, take.tolist(), strict=True)]).sort().values
+
+
+def _check_types(name: str, images: Any, labels: Tensor) -> None:
+    """Check what a source returns: images of another type would be normalized to something else without an error."""
+    is_valid = not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.shape[1:2] == (3,))
+    if not is_valid or labels.dtype != torch.int64:
+        found = f"{getattr(images, 'dtype', 'uint8')} {list(images.shape)} and {labels.dtype}"
+        raise UserError(f"{name}: images must be uint8 [N, 3, S, S] and labels int64, but they are {found}")
+
+
+def origin(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a key of the training images of a DataModule with these arguments; CIFAR-10 is the same in each folder."""
+    source, root = options.get("source"), options.get("root")
+    if source in ("cifar10", "shapes") or root is None:
+        return source, options.get("drawing_seed")
+    return source, Path(root).resolve()

@@ -101,6 +101,7 @@ class FeatureCache:
         rank, count = self.trainer.local_rank, self.trainer.num_devices
         starts = range(rank * CHUNK, len(split), count * CHUNK)
         hidden = None if rank == 0 else True  # None: hidden unless stderr is a terminal
+        log.info("computing the features of %s: %d images", name, len(split))
         with path.open("r+b") as file:
             for start in tqdm(starts, desc=f"features of {name}", unit=" batches", disable=hidden):
                 chunk = split.take(torch.arange(start, min(start + CHUNK, len(split))))

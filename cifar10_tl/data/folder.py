@@ -20,7 +20,7 @@ from cifar10_tl.data.batch import ImageSet
 from cifar10_tl.data.files import FileImages
 from cifar10_tl.data.image_cache import CACHE_TAG, Entry, ImageCache, MappedImages
 from cifar10_tl.data.images import IMAGE_SUFFIXES, list_files
-from cifar10_tl.data.inspection import inspect_images
+from cifar10_tl.data.inspection import dark_images, inspect_images
 from cifar10_tl.io import printable
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class Folder:
         log.info("data.root=%s: images are used at %d pixels (fit: %s)", self.root, self.native_size, self.fit)
         usable, bad = self._read(retry=True)
         notes = [f"left out {_summary(bad)}"] if bad and self.skip_bad else []
+        notes += dark_images(self.root, self.paths)
         if notes := [*notes, *(inspect_images(usable, self.native_size, self.fit) if self.cache else [])]:
             log.warning("data.root=%s:%s", self.root, "".join(f"\n  {printable(one_line(note))}" for note in notes))
         self._check(usable, bad)

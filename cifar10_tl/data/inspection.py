@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from cifar10_tl.data.image_cache import Entry
 
 FEW_IMAGES = 10  # of a class
 UNEQUAL = 5  # ratio of the images of the largest and of the smallest class
 LONG = 3  # ratio of the sides of an image
+SAMPLE = 32  # images that are read to find dark ones
+DARK = 2**14  # of 65,535
 
 
 def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int, fit: str = "crop") -> list[str]:
@@ -30,6 +37,17 @@ def inspect_images(splits: Mapping[str, Sequence[tuple[Entry, str]]], size: int,
         shared = [f"{image.path} = {other.path}" for image, other in pairs]
         notes += [f"{split}: {note}" for note in _note("also in train, which inflates the accuracy", shared)]
     return notes
+
+
+def dark_images(root: Path, paths: Sequence[str]) -> list[str]:
+    """Return a warning if a sample of 16-bit images uses only a small part of the 65,536 values."""
+    peaks = []
+    for path in paths[:: max(1, len(paths) // SAMPLE)]:
+        with suppress(Exception), Image.open(root / path) as image:  # reported when it is decoded
+            if image.mode.startswith("I"):
+                peaks.append(int(np.asarray(image).max()))
+    is_dark = peaks and max(peaks) < DARK
+    return [f"16-bit images are almost black: values up to {max(peaks)} of 65535; rescale them"] if is_dark else []
 
 
 def _unequal_classes(images: Sequence[tuple[Entry, str]]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from cifar10_tl.callbacks import (
     WeightEMA,
 )
 from cifar10_tl.config.errors import UserError, known_arguments
-from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.data.datamodule import CIFAR10DataModule, origin
 from cifar10_tl.data.feature_cache import FeatureCache
 from cifar10_tl.engine.checkpoints import RunCheckpointIO
 from cifar10_tl.engine.hardware import choose_compile, choose_precision, device_name, tune_for
@@ -34,6 +34,7 @@ from cifar10_tl.engine.logistic_regression import LogisticRegression
 from cifar10_tl.engine.processes import SignalHandler
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.optim import find_optimizer, schedule_factor
+from cifar10_tl.models.weights import load_safely
 
 log = logging.getLogger(__name__)
 
@@ -234,8 +235,26 @@ class RunHeader(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Log the header, now that the data are loaded."""
-        if trainer.is_global_zero:
-            log.info("%s", describe(self.cfg, trainer, pl_module))
+        if not trainer.is_global_zero:
+            return
+        log.info("%s", describe(self.cfg, trainer, pl_module))
+        start, datamodule = self.cfg.get("init_from"), trainer.datamodule  # type: ignore[attr-defined]
+        if start and not self.cfg.resume and (seen := seen_splits(Path(start), datamodule)):
+            log.warning(
+                "init_from=%s: was trained on another split of these images: accuracies on %s will be too high",
+                *(start, " and ".join(seen)),
+            )
+
+
+def seen_splits(checkpoint: Path, datamodule: CIFAR10DataModule) -> list[str]:
+    """Return which of val and test may contain images that the network of a checkpoint was trained on."""
+    content, options = load_safely(checkpoint), datamodule.hparams
+    before = content.get("datamodule_hyper_parameters", {})
+    is_same_split = all(before.get(key) == options.get(key) for key in ("val_size", "test_size", "split_seed"))
+    if origin(before) != origin(options) or (is_same_split and before.get("image_limit") != options["image_limit"]):
+        return []  # a limit applies after the split
+    changed = datamodule.changed_splits(content.get(CIFAR10DataModule.__qualname__, {}))
+    return [name for name in changed if name != "train"]
 
 
 def describe(cfg: DictConfig, trainer: Any, module: LitClassifier) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from cifar10_tl.callbacks import GracefulStop, RunProgressBar
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import BatchLoader, BatchSampler, Split
-from cifar10_tl.data.datamodule import CIFAR10DataModule
+from cifar10_tl.data.datamodule import CIFAR10DataModule, origin
 from cifar10_tl.engine.analysis import analyze, heatmaps
 from cifar10_tl.engine.checkpoints import read_checkpoint, restore
 from cifar10_tl.engine.hardware import choose_precision, quiet_libraries, tune_for
@@ -172,7 +172,7 @@ def build_datamodule(cfg: DictConfig, module: LitClassifier) -> CIFAR10DataModul
     is_moved = is_moved_training_data(options, trained_with, recorded)
     moved = {key: trained_with[key] for key in ("root", "labels") if is_moved and key in trained_with}
     check_same_split(options | moved, trained_with)
-    is_same = is_moved or _origin(options) == _origin(trained_with)
+    is_same = is_moved or origin(options) == origin(trained_with)
     if options["source"] == "folder" and not is_same:
         options["test_only"] = True
     datamodule = CIFAR10DataModule(**options)
@@ -197,7 +197,7 @@ def is_moved_training_data(
 ) -> bool:
     """Return whether another folder has the images of training, according to their names in a checkpoint."""
     are_folders = options["source"] == trained_with.get("source") == "folder"
-    if not are_folders or _origin(options) == _origin(trained_with) or "paths" not in recorded:
+    if not are_folders or origin(options) == origin(trained_with) or "paths" not in recorded:
         return False
     keys = ("val_size", "test_size", "split_seed", "image_limit")
     same = {key: trained_with[key] for key in keys if key in trained_with}
@@ -240,7 +240,7 @@ def data_options(settings: Mapping[str, Any], trained_with: Mapping[str, Any]) -
 
 def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]) -> None:
     """Refuse to split the images of training in another way, which would put training images into val."""
-    if _origin(options) != _origin(trained_with):
+    if origin(options) != origin(trained_with):
         return
     for key in ("val_size", "split_seed", *(("test_size", "labels") if "root" in options else ("train_size",))):
         own, used = options.get(key), trained_with.get(key)
@@ -248,11 +248,3 @@ def check_same_split(options: Mapping[str, Any], trained_with: Mapping[str, Any]
             raise UserError(
                 f"data.{key}={own}: the run used data.{key}={used}; another split would put training images into val"
             )
-
-
-def _origin(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a key of the training images; those of CIFAR-10 are the same in each folder."""
-    source, root = options.get("source"), options.get("root")
-    if source in ("cifar10", "shapes") or root is None:
-        return source, options.get("drawing_seed")
-    return source, Path(root).resolve()

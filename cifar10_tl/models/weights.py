@@ -51,7 +51,7 @@ def read_weights(backbone: str, weights: str) -> Mapping[str, Tensor]:
     except (OSError, RuntimeError) as error:  # no network, or torch.hub found an incorrect checksum
         raise UserError(
             f"cannot download {entry.url} ({error}): download it on another machine and save it as "
-            f"{file}, or start from random weights with model.weights=null"
+            f"{file} (TORCH_HOME=DIR selects another folder), or start from random weights with model.weights=null"
         ) from error
 
 

@@ -27,6 +27,11 @@ def test_bugs_are_not_explained_as_user_errors() -> None:
     assert explain(busy, "train") == "the GPU cannot be used, perhaps because another process uses it (see nvidia-smi)"
     for text in ("worker (pid(s) 7) exited unexpectedly", "worker (pid 7) is killed by signal: Bus error. "):
         assert "docker run --shm-size" in str(explain(RuntimeError(f"DataLoader {text}"), "train"))
+    lost = explain(RuntimeError("[gloo/transport/pair.cc:144] Connection refused [127.0.1.1]"), "train")
+    assert "another process of this run has ended" in str(lost)
+    assert "Connection refused [127.0.1.1]" in str(lost), "the cause may be another one"
+    text = "NCCL error: unhandled system error\nError while creating shared memory segment /dev/shm/nccl-x"
+    assert "--shm-size" in str(explain(RuntimeError(text), "train"))
     assert explain(OSError(28, "No space left on device"), "train") == "[Errno 28] No space left on device"
 
 

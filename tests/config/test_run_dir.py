@@ -150,3 +150,13 @@ def test_nodes_need_a_common_run_folder(monkeypatch: pytest.MonkeyPatch) -> None
         launcher.check_nodes(compose_train())
     monkeypatch.setenv(STAMP_VARIABLE, "torchrun-night")
     launcher.check_nodes(cfg)
+
+
+def test_jobs_of_a_sweep_know_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers such as joblib and submitit start processes that compose the config again."""
+    (tmp_path / "multirun.yaml").touch()
+    monkeypatch.setenv(run_dir.SWEEP_VARIABLE, "another")
+    with pytest.raises(UserError, match="this folder holds a sweep"):
+        run_dir._sweep_dir(tmp_path)
+    monkeypatch.setenv(run_dir.SWEEP_VARIABLE, str(tmp_path))
+    assert run_dir._sweep_dir(tmp_path) == str(tmp_path)

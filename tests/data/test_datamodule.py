@@ -12,10 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.balance import RepeatedImages
-from cifar10_tl.data.batch import Batch, Split
+from cifar10_tl.data.batch import Batch, ImageSet, Split
 from cifar10_tl.data.datamodule import CIFAR10DataModule, planned_epochs, stratified
 from cifar10_tl.data.images import decode_image
 from cifar10_tl.data.keyed_rng import hash32
+from cifar10_tl.data.sources import SOURCES
 
 AUGMENT = {"horizontal_flip": True, "random_crop_padding": 4, "random_erasing": 0.3, "random_resized_crop": [0.5, 1]}
 
@@ -214,6 +215,23 @@ def test_partial_evaluation_sees_all_classes() -> None:
     first = next(iter(data.val_dataloader()))
     assert len(first.targets.unique()) >= 7  # the first 20 of 40 sorted images have 5 classes
     assert torch.equal(first.indices, next(iter(data.val_dataloader())).indices)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "found"),
+    [
+        (torch.rand(4, 3, 8, 8), torch.arange(4) % 2, r"float32 \[4, 3, 8, 8\] and torch.int64"),
+        (torch.zeros(4, 1, 8, 8).byte(), torch.arange(4) % 2, r"uint8 \[4, 1, 8, 8\]"),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.arange(4).int() % 2, r"and torch.int32"),
+    ],
+)
+def test_images_of_another_type_are_refused(
+    images: torch.Tensor, labels: torch.Tensor, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SimpleNamespace(class_names=("a", "b"), load=lambda: {"train": ImageSet(images, labels)})
+    monkeypatch.setitem(SOURCES, "mine", lambda: source)
+    with pytest.raises(UserError, match=rf"data\.source=mine: train: images must be uint8 .* they are torch\.{found}"):
+        CIFAR10DataModule(source="mine").setup()
 
 
 @pytest.mark.parametrize("change", [{"train_size": 210}, {"val_size": 30}, {"split_seed": 1}])

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from cifar10_tl.data.image_cache import Entry
-from cifar10_tl.data.inspection import inspect_images
+from cifar10_tl.data.inspection import dark_images, inspect_images
 
 numbers = count()
 
@@ -20,6 +24,16 @@ def images(name: str, number: int, size: tuple[int, int] = (100, 100), digest: s
 def test_nothing_is_said_about_ordinary_images() -> None:
     train = [*images("ant", 10), *images("bee", 49)]
     assert inspect_images({"train": train, "test": [*images("ant", 10), *images("bee", 10)]}, 200) == []
+
+
+def test_16_bit_images_of_small_values_are_reported(tmp_path: Path) -> None:
+    for i, peak in enumerate((4095, 3000)):
+        Image.fromarray(np.full((8, 8), peak, np.uint16)).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "2.png")
+    names = ["0.png", "1.png", "2.png", "missing.png"]
+    assert dark_images(tmp_path, names) == ["16-bit images are almost black: values up to 4095 of 65535; rescale them"]
+    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(tmp_path / "1.png")
+    assert dark_images(tmp_path, names) == dark_images(tmp_path, names[2:]) == []
 
 
 def test_unequal_classes() -> None:

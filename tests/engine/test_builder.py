@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.builder import (
     STEP_HOOKS,
     build_datamodule,
@@ -22,6 +24,7 @@ from cifar10_tl.engine.builder import (
     check_batch_size,
     describe,
     next_epoch,
+    seen_splits,
     skip_idle_hooks,
     speed_up,
 )
@@ -81,6 +84,31 @@ def test_the_header_of_a_run_says_what_is_trained_on_what(
     other = header("model.freeze=backbone", "model.image_size=[[0,32],[0.5,48]]", "budget=10min", "optimizer=sgd")
     assert f"32 -> 48 px, dense head: {head:,} trainable and {backbone:,} frozen parameters" in other
     assert "as many epochs as fit in 10min, 64 images per step, SGD, lr 0.01" in other
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "seen"),
+    [
+        ({}, {}, []),
+        ({}, {"split_seed": 1}, ["val"]),
+        ({}, {"val_size": 40}, ["val"]),
+        ({"image_limit": 30}, {}, []),
+        ({"image_limit": 30}, {"split_seed": 1}, ["val"]),
+        ({"drawing_seed": 3}, {"split_seed": 1}, []),
+    ],
+)
+def test_images_that_initial_weights_were_trained_on_are_noticed(
+    before: dict[str, int], now: dict[str, int], seen: list[str], tmp_path: Path
+) -> None:
+    first, second = (
+        CIFAR10DataModule(source="shapes", train_size=100, test_size=20, **{"val_size": 20, **options})
+        for options in (before, now)
+    )
+    for data in (first, second):
+        data.setup()
+    content = {"datamodule_hyper_parameters": dict(first.hparams), "CIFAR10DataModule": first.state_dict()}
+    torch.save({"state_dict": {}, "hyper_parameters": {}, **content}, tmp_path / "a.ckpt")
+    assert seen_splits(tmp_path / "a.ckpt", second) == seen
 
 
 def test_validation_and_test_have_the_same_grad_mode(small_cfg: Callable[..., DictConfig]) -> None:

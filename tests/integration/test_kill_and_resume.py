@@ -157,8 +157,8 @@ def test_run_that_is_killed_repeatedly_resumes_exactly(
     assert saved_step(tmp_path) == 1, "a checkpoint between the batches of one step would lose gradients"
     killed("step", 5, resume, tmp_path)
     assert saved_step(tmp_path) == 5
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    start(tmp_path)  # SLURM repeats the first command
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    start(tmp_path)  # torchrun repeats the first command, and so does SLURM
     assert_same(tmp_path, expected)
 
 
