@@ -57,8 +57,8 @@ def free_port() -> int:
 
 def start_python(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """Start Python in a process group of its own, whose output goes to one pipe."""
-    ours = ("CIFAR10_TL_RUN_STAMP", "PL_GLOBAL_SEED", "HYDRA_FULL_ERROR", "LOCAL_RANK", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    ours = ("PL_GLOBAL_SEED", "HYDRA_FULL_ERROR", "LOCAL_RANK", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("CIFAR10_TL_")}
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **options)

@@ -86,7 +86,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, (MemoryError, RuntimeError, ValueError)):
         for pattern, meaning in _MEANINGS.items():
             if re.search(pattern, f"{type(error).__name__}: {text}"):
-                return f"{meaning} ({one_line(text)[-200:]})" if pattern == _LOST_PROCESS else meaning
+                message = one_line(text.split("Exception raised from")[0]).replace("error: ", "")[-200:]
+                return f"{meaning} ({message})" if pattern == _LOST_PROCESS else meaning
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -44,7 +45,7 @@ def dark_images(root: Path, paths: Sequence[str]) -> list[str]:
     peaks = []
     for path in paths[:: max(1, len(paths) // SAMPLE)]:
         with suppress(Exception), Image.open(root / path) as image:  # reported when it is decoded
-            if image.mode.startswith("I"):
+            if image.mode.startswith("I") and image.width * image.height <= (Image.MAX_IMAGE_PIXELS or math.inf):
                 peaks.append(int(np.asarray(image).max()))
     is_dark = peaks and max(peaks) < DARK
     return [f"16-bit images are almost black: values up to {max(peaks)} of 65535; rescale them"] if is_dark else []

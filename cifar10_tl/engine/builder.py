@@ -241,7 +241,7 @@ class RunHeader(Callback):
         start, datamodule = self.cfg.get("init_from"), trainer.datamodule  # type: ignore[attr-defined]
         if start and not self.cfg.resume and (seen := seen_splits(Path(start), datamodule)):
             log.warning(
-                "init_from=%s: was trained on another split of these images: accuracies on %s will be too high",
+                "init_from=%s: was trained on another split of these images: accuracies on %s may be too high",
                 *(start, " and ".join(seen)),
             )
 
@@ -254,7 +254,8 @@ def seen_splits(checkpoint: Path, datamodule: CIFAR10DataModule) -> list[str]:
     if origin(before) != origin(options) or (is_same_split and before.get("image_limit") != options["image_limit"]):
         return []  # a limit applies after the split
     changed = datamodule.changed_splits(content.get(CIFAR10DataModule.__qualname__, {}))
-    return [name for name in changed if name != "train"]
+    has_own_test = options["source"] in ("cifar10", "shapes")
+    return [name for name in changed if name == "val" or (name == "test" and not has_own_test)]
 
 
 def describe(cfg: DictConfig, trainer: Any, module: LitClassifier) -> str:

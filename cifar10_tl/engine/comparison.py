@@ -20,8 +20,8 @@ from cifar10_tl.metrics.intervals import further_pairs, spread, wilson_interval
 
 log = logging.getLogger(__name__)
 
-#: Names of the callbacks that draw, measure or save; others may change a result.
-OWN_CALLBACKS = tuple(yaml.safe_load((CONFIG_DIR / "callbacks" / "default.yaml").read_text()))
+#: Names, also earlier ones, of the callbacks that draw, measure or save; others may change a result.
+OWN_CALLBACKS = (*yaml.safe_load((CONFIG_DIR / "callbacks" / "default.yaml").read_text()), "history", "progress")
 #: Beginnings of the keys of settings that do not change a result.
 WITHOUT_EFFECT = (
     *("paths", "logger", "resume", "test", "report", "imports", "trust", "checkpoint_every_n_steps"),

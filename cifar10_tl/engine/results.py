@@ -257,16 +257,17 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
         interval = _cell(test["acc_interval"], "")
         lines.append(f"  test acc     {as_percent(test['acc'], 2)} (95% interval {interval}), {test['count']:,} images")
         if abs(test["balanced_acc"] - test["acc"]) > 1e-9:  # classes of unequal size
-            lines.append(f"  balanced acc {test['balanced_acc']:.2%}, the mean recall of the classes")
+            lines.append(f"  balanced acc {as_percent(test['balanced_acc'], 2)}, the mean recall of the classes")
         for pair in test["confused_pairs"][:1]:
             share = f"{pair['count']} images, {as_percent(pair['share'])} of {pair['true']}"
             lines.append(f"  confusion    {_confusion(pair)} is the most frequent: {share}")
     if (val_acc := results["val"]["acc"]) is not None:
         monitor = flat(results["config"]).get(MONITOR)
         which = {"val/acc": "the best", None: "the last"}.get(monitor, f"the best by {monitor}")
-        lines.append(f"  val acc      {val_acc:.2%} in epoch {results['best_epoch']}, {which}")
+        lines.append(f"  val acc      {as_percent(val_acc, 2)} in epoch {results['best_epoch']}, {which}")
     if probe := results.get("logistic_regression"):
-        scores = ", ".join(f"{split} acc {probe[split]['acc']:.2%}" for split in ("val", "test") if split in probe)
+        accuracies = [(split, as_percent(probe[split]["acc"], 2)) for split in ("val", "test") if split in probe]
+        scores = ", ".join(f"{split} acc {percent}" for split, percent in accuracies)
         lines.append(f"  logistic regression (l2 {probe['l2']:.2g}): {scores}, in {CHECKPOINT}")
     for name, file in (("report", REPORT), ("figures", "figures"), ("numbers", "results.json")):
         if (run_dir / file).exists():

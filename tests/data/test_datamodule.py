@@ -222,7 +222,7 @@ def test_partial_evaluation_sees_all_classes() -> None:
     [
         (torch.rand(4, 3, 8, 8), torch.arange(4) % 2, r"float32 \[4, 3, 8, 8\] and torch.int64"),
         (torch.zeros(4, 1, 8, 8).byte(), torch.arange(4) % 2, r"uint8 \[4, 1, 8, 8\]"),
-        (torch.zeros(4, 3, 8, 8).byte(), torch.arange(4).int() % 2, r"and torch.int32"),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.arange(4).int() % 2, r"uint8 \[4, 3, 8, 8\] and torch.int32"),
     ],
 )
 def test_images_of_another_type_are_refused(

@@ -16,6 +16,7 @@ from PIL import Image
 from cifar10_tl.data.images import (
     PAD_COLOR,
     BadImageError,
+    available_cores,
     decode_image,
     decode_sized,
     in_threads,
@@ -206,9 +207,16 @@ def test_decompression_bombs_are_not_decoded(side: int, tmp_path: Path, monkeypa
     assert {type(error) for error in errors} == {BadImageError}
 
 
+def test_a_container_may_use_fewer_cores_than_its_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(64)}, raising=False)
+    for limit, cores in (("150000 100000\n", 1), ("400000 100000\n", 4), ("max 100000\n", 64)):
+        monkeypatch.setattr(Path, "read_text", lambda path, text=limit: text)
+        assert available_cores() == cores
+
+
 @pytest.fixture
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr("cifar10_tl.data.images.available_cores", lambda: 4)
 
 
 @pytest.mark.usefixtures("four_cores")
