@@ -86,7 +86,7 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, (MemoryError, RuntimeError, ValueError)):
         for pattern, meaning in _MEANINGS.items():
             if re.search(pattern, f"{type(error).__name__}: {text}"):
-                message = one_line(text.split("Exception raised from")[0]).replace("error: ", "")[-200:]
+                message = one_line(text.split("Exception raised from")[0]).replace("error: ", "")[-300:]
                 return f"{meaning} ({message})" if pattern == _LOST_PROCESS else meaning
     cause: BaseException | None = error
     while cause is not None:
