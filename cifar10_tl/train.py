@@ -144,8 +144,8 @@ def prepare_resume(cfg: DictConfig, checkpoint_io: Any) -> tuple[Path | None, Ma
 
     run_dir, is_rank_zero = Path(cfg.paths.output_dir), process_rank() == 0
     exists = (run_dir / RUN_CONFIG).exists()
-    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    is_requeued = exists and any(int(os.environ.get(name, 0)) > 0 for name in counts)  # the first command is repeated
+    restarts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    is_requeued = exists and any(int(count) > 0 for count in restarts)  # both repeat the first command
     if not cfg.resume and not is_requeued:
         check_owner(run_dir, "train")
         if exists and is_rank_zero:

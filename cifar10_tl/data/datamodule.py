@@ -272,7 +272,7 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
 
 
 def _check_types(name: str, images: Any, labels: Tensor) -> None:
-    """Check what a source returns: images of another type would be normalized to something else without an error."""
+    """Check what a source returns, because images of another type would be normalized incorrectly without an error."""
     is_valid = not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.shape[1:2] == (3,))
     if not is_valid or labels.dtype != torch.int64:
         found = f"{getattr(images, 'dtype', 'uint8')} {list(images.shape)} and {labels.dtype}"

@@ -187,7 +187,7 @@ def _list_splits(root: Path) -> tuple[Files, list[str]]:
         raise UserError(f"data.root={root}: needs folders of classes, or a table of the labels: data.labels=FILE")
     if not splits and folders and outer == folders and not any(map(_has_images, folders)):
         names = ", ".join(path.name for path in folders[:5])
-        log.warning("data.root=%s: the classes (%s) contain only folders; name splits train, val or test", root, names)
+        log.warning("data.root=%s: if the classes (%s) are splits, name them train, val and test", root, names)
     if splits and (others := [f.name for f in folders if f not in splits.values()]):
         unused = ", ".join(others)
         reason = "which are not train, val or test, or have no folders of classes"

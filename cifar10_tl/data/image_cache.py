@@ -102,7 +102,7 @@ class ImageCache:
         return {path: entries[path] for path in files}
 
     def _entries(self, files: Mapping[str, list[int]]) -> dict[str, Entry]:
-        """Return the entry of each path, of this version of the file or the latest one; none if pixels are missing."""
+        """Return one entry per path, for its version in ``files`` or else the latest; none if pixels are missing."""
         if not self.index.exists() or not self.pixels.exists():
             return {}
         lines = [line.partition(b" ") for line in self.index.read_bytes().split(b"\n")]

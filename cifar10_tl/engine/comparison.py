@@ -92,7 +92,7 @@ def read_run(folder: Path) -> Run:
     if not labels or not isinstance(results, dict) or not isinstance(results.get("test"), dict):
         raise UserError(f"compare={folder}: has no test results")
     if "tta" in results:
-        log.warning("%s: predictions without test-time augmentation are compared", folder)
+        log.warning("%s: compared without its test-time augmentation", folder)
     return Run(folder, results, labels, correct, predictions)
 
 

@@ -326,9 +326,9 @@ class Schedule(LambdaLR):
 
 
 def match_layouts(optimizers: Sequence[Optimizer]) -> None:
-    """Give the state of each parameter its memory layout, which differs between CPUs and GPUs.
+    """Copy the state of each parameter to the parameter's own memory layout, which differs between CPUs and GPUs.
 
-    A fused step on a CPU does not check the strides: moments of a GPU would be those of other weights.
+    Fused optimizers on a CPU ignore strides, so that moments saved on a GPU would be applied to other weights.
     """
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():

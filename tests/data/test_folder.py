@@ -279,7 +279,7 @@ def test_splits_with_other_names_are_noticed(tmp_path: Path, caplog: pytest.LogC
     assert folder_of(tmp_path / "classes").class_names == ("cat", "dog")
     assert not caplog.text
     assert folder_of(tmp_path / "pets").class_names == ("test_set", "training_set")
-    assert "the classes (test_set, training_set) contain only folders; name splits train, val or test" in caplog.text
+    assert "if the classes (test_set, training_set) are splits, name them train, val and test" in caplog.text
 
 
 def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_predictions_beside_a_test_time_augmentation_are_the_plain_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     read_run(make_run(tmp_path / "a", "11110000", tta={"name": "flip", "acc": 0.75}))
-    assert "a: predictions without test-time augmentation are compared" in caplog.text
+    assert "a: compared without its test-time augmentation" in caplog.text
 
 
 @pytest.mark.parametrize("given", ["split=val", "tta=flip", "doubtful_labels=a.csv"])
