@@ -39,13 +39,14 @@ GRID_IMAGES = 64
 
 def predict(cfg: DictConfig) -> list[Prediction]:
     """Label ``cfg.images``, write the table and the grid, and return the files and folders that cannot be read."""
-    from cifar10_tl.engine.hardware import keep_freed_memory, quiet_libraries
+    from cifar10_tl.engine.hardware import keep_freed_memory, limit_threads, quiet_libraries
     from cifar10_tl.inference import Prediction, load_classifier
 
     run_dir = Path(cfg.paths.output_dir)
     check_owner(run_dir, "predict")
     files, errors = find_files(cfg.images, run_dir)
     keep_freed_memory()
+    limit_threads()
     quiet_libraries()
     classify = load_classifier(cfg.checkpoint, cfg.device)
     if cfg.top_k > len(classify.class_names):

@@ -105,10 +105,10 @@ class Suite:
             raise RuntimeError(f"the losses differ by {difference:.2g} > {tolerance:g}: {ours} and {theirs}")
         return {"compared with": reference, "largest relative difference": difference, "tolerance": tolerance}
 
-    def resume(self) -> Result:
-        """Kill deterministic runs at random moments and compare them with an uninterrupted one."""
-        rounds = ("--rounds", "1" if self.on_cpu else "3")
-        output = self.python(f"{SCRIPTS}/soak.py", *rounds, "--accelerator", self.accelerator)
+    def resume(self, seed: int) -> Result:
+        """Kill a deterministic run at random moments and compare it with an uninterrupted one."""
+        chosen = ("--rounds", "1", "--seed", str(seed), "--accelerator", self.accelerator)
+        output = self.python(f"{SCRIPTS}/soak.py", *chosen)
         return {"result": output.splitlines()[-1]}  # a round that differs is an error
 
     def speed(self, recipe: str, sizes: list[Any], number: int, batch: int) -> Result:
@@ -148,7 +148,7 @@ class Suite:
         """Return all steps in their order; the first word of the name is the group."""
         compared = [name for name in COMPARED if name != "cpu" and not (name == "compiled" and self.on_cpu)]
         steps: dict[str, Any] = {f"losses {name}": partial(self.losses, name) for name in compared}
-        steps["resume"] = self.resume
+        steps |= {f"resume {seed}": partial(self.resume, seed) for seed in range(1 if self.on_cpu else 3)}
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             for recipe in ("scratch",) if self.on_cpu else RECIPES:
                 cfg: Any = OmegaConf.to_container(compose("train", overrides=[*RECIPES[recipe], *self.tiny]))

@@ -1,7 +1,7 @@
 """Collect the results of tested runs in docs/results.json, and make the tables in docs/results.md and README.md.
 
-python scripts/results.py add DIR... --data-name "JPEG q75 CIFAR-10"         add runs of the train command, and render
-python scripts/results.py render                                             render after a change in conf/experiment
+python scripts/results.py add DIR... --data-name "JPEG q75 CIFAR-10"   add runs of the train command, and render
+python scripts/results.py render                                       render after a change in conf/experiment
 
 Folders of ``evaluate tta=flip`` given together with their runs add the accuracy with flip averaging. Runs that differ
 only in the seed are one row. Adding a recipe, seed and hardware again replaces the older run. The tables are written
@@ -40,6 +40,10 @@ COLUMNS = (
 SHORT = ("recipe", "data", "seeds", "test accuracy", "fit", "hardware")
 COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
 TRAIN = "python -m cifar10_tl.train"
+#: Names of the test images of the datasets that are always the same.
+DATA_NAMES = {"cifar10": "CIFAR-10", "shapes": "built-in shapes"}
+#: Highest speed of the runs of a row, divided by the lowest one.
+SPEED_RATIO = 1.3
 #: Overrides that do not change the recipe.
 UNCOUNTED = r"seed|paths|hydra|logger|resume|test|report|trust"
 UNCOUNTED += rf"|callbacks(?=$|=)|callbacks\.({'|'.join(OWN_CALLBACKS)})(?!\.monitor)"
@@ -48,10 +52,10 @@ HEIGHT, PANEL = 4.0, 3.1  # inches of a panel with and without its title and tic
 
 
 class Point(NamedTuple):
-    """A recipe with its time and its accuracy, which is between ``low`` and ``high``."""
+    """A recipe with its time, if it was measured, and its accuracy, which is between ``low`` and ``high``."""
 
     name: str
-    minutes: float
+    minutes: float | None
     accuracy: float
     low: float
     high: float
@@ -67,20 +71,37 @@ class Row(NamedTuple):
     point: Point
 
 
-def digest(folder: Path, data_name: str, evaluations: Iterable[Run] = ()) -> Run:
+def digest(
+    folder: Path,
+    data_name: str | None = None,
+    evaluations: Iterable[Run] = (),
+    *,
+    device_name: str | None = None,
+    timed: bool = True,
+) -> Run:
     """Return what docs/results.json keeps of a run, without names of the machine's folders.
 
     Args:
         folder: Folder of the run.
-        data_name: Name of the test images.
+        data_name: Name of the test images; None: that of their dataset.
         evaluations: Results of the evaluate command, of which those of this run's test with ``tta=flip`` are used.
+        device_name: Name of the device; None: as recorded.
+        timed: Whether to keep the time and the speed.
+
+    Raises:
+        ValueError: If the images need a name.
     """
     results = read_results(folder)
+    if (name := data_name or DATA_NAMES.get(results["config"]["data"]["source"])) is None:
+        raise ValueError(f"{folder}: name the test images with --data-name")
+    results["environment"]["device"] = device_name or results["environment"]["device"]
+    if not timed:
+        results |= {"seconds": {"fit": None}, "images_per_second": None}
     given = final_overrides(results["config"], folder)
     test = (folder.resolve(), results["best_epoch"], results["test_images"], "flip")
     averaged = {tested_by(evaluation): evaluation["tta"]["acc"] for evaluation in evaluations}
     return {
-        "data": data_name,
+        "data": name,
         "seed": results["config"]["seed"],
         "overrides": [shortened(o) for o in given if not re.match(rf"[+~]*({UNCOUNTED})\b", o)],
         "settings": {key: shortened(value) for key, value in sorted(recipe_settings(results["config"]).items())},
@@ -145,24 +166,42 @@ def make_row(runs: Sequence[Run]) -> Row:
     first, where, size = runs[0], runs[0]["environment"], runs[0]["image_size"]
     accuracies, count = [run["test"]["acc"] for run in runs], first["test"]["count"]
     low, high = spread(accuracies)[-2:] if len(runs) > 1 else wilson_interval(round(accuracies[0] * count), count)
-    mean, minutes = fmean(accuracies), fmean(run["seconds"]["fit"] for run in runs) / 60
+    mean, seconds = fmean(accuracies), mean_of(run["seconds"]["fit"] for run in runs)
+    minutes = None if seconds is None else seconds / 60
     name = " ".join(o for o in first["overrides"] if not re.match(r"data(\.root)?=", o)) or "default"
     sizes = listed(pixels for _, pixels in size) if isinstance(size, list) else str(size)
     cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
-    averaged: list[Any] = [run.get("flip_averaging") for run in runs]
-    flips = "" if None in averaged else f"{fmean(averaged):.2%}"
-    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", flips]
-    speeds: list[Any] = [run["images_per_second"] for run in runs]
-    cells += [f"{minutes:.3g} min", "" if None in speeds else f"{fmean(speeds):,.0f}"]
+    flips, speed = (mean_of(run.get(key) for run in runs) for key in ("flip_averaging", "images_per_second"))
+    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", "" if flips is None else f"{flips:.2%}"]
+    cells += ["" if minutes is None else f"{minutes:.3g} min", "" if speed is None else f"{speed:,.0f}"]
     devices = f"{where['devices']} x " * (where["devices"] > 1)
     cells += [
         f"{devices}{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"
     ]
     commits = listed(re.sub(r"(?<=^\w{7})\w+", "", str(run["environment"]["git"])) for run in runs)
     given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
-    command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {where['versions']['torch']}"
+    torch = listed(run["environment"]["versions"]["torch"] for run in runs)
+    command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {torch}"
     title = f"{first['data']}, {count:,} test images ({first['test_images']})"
     return Row(title, cells, command, Point(name, minutes, mean, low, high, where["device"]))
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean, None if a value is missing."""
+    known = list(values)
+    return None if None in known else fmean(filter(None, known))
+
+
+def check_speeds(runs: Sequence[Run]) -> None:
+    """Check that the runs of each row are from machines of about the same speed."""
+    for _, same in groupby(runs, identity):
+        speeds = [run["images_per_second"] for run in same if run["images_per_second"]]
+        if speeds and max(speeds) > SPEED_RATIO * min(speeds):
+            speeds_text = " and ".join(f"{speed:,.0f}" for speed in (min(speeds), max(speeds)))
+            raise ValueError(
+                f"runs of one recipe at {speeds_text} images/s: name each machine with --device-name, or add runs that "
+                "shared it with other programs with --untimed"
+            )
 
 
 def listed(values: Iterable[Any]) -> str:
@@ -171,12 +210,19 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def not_measured(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the purpose, the first sentence of its file, of each recipe in conf/experiment without a run."""
-    measured = {word for rows in rows_by_data(runs).values() for row in rows for word in row.point.name.split()}
+    """Return the purpose, the first sentence of its file, of each recipe in conf/experiment without a run.
+
+    Runs with other overrides count only if the header of the recipe has them, as ``budget=1h`` in cpu.yaml.
+    """
+    measured = [set(row.point.name.split()) for rows in rows_by_data(runs).values() for row in rows]
     texts = {f"experiment={file.stem}": file.read_text() for file in sorted((CONFIG_DIR / "experiment").iterdir())}
     headers = {"default": "ImageNet weights at 224 px, all layers trained."}
     headers |= {name: " ".join(re.findall(r"^# ([^@].*)", text, re.M)) for name, text in texts.items()}
-    return {name: re.split(r"(?<=\.)(?: |$)", text)[0] for name, text in headers.items() if name not in measured}
+    return {
+        name: re.split(r"(?<=\.)(?: |$)", text)[0]
+        for name, text in headers.items()
+        if not any(name in given <= {name, *text.split()} for given in measured)
+    }
 
 
 def long_tables(runs: Sequence[Run]) -> str:
@@ -226,6 +272,7 @@ def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
 def draw_points(panel: Axes, points: Sequence[Point]) -> None:
     """Draw numbered points with their bars."""
     for i, (_, minutes, accuracy, low, high, _) in enumerate(points):
+        assert minutes is not None
         bar = [[accuracy - low], [high - accuracy]]
         panel.errorbar(minutes, accuracy, bar, fmt="o", color=style.BLUE, capsize=3, markersize=4, linewidth=1)
         font: dict[str, Any] = {"family": style.FONT, "fontsize": style.TINY + 1, "ha": ("left", "right")[i % 2]}
@@ -243,23 +290,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("add", "render"))
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="folders of tested runs and evaluations")
-    parser.add_argument("--data-name", default="CIFAR-10", help="name of the test images (default: %(default)s)")
+    parser.add_argument("--data-name", help="name of the test images; only images in folders need one")
+    parser.add_argument("--device-name", help="name of the CPU or GPU, if faster ones record the same name")
+    parser.add_argument("--untimed", action="store_true", help="leave out times, of runs that shared their machine")
     arguments = parser.parse_args()
     results = {folder: read_results(folder) for folder in arguments.folders}
     evaluations = [content for content in results.values() if {"checkpoint", "test", "tta"} <= content.keys()]
     folders = [folder for folder, content in results.items() if content not in evaluations]
     if bad := [folder for folder in folders if not {"best_epoch", "test"} <= results[folder].keys()]:
         parser.error(f"{bad[0]}: not the folder of a tested run; finish it with resume={bad[0]} test=true")
-    added = [digest(folder, arguments.data_name, evaluations) for folder in folders]
+    options: dict[str, Any] = {"device_name": arguments.device_name, "timed": not arguments.untimed}
+    try:
+        added = [digest(folder, arguments.data_name, evaluations, **options) for folder in folders]
+        check_speeds(runs := merged([*json.loads(RUNS.read_text()), *added]))
+    except ValueError as error:
+        parser.error(str(error))
     if len(evaluations) > sum(run["flip_averaging"] is not None for run in added):
         parser.error("an evaluation matches no run: it needs tta=flip, the best epoch and the same test images")
-    runs = merged([*json.loads(RUNS.read_text()), *added])
     long, short = long_tables(runs), short_table(runs)  # first, because an error must leave the files as they are
     RUNS.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     PAGE.write_text(filled(PAGE.read_text(), long))
     README.write_text(filled(README.read_text(), short))
     if runs:
-        panels = {title: [row.point for row in rows] for title, rows in rows_by_data(runs).items()}
+        tables = rows_by_data(runs).items()
+        panels = {title: [row.point for row in rows if row.point.minutes is not None] for title, rows in tables}
         FIGURE.write_bytes(to_png(accuracy_against_time(panels)))
 
 

@@ -88,10 +88,11 @@ def main() -> int:
     """Run the rounds and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the interruptions (default: %(default)s)")
     parser.add_argument("--accelerator", default="cpu", choices=("cpu", "gpu"))
     arguments = parser.parse_args()
     rounds, settings = arguments.rounds, (*RUN, f"trainer.accelerator={arguments.accelerator}")
-    rng, identical = random.Random(0), 0  # noqa: S311
+    rng, identical = random.Random(arguments.seed), 0  # noqa: S311
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports each restart
     with tempfile.TemporaryDirectory() as folder:
         clock = time.perf_counter()

@@ -183,7 +183,7 @@ def build_feature_cache(cfg: DictConfig, module: LitClassifier, trainer: pl.Trai
 def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> None:
     """Prepare the network for the device of the trainer, and compile it where that is faster."""
     device = trainer.strategy.root_device
-    tune_for(device, module.network)
+    tune_for(device, module.network, trainer.num_devices)
     if trainer.precision == "64-true":  # Lightning restores a checkpoint before it converts the module
         module.double()
     is_cached = cfg.data.get("cache_features")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.data.images import available_cores
 from cifar10_tl.models.network import TransferResNet
 
 #: Warnings about deliberate choices of this project.
@@ -97,13 +98,32 @@ def _python_headers() -> Path:
     return Path(sysconfig.get_path("include", scheme))
 
 
-def tune_for(device: torch.device, network: TransferResNet) -> None:
-    """Choose the layout of the weights, TensorFloat-32 matrix products and the memory allocator for ``device``."""
+def tune_for(device: torch.device, network: TransferResNet, processes: int = 1) -> None:
+    """Choose the layout of the weights, TensorFloat-32 matrix products, the memory allocator and the number of threads.
+
+    Args:
+        device: Device of this process.
+        network: Network that will run on it.
+        processes: Number of processes of this run on this machine.
+    """
     network.lay_out_for(device)
+    limit_threads(processes)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_freed_memory()
+
+
+def limit_threads(processes: int = 1) -> None:
+    """Divide the available cores among the ``processes`` of this machine, unless ``OMP_NUM_THREADS`` is set.
+
+    torch and Lightning count all cores of the machine, also in a container with a CPU limit, where many more threads
+    than cores only wait for each other.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, available_cores() // processes)))
+        if processes > 1:
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # Lightning passes it on
 
 
 def keep_freed_memory() -> None:

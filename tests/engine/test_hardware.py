@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.engine.hardware import choose_compile, choose_precision, tune_for
+from cifar10_tl.engine.hardware import choose_compile, choose_precision, limit_threads, tune_for
 from cifar10_tl.models.lit_classifier import LitClassifier
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -106,6 +107,21 @@ def test_each_device_gets_what_is_faster_on_it(monkeypatch: pytest.MonkeyPatch) 
     tune_for(CUDA, network)
     assert asked == ["memory", "high"]
     assert network.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 4), (3, 1), (8, 1)])
+def test_a_container_with_four_of_many_cores(monkeypatch: pytest.MonkeyPatch, processes: int, threads: int) -> None:
+    set_to: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: (set_to or [48])[-1])
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(f"{HARDWARE}.available_cores", lambda: 4)
+    limit_threads(processes)
+    assert set_to == [], "as the user has set it"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    limit_threads(processes)
+    assert set_to == [threads]
+    assert os.environ.get("OMP_NUM_THREADS") == (None if processes == 1 else str(threads))
 
 
 @pytest.mark.slow

@@ -86,11 +86,11 @@ def test_steps_are_measured_once(measure: Measure, tmp_path: Path, capsys: pytes
 def test_killed_runs_are_compared_in_the_next_call_if_the_time_is_short(
     measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert measure("--minutes", "0.01", "--steps", "resume") == 3
+    assert measure("--minutes", "0.01", "--steps", "resume 0") == 3
     assert "run the same command again" in capsys.readouterr().out
     assert not (tmp_path / "out" / "state.json").exists()
     assert measure("--steps", "resume") == 0, capsys.readouterr().out
-    assert state(tmp_path / "out") == {"resume": {"result": "1 of 1 rounds identical"}}
+    assert state(tmp_path / "out") == {"resume 0": {"result": "1 of 1 rounds identical"}}
 
 
 @pytest.mark.slow

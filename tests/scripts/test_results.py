@@ -119,6 +119,34 @@ def test_settings_hardware_and_test_images_are_kept_apart(tmp_path: Path) -> Non
     assert sum(row.cells[-1] == "8 x cpu (X), 2 threads, 32-true" for row in rows(runs)) == 1
 
 
+def test_runs_of_machines_with_one_name_and_different_speeds_are_refused(tmp_path: Path) -> None:
+    given = {"acc": 0.5, "images_per_second": 180.0}, {"acc": 0.51, "images_per_second": 360.0}
+    folders = [make_run(tmp_path / str(i), run.pop("acc"), f"seed={i}", **run) for i, run in enumerate(given)]
+
+    def kept(second: dict[str, Any]) -> list[Any]:
+        runs = [RESULTS["digest"](folders[0], "a"), RESULTS["digest"](folders[1], "a", **second)]
+        RESULTS["check_speeds"](RESULTS["merged"](runs))
+        return rows(runs)
+
+    with pytest.raises(ValueError, match=r"one recipe at 180 and 360 images/s: .* --device-name"):
+        kept({})
+    assert [row.cells[-1] for row in kept({"device_name": "a fast one"})] == [
+        "a fast one, 2 threads, 32-true",
+        "cpu (X), 2 threads, 32-true",
+    ]
+    (row,) = kept({"timed": False})
+    assert row.cells[4:9] == ["2", "50.50% [44.15, 56.85]", "", "", ""], "no mean of fewer seeds"
+    assert row.point.minutes is None
+
+
+def test_images_are_named_after_their_dataset(tmp_path: Path) -> None:
+    for data, name in (("cifar10", "CIFAR-10"), ("shapes", "built-in shapes")):
+        assert RESULTS["digest"](make_run(tmp_path / data, 0.5, f"data={data}"))["data"] == name
+    photos = make_run(tmp_path / "photos", 0.5, "data=folder", f"data.root={tmp_path}")
+    with pytest.raises(ValueError, match="photos: name the test images with --data-name"):
+        RESULTS["digest"](photos)
+
+
 def test_a_digest_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "trunk.pth").touch()
     on = ("data=folder", f"data.root={tmp_path}/jpeg", f"model.weights={tmp_path}/trunk.pth", "model.backbone=resnet18")
@@ -179,10 +207,11 @@ def test_a_schedule_of_image_sizes_is_listed(tmp_path: Path) -> None:
 
 
 def test_recipes_without_a_run_are_listed(tmp_path: Path) -> None:
-    runs = digests(tmp_path, {"acc": 0.5, "on": ("experiment=probe",)})
+    given = ("probe",), ("scratch", "budget=5min"), ("cpu", "budget=1h")
+    runs = digests(tmp_path, *({"acc": 0.5, "on": (f"experiment={name}", *more)} for name, *more in given))
     purposes = RESULTS["not_measured"](runs)
     files = {f"experiment={file.stem}" for file in (REPOSITORY / "conf" / "experiment").iterdir()}
-    assert set(purposes) == {"default", *files} - {"experiment=probe"}
+    assert set(purposes) == {"default", *files} - {"experiment=probe", "experiment=cpu"}, "scratch has 200 epochs"
     assert purposes["experiment=original"] == "The recipe that this project started from, unchanged."
     last = RESULTS["short_table"](runs).splitlines()[-1]
     assert last.startswith("| `default`, `accurate`, ")
@@ -231,7 +260,7 @@ def test_runs_are_added_and_everything_is_written(
     averaged = {"checkpoint": str(run / "checkpoints" / "best.ckpt"), "epoch": 3, "test": {}, "test_images": "aa"}
     (tmp_path / "flip").mkdir()
     (tmp_path / "flip" / "results.json").write_text(json.dumps({**averaged, "tta": {"name": "flip", "acc": 0.925}}))
-    monkeypatch.setattr(sys, "argv", ["results.py", "add", str(run), str(tmp_path / "flip")])
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:2], str(run), str(tmp_path / "flip"), *sys.argv[3:]])
     RESULTS["main"]()
     assert "| 90.00% [87.98, 91.71] | 92.50% | 10 min |" in (tmp_path / "page.md").read_text()
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path / "flip")])
