@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.config.launcher import run_command
 from cifar10_tl.config.run_dir import check_owner
-from cifar10_tl.io import atomic_write
+from cifar10_tl.io import atomic_write, printable
 
 if TYPE_CHECKING:  # slow to import, therefore imported by the functions that need them
     from cifar10_tl.inference import Pixels, Prediction
@@ -73,7 +73,8 @@ def predict(cfg: DictConfig) -> list[Prediction]:
                 cells = [*top[:2], *(f"{p:.6g}" for p in prediction.probabilities.values()), *top[2:]]
             table.writerow([prediction.path, *cells, prediction.error])
         if not shown:
-            raise UserError(f"images={cfg.images}: no readable image; the first error: {_printable(unreadable[0])}")
+            first = printable(f"{unreadable[0].path}: {unreadable[0].error}")
+            raise UserError(f"images={cfg.images}: no readable image; the first error: {first}")
     write_grid(run_dir / GRID, shown, labels.total())
     log.info("%s", summary(labels, unreadable, run_dir))
     return unreadable
@@ -128,22 +129,13 @@ def summary(labels: Counter[Any], unreadable: Sequence[Prediction], run_dir: Pat
     ]
     if unreadable:
         lines.append(f"  {len(unreadable):,} of {total + len(unreadable):,} files cannot be read (see column error):")
-        lines += [f"    {_printable(p)}" for p in unreadable[:20]] + ["    ..."] * (len(unreadable) > 20)
+        lines += [printable(f"    {p.path}: {p.error}") for p in unreadable[:20]] + ["    ..."] * (len(unreadable) > 20)
     return "\n".join(lines)
-
-
-def _printable(prediction: Prediction) -> str:
-    return f"{prediction.path}: {prediction.error}".encode(errors="backslashreplace").decode()
-
-
-def _predict_and_exit(cfg: DictConfig) -> None:
-    if predict(cfg):
-        sys.exit(3)
 
 
 def main() -> None:
     """Run ``python -m cifar10_tl.predict``. The exit status is 3 if a file or folder cannot be read."""
-    run_command("predict", _predict_and_exit)
+    run_command("predict", lambda cfg: sys.exit(3) if predict(cfg) else None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms
 
-from cifar10_tl.config import CONFIG_DIR
-from cifar10_tl.config.run_dir import register_resolvers
-from cifar10_tl.config.validation import check_config
+from cifar10_tl.config.launcher import compose_command
 from cifar10_tl.engine.builder import build_datamodule, build_module, build_trainer, speed_up
 from cifar10_tl.engine.hardware import quiet_libraries
 from cifar10_tl.engine.processes import SignalHandler
@@ -31,20 +28,11 @@ from cifar10_tl.models.network import TransferResNet
 BATCH = 128
 
 
-def compose(*overrides: str, name: str = "train") -> Any:
-    """Return the checked config of a command."""
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = hydra.compose(name, overrides=list(overrides))
-    check_config(cfg)
-    return cfg
-
-
 def build(*overrides: str, train_size: int = 5000) -> tuple[Any, Any, Any]:
     """Return config, module and data of the defaults with random weights, built-in images and 32 px."""
     quiet_libraries()
-    cfg = compose(
-        *("data=shapes", f"data.train_size={train_size}", "data.val_size=1000", "data.test_size=10"),
+    cfg = compose_command(
+        *("train", "data=shapes", f"data.train_size={train_size}", "data.val_size=1000", "data.test_size=10"),
         *("model.weights=null", "model.image_size=32", "model.label_smoothing=0", "optimizer.backbone_lr_scale=1"),
         *("trainer.max_epochs=1", "trainer.devices=1", "trainer.limit_val_batches=1"),
         *("trainer.enable_progress_bar=false", f"paths.output_dir={tempfile.mkdtemp()}", *overrides),

@@ -17,12 +17,17 @@ import benchmark_fits as fits
 import numpy as np
 import torch
 from bare_loop import bare_steps, peak_mb
-from benchmark_fits import BATCH, TemplateModule, TinyNetwork, build, compose
+from benchmark_fits import BATCH, TemplateModule, TinyNetwork, build
 from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
+from cifar10_tl import load_classifier
+from cifar10_tl.config.launcher import compose_command
+from cifar10_tl.engine.checkpoints import restore
 from cifar10_tl.engine.hardware import choose_precision
+from cifar10_tl.export import export
 from cifar10_tl.io import read_csv
+from cifar10_tl.train import train
 
 Pair = tuple[float, float]
 Measure = Callable[[int], Pair]  # from the number of the repeat to the values of both sides
@@ -131,14 +136,12 @@ def stack_template(size: int, quick: bool) -> float:
 
 def probe(quick: bool) -> Measure:
     """Train a head on a frozen backbone for ten epochs, from the config to the last step."""
-    from cifar10_tl.train import train
-
     num_images, size = (500, 64) if quick else (2000, 96)
 
     def seconds(cached: str) -> float:
         folder = tempfile.mkdtemp()
-        cfg = compose(
-            *("experiment=probe", "data=shapes", f"data.train_size={num_images + 200}", "data.val_size=200"),
+        cfg = compose_command(
+            *("train", "experiment=probe", "data=shapes", f"data.train_size={num_images + 200}", "data.val_size=200"),
             *("data.test_size=10", "model.weights=null", f"model.image_size={size}", f"data.cache_features={cached}"),
             *(f"paths.cache_dir={folder}/cache", f"paths.output_dir={folder}/run"),
             *("trainer.enable_progress_bar=false", "test=false", "logistic_regression=false"),
@@ -151,12 +154,10 @@ def probe(quick: bool) -> Measure:
 
 def train_small_run(*overrides: str) -> None:
     """Train for one step to get a checkpoint."""
-    from cifar10_tl.train import train
-
     sizes = ("data.train_size=60", "data.val_size=20", "data.test_size=20", "data.batch_size=20")
     limits = ("trainer.max_epochs=1", "trainer.devices=1", "trainer.limit_train_batches=1", "test=false")
     folder = (f"paths.output_dir={tempfile.gettempdir()}/run", "trainer.enable_progress_bar=false")
-    train(compose("experiment=quickstart", *sizes, *limits, *folder, *overrides))
+    train(compose_command("train", "experiment=quickstart", *sizes, *limits, *folder, *overrides))
 
 
 def help_text(quick: bool) -> Measure:
@@ -170,8 +171,6 @@ def help_text(quick: bool) -> Measure:
 
 def predict(quick: bool) -> Measure:
     """Compare an exported model with its checkpoint, in processes whose PyTorch does not keep freed memory."""
-    from cifar10_tl.export import export
-
     train_small_run("model.image_size=224", "trainer.precision=32-true")
     folder = tempfile.gettempdir()
     files = (
@@ -179,13 +178,11 @@ def predict(quick: bool) -> Measure:
         f"output={folder}/model.onnx",
         f"paths.output_dir={folder}/export",
     )
-    export(compose(*files, name="export"))
+    export(compose_command("export", *files))
     return in_processes("onnx", "eager", quick)
 
 
 def predict_with(file: str, quick: bool) -> float:
-    from cifar10_tl import load_classifier
-
     pixels = np.random.default_rng(0).integers(0, 256, (8 if quick else 32, 3, 32, 32), dtype=np.uint8)
     classifier = load_classifier(Path(tempfile.gettempdir()) / file, "cpu")
     seconds = [seconds_of(lambda: classifier.probabilities(pixels)) for _ in range(6)]
@@ -222,9 +219,6 @@ def folder_epoch(quick: bool) -> Measure:
 
 def predict_files(quick: bool) -> Measure:
     """Compare load_classifier with a loop that reads a batch by Pillow and then runs the same network."""
-    from cifar10_tl import load_classifier
-    from cifar10_tl.engine.checkpoints import restore
-
     train_small_run(f"model.image_size={files.SIDE}", f"data.native_size={files.SIDE}")
     checkpoint = Path(tempfile.gettempdir()) / "run/checkpoints/last.ckpt"
     pictures = [str(path) for path in files.write_pictures("large", quick).rglob("*.jpg")]
@@ -247,13 +241,11 @@ def folder_memory(quick: bool) -> Measure:
 
 
 def memory_on(name: str, quick: bool) -> float:
-    from cifar10_tl.train import train
-
     folder = Path(tempfile.gettempdir())
     data = ("data=folder", f"data.root={folder / name}", f"data.cache_dir={folder / 'cache'}", "data.batch_size=16")
     evaluated = ("data.val_size=8", "data.test_size=8", "callbacks=minimal", "report=none")
     run = ("trainer.max_epochs=1", "trainer.enable_progress_bar=false", f"paths.output_dir={tempfile.mkdtemp()}")
-    train(compose("experiment=quickstart", "model.backbone=resnet18", *data, *evaluated, *run))
+    train(compose_command("train", "experiment=quickstart", "model.backbone=resnet18", *data, *evaluated, *run))
     return peak_mb()
 
 

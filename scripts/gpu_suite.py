@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from benchmark_rows import GPU_ROWS
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from cifar10_tl.config import CONFIG_DIR
+from cifar10_tl.config.launcher import compose_command
 from cifar10_tl.engine.results import environment, markdown_table, read_results
 from cifar10_tl.io import atomic_write_text, read_csv
 from cifar10_tl.metrics.intervals import wilson_interval
@@ -149,13 +149,12 @@ class Suite:
         compared = [name for name in COMPARED if name != "cpu" and not (name == "compiled" and self.on_cpu)]
         steps: dict[str, Any] = {f"losses {name}": partial(self.losses, name) for name in compared}
         steps |= {f"resume {seed}": partial(self.resume, seed) for seed in range(1 if self.on_cpu else 3)}
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            for recipe in ("scratch",) if self.on_cpu else RECIPES:
-                cfg: Any = OmegaConf.to_container(compose("train", overrides=[*RECIPES[recipe], *self.tiny]))
-                size, batch = cfg["model"]["image_size"], cfg["data"]["batch_size"]
-                sizes = size if isinstance(size, list) else [[0, size]]
-                for number, (_, pixels) in enumerate(sizes):
-                    steps[f"speed {recipe} {pixels}"] = partial(self.speed, recipe, sizes, number, batch)
+        for recipe in ("scratch",) if self.on_cpu else RECIPES:
+            cfg: Any = OmegaConf.to_container(compose_command("train", *RECIPES[recipe], *self.tiny))
+            size, batch = cfg["model"]["image_size"], cfg["data"]["batch_size"]
+            sizes = size if isinstance(size, list) else [[0, size]]
+            for number, (_, pixels) in enumerate(sizes):
+                steps[f"speed {recipe} {pixels}"] = partial(self.speed, recipe, sizes, number, batch)
         steps |= {"scratch": self.scratch} if self.data_root else {}
         return steps | {f"benchmark {r}": partial(self.benchmark, r) for r in (["help"] if self.on_cpu else GPU_ROWS)}
 

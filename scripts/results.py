@@ -259,8 +259,7 @@ def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
     fig, page = style.new_page(9, height, "Test accuracy against training time", "bars: 95% intervals")
     for number, (title, points) in enumerate(panels.items()):
         top = HEIGHT * number
-        style.write(page, 0.8, top + 0.1, title, style.BODY + 1, weight="bold")
-        panel = style.add_panel(page, 0.8, top + 0.25, 4.2, PANEL, ("minutes of training and validation", ""))
+        panel = style.add_panel(page, 0.8, top + 0.25, 4.2, PANEL, ("minutes of training and validation", "", title))
         draw_points(panel, points)
         step = min(0.2, PANEL / len(points))
         for i, point in enumerate(points):

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cifar10_tl.config.launcher import compose_command
 from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.io import read_csv
 
@@ -88,21 +89,6 @@ def train_in_two_processes(*overrides: str) -> None:
     from cifar10_tl.train import train
 
     in_processes(2, lambda: train(compose_train(*overrides, "trainer=ddp_cpu", "trainer.devices=2")))
-
-
-def compose_command(command: str, *overrides: str) -> DictConfig:
-    """Return the checked config of a command with these overrides."""
-    from hydra import compose, initialize_config_dir
-
-    from cifar10_tl.config import CONFIG_DIR
-    from cifar10_tl.config.run_dir import register_resolvers
-    from cifar10_tl.config.validation import check_config
-
-    register_resolvers()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(command, overrides=list(overrides))
-    check_config(cfg)
-    return cfg
 
 
 def compose_train(*overrides: str) -> DictConfig:

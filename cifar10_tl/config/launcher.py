@@ -96,6 +96,15 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
         sys.exit(2)
 
 
+def compose_command(command: str, *overrides: str) -> DictConfig:
+    """Return the checked config of a command with these overrides, to call its function from Python."""
+    run_dir.register_resolvers()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = hydra.compose(command, list(overrides))
+    check_config(cfg)
+    return cfg
+
+
 def help_text(name: str) -> str:
     """Return the help of a command, which Hydra would print too, but after 0.2 s."""
     text: str = yaml.safe_load((CONFIG_DIR / f"{name}.yaml").read_text())["hydra"]["help"]["template"]

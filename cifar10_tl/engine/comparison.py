@@ -15,7 +15,7 @@ import yaml
 from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.engine.results import read_results, text_table
-from cifar10_tl.engine.settings import MONITOR, flat
+from cifar10_tl.engine.settings import MONITOR, OF_THE_START, flat
 from cifar10_tl.metrics.intervals import further_pairs, spread, wilson_interval
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 OWN_CALLBACKS = (*yaml.safe_load((CONFIG_DIR / "callbacks" / "default.yaml").read_text()), "history", "progress")
 #: Beginnings of the keys of settings that do not change a result.
 WITHOUT_EFFECT = (
-    *("paths", "logger", "resume", "test", "report", "imports", "trust", "checkpoint_every_n_steps"),
-    *(*(f"callbacks.{name}" for name in OWN_CALLBACKS), "data.cache_dir", "data.md5", "trainer.enable_"),
+    *(*OF_THE_START, "paths", "logger", "test", "report", "imports", "checkpoint_every_n_steps"),
+    *(*(f"callbacks.{name}" for name in OWN_CALLBACKS), "data.cache_dir", "trainer.enable_"),
 )
 #: Columns of the table and their number formats.
 COLUMNS = {

@@ -67,7 +67,7 @@ def evaluate_checkpoint(cfg: DictConfig, handler: SignalHandler) -> dict[str, An
         "class_names": list(module.class_names),
         "data": dict(datamodule.hparams),
         "config": OmegaConf.to_container(cfg, resolve=True),
-        "environment": environment(trainer.strategy.root_device, 1, str(trainer.precision_plugin.precision)),
+        "environment": environment(trainer.strategy.root_device, 1, trainer.precision),
     }
     if cfg.split == "test":
         results["test_images"] = images_checksum(split)

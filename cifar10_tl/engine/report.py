@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 
 from cifar10_tl.config.resume import as_override
 from cifar10_tl.data.batch import Split
-from cifar10_tl.engine.results import REPORT, read_results
+from cifar10_tl.engine.results import REPORT, formatted, read_results
 from cifar10_tl.engine.settings import MONITOR, changed_options, flat, repeat_command
 from cifar10_tl.io import atomic_write_text, read_csv
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -306,11 +306,6 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     environment.filters |= {"percent": as_percent, "at": at, "spec": formatted}
     written = time.strftime("%Y-%m-%d %H:%M")
     return environment.get_template(template).render(context, Axis=Axis, written=written)
-
-
-def formatted(value: Any, form: str) -> str:
-    """Return a value in a format such as ``.2%``, in which only exactly 0 and 1 are 0% and 100%."""
-    return as_percent(value, int(form[1])) if form.endswith("%") else format(value, form)
 
 
 def at(results: Any, key: str) -> Any:

@@ -168,16 +168,17 @@ def _score_table(scores: Mapping[str, Any], views: Mapping[str, Any] | None) -> 
         f"calibration error ({NUM_BINS} bins)": ("ece", ".2%"),
     }
     shown = [(title, key, form) for title, (key, form) in formats.items() if key in scores]
-    rows = [[title, *(_cell(column.get(key), form) for column in columns.values())] for title, key, form in shown]
+    rows = [[title, *(formatted(column.get(key), form) for column in columns.values())] for title, key, form in shown]
     return text_table(["", *columns], rows)
 
 
-def _cell(value: Any, form: str) -> str:
+def formatted(value: Any, form: str) -> str:
+    """Return a value in a format such as ``.2%`` (see :func:`as_percent`), an interval for a list, nothing for None."""
     if isinstance(value, list):
         return f"{100 * value[0]:.2f} to {value[1]:.2%}"
-    if value is None or not form.endswith("%"):
-        return "" if value is None else format(value, form)
-    return as_percent(value, int(form[1]))
+    if value is None:
+        return ""
+    return as_percent(value, int(form[1])) if form.endswith("%") else format(value, form)
 
 
 def _class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
@@ -204,7 +205,6 @@ def fit_results(
     logger = next((c for c in callbacks if isinstance(c, MetricsLogger)), MetricsLogger())
     throughput = next((c for c in callbacks if isinstance(c, Throughput)), Throughput())
     best_row = next((row for row in logger.rows if row["epoch"] == best_epoch), {})
-    precision = str(trainer.precision_plugin.precision)
     return {
         "val": {name.removeprefix("val/"): best_row.get(name) for name in VALIDATED},
         "best_epoch": best_epoch,
@@ -213,7 +213,7 @@ def fit_results(
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),
         "config": plain(cfg),
-        "environment": environment(trainer.strategy.root_device, trainer.world_size, precision),
+        "environment": environment(trainer.strategy.root_device, trainer.world_size, trainer.precision),
     }
 
 
@@ -254,7 +254,7 @@ def summary(results: Mapping[str, Any], run_dir: Path, best: Path | None) -> str
     """Return the closing summary of a run: results, files and next commands."""
     lines, run_dir, best = [""], _relative(run_dir), best and _relative(best)
     if test := results.get("test"):
-        interval = _cell(test["acc_interval"], "")
+        interval = formatted(test["acc_interval"], "")
         lines.append(f"  test acc     {as_percent(test['acc'], 2)} (95% interval {interval}), {test['count']:,} images")
         if abs(test["balanced_acc"] - test["acc"]) > 1e-9:  # classes of unequal size
             lines.append(f"  balanced acc {as_percent(test['balanced_acc'], 2)}, the mean recall of the classes")

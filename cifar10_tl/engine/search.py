@@ -33,6 +33,7 @@ from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.engine.processes import PARENT_VARIABLE, SignalHandler
 from cifar10_tl.engine.search_report import best_trial, describe
 from cifar10_tl.engine.search_space import Space, as_overrides, read_space, shared_overrides
+from cifar10_tl.engine.settings import flat
 from cifar10_tl.io import atomic_write_text, claim, read_csv
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def remove_incomplete_line(journal: Path) -> None:
 
 def check_same_settings(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` if the search in ``folder`` was started with other settings."""
-    old, new = ({key: value for key, value in walk(s) if not isinstance(value, dict)} for s in (saved, settings))
+    old, new = flat(saved), flat(settings)
     if changed := [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "trust"]:
         key = changed[0]
         raise UserError(

@@ -41,14 +41,14 @@ def changed_settings(config: Mapping[str, Any], command: str = "train") -> dict[
     return _differences(config, _composed(config, command))
 
 
-def changed_options(config: Mapping[str, Any], command: str = "train") -> dict[str, Any]:
+def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a short form of :func:`changed_settings` for display.
 
     These are the options of config groups, such as ``{"optimizer": "sgd"}``, and what differs from the settings of
     these options.
     """
-    choices = _choices(config, command)
-    return dict(choice.split("=") for choice in choices) | _differences(config, _composed(config, command, choices))
+    choices = _choices(config, "train")
+    return dict(choice.split("=") for choice in choices) | _differences(config, _composed(config, "train", choices))
 
 
 def repeat_command(config: Mapping[str, Any], run_dir: Path, command: str = "train") -> str:

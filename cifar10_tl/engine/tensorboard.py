@@ -25,7 +25,7 @@ from cifar10_tl.config import CONFIG_DIR
 from cifar10_tl.data.batch import CHUNK, Split
 from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.comparison import settings_of
-from cifar10_tl.engine.results import environment, markdown_table
+from cifar10_tl.engine.results import environment, formatted, markdown_table
 from cifar10_tl.engine.settings import changed_options, experiment_name, flat, repeat_command
 from cifar10_tl.io import atomic_write
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -119,10 +119,9 @@ def log_test(trainer: pl.Trainer, module: LitClassifier, results: Mapping[str, A
     """Log the test of ``module``: HPARAMS, text, precision-recall curves and projector."""
     evaluation, epoch, test = module.evaluation, module.restored_epoch, results["test"]
     assert evaluation is not None
-    low, high = test["acc_interval"]
     outcome = {
         "accuracy": f"{test['acc']:.2%}",
-        "95% interval (Wilson)": f"{100 * low:.2f} to {high:.2%}",
+        "95% interval (Wilson)": formatted(test["acc_interval"], ""),
         **{key: test[key] for key in ("loss", "count")},
         **{key: results[key] for key in ("best_epoch", "epochs", "val", "seconds", "images_per_second")},
     }

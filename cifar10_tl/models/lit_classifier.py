@@ -135,7 +135,7 @@ class LitClassifier(pl.LightningModule):
         return {
             **{name: self.hparams[name] for name in ("backbone", "interpolation")},
             "image_size": self.network.resize.size,
-            "precision": str(self.trainer.precision_plugin.precision),
+            "precision": self.trainer.precision,
             "device": self.trainer.strategy.root_device.type,
             "torch": torch.__version__,
             "weights": tensors_checksum(tensors),

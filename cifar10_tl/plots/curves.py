@@ -33,8 +33,7 @@ def curves(rows: Rows, *, heading: str, best: float | None = None, monitor: str 
         note = f"☆ best {name} {row[monitor]:{'.4f' if monitor.endswith('loss') else '.2%'}} at epoch {best:g}"
     fig, page = style.new_page(10, 3.5, heading, note)
     for left, metric, title in ((0.75, "acc", "accuracy"), (5.8, "loss", "loss")):
-        style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")
-        panel = style.add_panel(page, left, 0.25, 4, 2.7, ("epoch", ""))
+        panel = style.add_panel(page, left, 0.25, 4, 2.7, ("epoch", "", title))
         _scale_panel(panel, np.array([row["epoch"] for row in rows]), metric)
         _draw_series(panel, rows, metric, best)
     return fig

@@ -96,8 +96,7 @@ def reliability_diagram(panels: Mapping[str, Sequence[Any]], *, heading: str) ->
     for k, (title, bins) in enumerate(panels.items()):
         counts, confidence, accuracy = map(np.asarray, bins)
         left = style.PAD + 0.6 + k * step
-        style.write(page, left, 0.1, title, style.BODY + 1, weight="bold")
-        panel = style.add_panel(page, left, 0.25, side, side, ("confidence", "accuracy"))
+        panel = style.add_panel(page, left, 0.25, side, side, ("confidence", "accuracy", title))
         filled = np.flatnonzero(counts)
         middle, reach = (filled + 0.5) / num_bins, 0.44 / num_bins
         panel.plot([0, 1], [0, 1], "--", color=style.MUTED, linewidth=1)

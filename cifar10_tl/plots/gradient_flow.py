@@ -23,16 +23,14 @@ def gradient_flow(rows: Sequence[Mapping[str, Any]], *, heading: str) -> Figure:
     has_steps = any(row["time_steps"] for row in rows)
     note = "mean norm before clipping, on a logarithmic scale"
     fig, page = style.new_page(10 if has_steps else 5.6, 3.5, heading, note)
-    style.write(page, 0.75, 0.1, "stages", style.BODY + 1, weight="bold")
-    panel = style.add_panel(page, 0.75, 0.25, 3.6, 2.7, ("epoch", ""))
+    panel = style.add_panel(page, 0.75, 0.25, 3.6, 2.7, ("epoch", "", "stages"))
     names = list(rows[-1]["stages"])
     for name, color in zip(names, mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names))), strict=True):
         points = [(row["epoch"], row["stages"][name]) for row in rows if name in row["stages"]]
         _draw_line(panel, points, name, color)
     _finish(panel)
     if has_steps:
-        style.write(page, 6, 0.1, "input of the LSTM", style.BODY + 1, weight="bold")
-        panel = style.add_panel(page, 6, 0.25, 2.85, 2.7, ("time step", ""))
+        panel = style.add_panel(page, 6, 0.25, 2.85, 2.7, ("time step", "", "input of the LSTM"))
         ends = {row["epoch"]: row["time_steps"] for row in (rows[0], rows[-1])}
         for (epoch, norms), color in zip(ends.items(), (style.BLUE, style.ORANGE), strict=False):
             _draw_line(panel, list(enumerate(norms, 1)), f"epoch {epoch}", color)

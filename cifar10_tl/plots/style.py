@@ -60,8 +60,10 @@ def write(ax: Axes, x: float, y: float, text: str, size: float = SMALL, **style:
     ax.text(x, y, text, **{**default, "fontsize": size, **style})
 
 
-def add_panel(page: Axes, x: float, y: float, width: float, height: float, labels: tuple[str, str]) -> Axes:
-    """Add axes with labels to a page; (x, y) is the top left corner of their frame, all in inches of the page."""
+def add_panel(page: Axes, x: float, y: float, width: float, height: float, labels: tuple[str, ...]) -> Axes:
+    """Add axes with labels of x and y, and a title above; (x, y) is the top left corner of their frame in inches."""
+    for title in labels[2:]:
+        write(page, x, y - 0.15, title, BODY + 1, weight="bold")
     fig: Any = page.figure
     (page_width, page_height), bottom = fig.get_size_inches(), page.get_ylim()[0]
     left, up = x / page_width, (bottom - y - height) / page_height
