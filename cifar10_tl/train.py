@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
     """
     started, run_dir = time.perf_counter(), Path(cfg.paths.output_dir)
     lock = claim(run_dir) if process_rank() == 0 and run_dir.is_dir() else nullcontext(True)
-    with SignalHandler() as handler, own_processes(handler), lock as is_only_run:
+    with SignalHandler() as handler, own_processes(handler), own_wandb_run(), lock as is_only_run:
         if not is_only_run:
             raise UserError(f"{run_dir}: another process is running in this folder; wait for it or stop it")
         try:
@@ -53,6 +54,19 @@ def train(cfg: DictConfig) -> dict[str, Any] | None:
             if process_rank() == 0 and (run_dir / "checkpoints").exists():  # else the command removes the folder
                 log.info("resume with: %s", resume_command(run_dir))
             raise
+
+
+@contextmanager
+def own_wandb_run() -> Iterator[None]:
+    """Finish the run of Weights & Biases that a logger starts, which the next job of a sweep would continue."""
+    was_running, status = getattr(sys.modules.get("wandb"), "run", None) is not None, 1
+    try:
+        yield
+        status = 0
+    finally:
+        wandb: Any = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None and not was_running:
+            wandb.finish(exit_code=status)
 
 
 def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str, Any] | None:

@@ -4,8 +4,9 @@
 #   python -c 'from torchvision.models import get_model; get_model("resnet50", weights="IMAGENET1K_V2")'
 # In a new job, resume=RUN_DIR resumes.
 #
-# SLURM sends SIGUSR1 two minutes before the time limit or a preemption. The run then saves its state and requeues
-# itself, and the next start resumes it in the same folder.
+# SLURM sends SIGUSR1 two minutes before the time limit, and with PreemptParameters=send_user_signal before a preemption.
+# The run then saves its state and requeues itself, and the next start resumes it in the same folder. After SIGTERM it
+# saves its state, too, but SLURM has to requeue it (PreemptMode=REQUEUE).
 #SBATCH --job-name=cifar10_tl
 #SBATCH --ntasks-per-node=8          # one process per GPU
 #SBATCH --cpus-per-task=8

@@ -52,6 +52,8 @@ class Throughput(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._fit_start = self._epoch_start = self._step_end = time.perf_counter()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # of an earlier job of a sweep
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._epoch_start = self._step_end = time.perf_counter()

@@ -42,6 +42,7 @@ def run_command(name: str, task: Callable[[DictConfig], Any]) -> None:
     """
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with status 1
+    os.environ["MPLBACKEND"] = "agg"  # that of Jupyter may not be installed in this environment
     logging.raiseExceptions = False  # no traceback for each message after the reader of our output ended
     reported: set[str] = set()
 

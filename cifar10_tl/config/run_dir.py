@@ -26,7 +26,7 @@ _OWNERS = {
 _NUMBERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE"),
-    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_CPUS_PER_TASK"),
 )
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
@@ -74,10 +74,11 @@ def is_started_by_srun() -> bool:
 def process_rank() -> int:
     """Return 0 in the first process of a job and a positive number in all others."""
     env = os.environ
-    # without RANK, Lightning starts the other processes of each node, and the user sets the node's number; inside a
-    # shell of SLURM they inherit SLURM_PROCID=0
-    local = int(env.get("LOCAL_RANK", 0)) or int(env.get("NODE_RANK", 0))
-    return int(env.get("RANK", local or env.get("SLURM_PROCID", 0)))
+    if "TORCHELASTIC_RUN_ID" in env:
+        return int(env.get("RANK", 0))
+    # Lightning starts the other processes of each node, and the user sets the node's number; in a shell of SLURM they
+    # inherit SLURM_PROCID=0, and in a pod of Kubernetes RANK=0
+    return int(env.get("LOCAL_RANK", 0)) or int(env.get("NODE_RANK", 0)) or int(env.get("SLURM_PROCID", 0))
 
 
 def run_stamp() -> str:

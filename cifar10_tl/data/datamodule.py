@@ -115,13 +115,11 @@ class CIFAR10DataModule(pl.LightningDataModule):
         classes = len(self.class_names)
         counts = torch.bincount(train.labels, minlength=classes)
         if single := [name for name, count in zip(self.class_names, counts, strict=True) if count == 1]:
-            raise UserError(
-                f"data.{key}={given}: only one image of class {', '.join(single)} for both train and "
-                f"{key.removesuffix('_size')}; add images, or make a folder for each split"
-            )
+            log.warning("data.%s: the only image of class %s is used for training", key, ", ".join(single))
         size = max(classes, round(given * len(train))) if isinstance(given, float) else given
+        available = (counts[train.labels] > 1).nonzero().flatten()
         held_out = torch.zeros(len(train), dtype=torch.bool)
-        held_out[stratified(train.labels, size, self.hparams["split_seed"])] = True
+        held_out[available[stratified(train.labels[available], size, self.hparams["split_seed"])]] = True
         counts = torch.bincount(train.labels[~held_out], minlength=classes)
         missing = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if missing or size < classes:

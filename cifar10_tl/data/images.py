@@ -55,11 +55,11 @@ def decode_sized(path: Path | str, size: int, fit: str = "crop") -> Decoded:
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-            limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice this limit
-            if limit and width * height > limit:
-                raise BadImageError(f"Image size ({width * height} pixels) exceeds limit of {limit} pixels")
             (columns, rows), _ = _placement(width, height, size, fit)
             reduced = picture.draft(None, (2 * columns, 2 * rows))
+            limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice this limit
+            if limit and picture.width * picture.height > limit:
+                raise BadImageError(f"Image size ({width * height} pixels) exceeds limit of {limit} pixels")
             pixels = to_pixels(picture, size, fit, reduced and reduced[1][2:])  # reads the EXIF data after the pixels
             return Decoded(pixels, *((height, width) if _orientation(picture) >= 5 else (width, height)))
     except UnidentifiedImageError as error:

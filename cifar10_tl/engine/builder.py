@@ -100,6 +100,11 @@ def build_trainer(
         raise UserError(f"{given}: {error}") from error
     # with max_steps, a resumed run would end a complete epoch again (Lightning issue 19617)
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    if trainer.world_size != (expected := trainer.num_devices * trainer.num_nodes):
+        raise UserError(
+            f"trainer.devices={trainer.num_devices}: needs {expected} processes, but there are {trainer.world_size}: "
+            f"start one per GPU (see scripts/slurm.sh), or use trainer.devices={trainer.world_size}"
+        )
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     if cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type != "cuda":
         raise UserError("trainer.sync_batchnorm=true requires GPUs; use trainer.sync_batchnorm=false on a CPU")

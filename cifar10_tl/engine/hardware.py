@@ -10,12 +10,14 @@ import platform
 import re
 import shutil
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 
 from cifar10_tl.config.errors import UserError
+from cifar10_tl.config.run_dir import is_started_by_srun
 from cifar10_tl.data.images import available_cores
 from cifar10_tl.models.network import TransferResNet
 
@@ -66,7 +68,10 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
         return "32-true", "bfloat16 is untested on this accelerator"
-    return ("bf16-mixed", f"{name} supports bfloat16") if has_bf16 else ("32-true", f"{name} has no native bfloat16")
+    if has_bf16:
+        return "bf16-mixed", f"{name} supports bfloat16"
+    hint = "" if name == "this CPU" else "; trainer.precision=16-mixed may be faster"
+    return "32-true", f"{name} has no native bfloat16{hint}"
 
 
 def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str]:
@@ -80,6 +85,8 @@ def choose_compile(setting: bool | str, device: torch.device) -> tuple[bool, str
         # Triton compiles a C extension when it is first used
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         is_possible = is_possible and bool(compiler) and (_python_headers() / "Python.h").is_file()
+        if not os.access(Path("~").expanduser(), os.W_OK):  # Triton would fail in the first step
+            os.environ.setdefault("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/triton_{os.getuid()}")
     else:
         needed = "a C++ compiler (g++)"
         is_possible = bool(shutil.which("g++") or shutil.which("clang++"))
@@ -117,13 +124,14 @@ def tune_for(device: torch.device, network: TransferResNet, processes: int = 1) 
 def limit_threads(processes: int = 1) -> None:
     """Divide the available cores among the ``processes`` of this machine, unless ``OMP_NUM_THREADS`` is set.
 
-    torch and Lightning count all cores of the machine, also in a container with a CPU limit, where many more threads
-    than cores only wait for each other.
+    torch and Lightning ignore the CPU limit of a container, in which more threads than cores only wait for each other.
+    Lightning also divides the cores of a SLURM task, which are those of one process, by the processes of the machine.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, available_cores() // processes)))
-        if processes > 1:
-            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # Lightning passes it on
+        of_task = os.environ.get("SLURM_CPUS_PER_TASK") if is_started_by_srun() else None
+        cores = int(of_task or available_cores() // processes)
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # Lightning keeps it
 
 
 def keep_freed_memory() -> None:

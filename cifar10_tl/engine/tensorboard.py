@@ -101,11 +101,15 @@ def without_test(events: bytes) -> bytes:
 
 
 def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int) -> None:
-    """Log the settings, the command and the environment of a run that starts or is resumed at ``epoch``."""
-    if not (loggers := tensorboard_loggers(trainer)):
-        return
-    config, run_dir = plain(cfg), Path(cfg.paths.output_dir)
-    where = environment(trainer.strategy.root_device, trainer.world_size, str(trainer.precision_plugin.precision))
+    """Log the settings, the command and the environment of a run that starts or is resumed at ``epoch``.
+
+    Other loggers get the settings at the start of a new run: some refuse changed ones.
+    """
+    config, run_dir, loggers = plain(cfg), Path(cfg.paths.output_dir), tensorboard_loggers(trainer)
+    for other in trainer.loggers:
+        if other not in loggers and epoch == 0:
+            other.log_hyperparams(_settings(config, run_dir))
+    where = environment(trainer.strategy.root_device, trainer.world_size, trainer.precision)
     for logger in loggers:
         logger.log_hyperparams(_settings(config, run_dir))
         (Path(logger.log_dir) / logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)  # of an earlier start

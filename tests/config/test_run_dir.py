@@ -44,6 +44,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) 
         # started by Lightning in an interactive shell of SLURM
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),
         ({"MASTER_ADDR": "a", "NODE_RANK": "1"}, r"\d{4}-.*", 1),
+        ({"MASTER_ADDR": "a", "RANK": "0", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),  # in a pod of Kubernetes
         ({"MASTER_ADDR": "a", "NODE_RANK": "0", "LOCAL_RANK": "1"}, r"\d{4}-.*", 1),
     ],
 )

@@ -254,12 +254,15 @@ def test_exchanged_files_are_rejected_on_resume() -> None:
         data.load_state_dict(state)
 
 
-def test_class_of_one_image_is_not_moved_to_validation() -> None:
-    data = datamodule(val_size=0.9)
+def test_the_only_image_of_a_class_is_used_for_training(caplog: pytest.LogCaptureFixture) -> None:
+    data = datamodule(val_size=0.5)
     labels = torch.tensor([1] + [i for i in range(10) if i != 1] * 10)
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"val_size=0.9: only one image of class ring for both"):
-        data._split(Split(images, labels), "val_size", 0.9)
+    with caplog.at_level("WARNING"):
+        train, val = data._split(Split(images, labels), "val_size", 0.5)
+    assert "the only image of class ring is used for training" in caplog.text
+    assert torch.bincount(train.labels).tolist() == [4, 1, *[5] * 8]
+    assert torch.bincount(val.labels).tolist() == [6, 0, *[5] * 8]
 
 
 def test_datamodule_works_without_a_trainer() -> None:

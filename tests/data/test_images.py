@@ -207,6 +207,19 @@ def test_decompression_bombs_are_not_decoded(side: int, tmp_path: Path, monkeypa
     assert {type(error) for error in errors} == {BadImageError}
 
 
+@pytest.mark.filterwarnings("ignore")  # of Pillow
+def test_a_photo_of_108_megapixels_is_decoded_at_a_fraction_of_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (400, 300), (200, 100, 50)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 300 - 1)
+    decoded = decode_sized(tmp_path / "a.jpg", 32)
+    assert decoded[1:] == (400, 300)
+    assert np.abs(decoded.pixels.mean((1, 2)) - [200, 100, 50]).max() < 3
+    with pytest.raises(BadImageError, match="exceeds limit"):
+        decode_sized(tmp_path / "a.jpg", 200)  # needs all of its pixels
+
+
 def test_a_container_may_use_fewer_cores_than_its_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(64)}, raising=False)
     for limit, cores in (("150000 100000\n", 1), ("400000 100000\n", 4), ("max 100000\n", 64)):

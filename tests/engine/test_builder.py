@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Watcher
+from helpers import Watcher, compose_train
 from omegaconf import DictConfig
 
 from cifar10_tl.config.errors import UserError
@@ -164,3 +164,11 @@ def test_double_precision_is_set_before_a_checkpoint_is_restored(small_cfg: Call
     module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, precision="64-true")
     speed_up(small_cfg("compile=false"), module, trainer)
     assert {p.dtype for p in module.parameters()} == {torch.float64}
+
+
+def test_one_process_of_slurm_does_not_train_on_one_of_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROCID", "LOCALID", "NODEID", "NTASKS", "JOB_ID"):
+        monkeypatch.setenv(f"SLURM_{name}", str(int(name == "NTASKS")))
+    build_trainer(compose_train("trainer.devices=1"))
+    with pytest.raises(UserError, match=r"trainer.devices=2: needs 2 processes, but there are 1: .*trainer.devices=1"):
+        build_trainer(compose_train("trainer=ddp_cpu", "trainer.devices=2"))

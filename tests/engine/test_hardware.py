@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_precision_follows_what_the_gpu_has(
     chosen, reason = choose_precision(accelerator)
     assert chosen == precision
     assert reason.startswith("a GPU")
+    assert ("trainer.precision=16-mixed may be faster" in reason) is not native
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,11 @@ def test_compile_is_for_gpus_that_triton_supports_unless_it_is_set(
     if missing != "Python.h":
         (tmp_path / "Python.h").touch()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path.home())
     assert choose_compile(setting, device)[0] is compiled
+    assert device == CPU or os.environ["TRITON_CACHE_DIR"].startswith(tempfile.gettempdir()), "home is read-only"
 
 
 @pytest.mark.parametrize(("device", "needed"), [(CPU, r"a C\+\+ compiler"), (CUDA, "Triton")])
@@ -109,8 +115,10 @@ def test_each_device_gets_what_is_faster_on_it(monkeypatch: pytest.MonkeyPatch) 
     assert network.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("processes", "threads"), [(1, 4), (3, 1), (8, 1)])
-def test_a_container_with_four_of_many_cores(monkeypatch: pytest.MonkeyPatch, processes: int, threads: int) -> None:
+@pytest.mark.parametrize(("processes", "of_task", "threads"), [(1, "", 4), (3, "", 1), (8, "", 1), (8, "3", 3)])
+def test_a_container_with_four_of_many_cores(
+    monkeypatch: pytest.MonkeyPatch, processes: int, of_task: str, threads: int
+) -> None:
     set_to: list[int] = []
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     monkeypatch.setattr(torch, "get_num_threads", lambda: (set_to or [48])[-1])
@@ -119,9 +127,12 @@ def test_a_container_with_four_of_many_cores(monkeypatch: pytest.MonkeyPatch, pr
     limit_threads(processes)
     assert set_to == [], "as the user has set it"
     monkeypatch.delenv("OMP_NUM_THREADS")
+    if of_task:
+        monkeypatch.setenv("SLURM_NTASKS", "8")
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", of_task)
     limit_threads(processes)
     assert set_to == [threads]
-    assert os.environ.get("OMP_NUM_THREADS") == (None if processes == 1 else str(threads))
+    assert os.environ["OMP_NUM_THREADS"] == str(threads), "else Lightning would count the cores again"
 
 
 @pytest.mark.slow

@@ -12,15 +12,17 @@ from typing import Any
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
-from helpers import rows
+from helpers import compose_train, rows
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from tensorboard.program import TensorBoard
 
 from cifar10_tl.callbacks import MetricsLogger, StepLogger
 from cifar10_tl.engine.results import read_results
-from cifar10_tl.engine.tensorboard import COLUMNS, RunTensorBoardLogger
+from cifar10_tl.engine.tensorboard import COLUMNS, RunTensorBoardLogger, log_start
 
 #: Request of the table of HPARAMS.
 HPARAMS = {"sliceSize": 10, "allowedStatuses": ["STATUS_SUCCESS"]}
@@ -301,3 +303,13 @@ def test_the_page_draws_the_projection(finished_run: Path, browser: Any) -> None
     while num_colors() < 500 and time.monotonic() < limit:  # thumbnails on a white page
         time.sleep(0.5)
     assert num_colors() >= 500
+
+
+def test_other_loggers_get_the_settings_of_a_new_run(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer = pl.Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+    cfg = compose_train("optimizer.lr=0.03")
+    log_start(cfg, trainer, epoch=1)
+    assert not logger.experiment.hparams, "a resumed run has other settings, which MLflow refuses"
+    log_start(cfg, trainer, epoch=0)
+    assert logger.experiment.hparams["optimizer.lr"] == 0.03

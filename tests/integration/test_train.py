@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.results import read_results
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.network import TransferResNet
-from cifar10_tl.train import train
+from cifar10_tl.train import own_wandb_run, train
 
 Small = Callable[..., DictConfig]
 FIGURES = {"inputs_train", "curves"} | {
@@ -323,3 +325,22 @@ def test_network_can_overfit(small_cfg: Small) -> None:
     cfg = small_cfg(*PLAIN, *unsaved, "debug=overfit", "data.image_limit=128", "trainer.max_epochs=30")
     train(cfg)
     assert max(float(row["train/acc"]) for row in rows(Path(cfg.paths.output_dir))) > 0.99
+
+
+def test_a_wandb_run_ends_with_the_job_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[int] = []
+    wandb = SimpleNamespace(run=None, finish=lambda exit_code: statuses.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def fail() -> None:
+        wandb.run = "ours"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), own_wandb_run():
+        fail()
+    with own_wandb_run():
+        assert wandb.run, "of the caller, as it was running before"
+    wandb.run = None
+    with own_wandb_run():
+        wandb.run = "ours"
+    assert statuses == [1, 0]

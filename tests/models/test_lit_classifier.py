@@ -355,3 +355,11 @@ def test_predictions_resize_images_as_the_data_module_does(options: dict[str, An
     net._trainer = SimpleNamespace(datamodule=data, state=SimpleNamespace(fn="fit"))
     with pytest.raises(UserError, match=rf"LitClassifier\({name}={options[name]!r}\): the data module has {name}="):
         net.setup("fit")
+
+
+def test_loaders_without_their_data_module_are_refused() -> None:
+    """They would be neither augmented nor divided over the processes."""
+    data = CIFAR10DataModule(source="shapes", train_size=40, test_size=10, val_size=10, batch_size=10)
+    data.setup()
+    with pytest.raises(UserError, match="pass the data module to fit"):
+        trainer().fit(module(), data.train_dataloader())
