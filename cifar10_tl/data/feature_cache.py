@@ -1,4 +1,8 @@
-"""Cache of the features of a frozen backbone, one memory-mapped safetensors file per split."""
+"""Cache of the features of a frozen backbone, one memory-mapped safetensors file per split.
+
+While the features are computed, the file has another name and ends with one byte per chunk of images, which is 1 once
+the features of the chunk are on disk. After an interruption, only the others are computed.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ import os
 import shutil
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +33,7 @@ from cifar10_tl.data.image_cache import mapped
 log = logging.getLogger(__name__)
 
 DAY = 24 * 3600  # seconds
+SECONDS = 5.0  # between the records of what is finished
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -59,14 +64,8 @@ class FeatureCache:
         content = {**self.describe(), **entry, "images": checksum(images.encode(), split.chunks())}
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.safetensors"
-        header, free = _header(entry), shutil.disk_usage(self.folder).free
-        size = len(header) + num_bytes
-        if num_bytes > free and not _is_whole(path, size):
-            raise UserError(
-                f"data.cache_features=true: the features of {name} need {num_bytes / 1e9:.2f} GB, but {self.folder} "
-                f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit"
-            )
-        self._fill(path, size, name, split, mirrored, header)
+        header = _header(entry)
+        self._fill(path, len(header) + num_bytes, name, split, mirrored, header)
         _, data = mapped(path)
         return data[len(header) :].view(sample.dtype).view(shape)
 
@@ -74,42 +73,72 @@ class FeatureCache:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
 
     def _fill(self, path: Path, size: int, name: str, split: Split, mirrored: bool, header: bytes) -> None:
-        """Write the features to a temporary file, each process its chunks, and rename it."""
+        """Write the features to an incomplete file, each process its chunks, and rename it."""
         strategy, first = self.trainer.strategy, self.trainer.local_rank == 0
-        # The first process alone decides whether to compute, so that all processes meet at the same barriers.
-        run = strategy.broadcast(uuid.uuid4().hex)
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{run}.tmp")
-        try:
+        incomplete = path.with_name(f".{path.name}.{socket.gethostname()}.tmp")
+        with ExitStack() as stack:
+            # The first process alone decides whether to compute, so that all processes meet at the same barriers.
             if first and not _is_whole(path, size):
-                for abandoned in self.folder.glob(f".*.{socket.gethostname()}.*.tmp"):  # by a killed process
-                    with suppress(OSError):  # renamed by its process, or another user's
-                        if time.time() - abandoned.stat().st_mtime > DAY:
-                            abandoned.unlink()
-                temporary.write_bytes(header)
+                stack.enter_context(FileLock(incomplete.with_suffix(".lock")))  # another run may compute the same
+                if not _is_whole(path, size):
+                    self._prepare(incomplete, name, header, size, math.ceil(len(split) / CHUNK))
             strategy.barrier()
-            if temporary.exists():
-                self._compute(temporary, name, split, mirrored, len(header))
+            if incomplete.exists():
+                self._compute(incomplete, size, name, split, mirrored, len(header))
             strategy.barrier()
-            if first and temporary.exists():
-                os.replace(temporary, path)
+            if first and incomplete.exists():
+                os.truncate(incomplete, size)
+                os.replace(incomplete, path)
             strategy.barrier()
-        finally:
-            if first and temporary.exists():  # else there is nothing to remove from a folder that may be read-only
-                temporary.unlink()
 
-    def _compute(self, path: Path, name: str, split: Split, mirrored: bool, offset: int) -> None:
-        rank, count = self.trainer.local_rank, self.trainer.num_devices
-        starts = range(rank * CHUNK, len(split), count * CHUNK)
+    def _prepare(self, incomplete: Path, name: str, header: bytes, size: int, num_chunks: int) -> None:
+        """Create the incomplete file, unless an interrupted run has left it."""
+        for other in self.folder.glob(f".*.{socket.gethostname()}*.tmp"):
+            with suppress(OSError):  # renamed by its process, or another user's
+                if other != incomplete and time.time() - other.stat().st_mtime > DAY:
+                    other.unlink()
+        if _is_whole(incomplete, size + num_chunks):
+            return
+        incomplete.unlink(missing_ok=True)
+        if size > (free := shutil.disk_usage(self.folder).free):
+            raise UserError(
+                f"data.cache_features=true: the features of {name} need {size / 1e9:.2f} GB, but {self.folder} "
+                f"has {free / 1e9:.2f} GB free; choose another paths.cache_dir, or lower data.image_limit"
+            )
+        incomplete.write_bytes(header)
+        os.truncate(incomplete, size + num_chunks)
+
+    def _compute(self, path: Path, size: int, name: str, split: Split, mirrored: bool, offset: int) -> None:
+        """Compute the features of the unfinished chunks of this process, and write them after ``offset`` bytes."""
+        rank, count, finished = self.trainer.local_rank, self.trainer.num_devices, list[int]()
         hidden = None if rank == 0 else True  # None: hidden unless stderr is a terminal
         log.info("computing the features of %s: %d images", name, len(split))
         with path.open("r+b") as file:
-            for start in tqdm(starts, desc=f"features of {name}", unit=" batches", disable=hidden):
-                chunk = split.take(torch.arange(start, min(start + CHUNK, len(split))))
-                data = _bytes(self._views(chunk, mirrored))
-                file.seek(offset + start * (len(data) // len(chunk)))
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+
+            def record() -> None:
+                file.flush()
+                os.fsync(file.fileno())  # features first
+                for chunk in finished:
+                    file.seek(size + chunk)
+                    file.write(b"\1")
+                finished.clear()
+
+            file.seek(size)
+            chunks = [chunk for chunk, done in enumerate(file.read()) if not done and chunk % count == rank]
+            recorded = time.monotonic()
+            try:
+                for chunk in tqdm(chunks, desc=f"features of {name}", unit=" batches", disable=hidden):
+                    start = chunk * CHUNK
+                    images = split.take(torch.arange(start, min(start + CHUNK, len(split))))
+                    data = _bytes(self._views(images, mirrored))
+                    file.seek(offset + start * (len(data) // len(images)))
+                    file.write(data)
+                    finished.append(chunk)
+                    if time.monotonic() - recorded > SECONDS:
+                        record()
+                        recorded = time.monotonic()
+            finally:
+                record()
         log.info("computed the features of %s: %d images", name, len(split))
 
 

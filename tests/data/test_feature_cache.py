@@ -6,6 +6,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +77,7 @@ def test_features_are_exact_and_computed_once(tmp_path: Path, dtype: torch.dtype
         assert torch.equal(features[:, 0], IMAGES.flatten(1)[:, :5].to(dtype))
     assert first.seen == len(IMAGES) + 1, "one image determines shape and type"
     assert second.seen == 1
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.safetensors")
     assert torch.equal(load_file(file)["features"], features)
 
 
@@ -95,17 +97,48 @@ def test_each_set_of_weights_settings_and_images_has_its_own_file(tmp_path: Path
 
 def test_file_name_stays_the_same_between_versions(tmp_path: Path) -> None:
     cached(tmp_path, Extractor(), torch.arange(3 * 300 * 16).view(300, 3, 4, 4).byte(), mirrored=True, weights="a")
-    assert [file.name for file in tmp_path.iterdir()] == ["e3f64decfc84ff8d8f276525823f96ab.safetensors"]
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["e3f64decfc84ff8d8f276525823f96ab.safetensors"]
 
 
-def test_interrupted_and_truncated_files_are_computed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_an_interrupted_computation_is_continued(tmp_path: Path, seconds: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr("cifar10_tl.data.feature_cache.SECONDS", seconds)
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, Extractor(stop_after=CHUNK))
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("*.safetensors"))
+    rest = Extractor()
+    assert torch.equal(cached(tmp_path, rest)[:, 0], PLAIN)
+    assert rest.seen == 1 + CHUNK + 40, "without the first chunk"
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_chunk_whose_features_were_not_recorded_is_computed_again(tmp_path: Path, monkeypatch: Any) -> None:
+    def killed(descriptor: int) -> None:
+        raise ProcessLookupError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(ProcessLookupError):
+            cached(tmp_path, Extractor())
+    again = Extractor()
+    assert torch.equal(cached(tmp_path, again)[:, 0], PLAIN)
+    assert again.seen == 1 + len(IMAGES)
+
+
+def test_truncated_files_are_computed_again(tmp_path: Path) -> None:
     cached(tmp_path, Extractor())
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-7])
     assert torch.equal(cached(tmp_path, Extractor())[:, 0], PLAIN)
+
+
+def test_runs_that_need_the_same_features_wait_for_each_other(tmp_path: Path) -> None:
+    extracts = [Extractor(), Extractor()]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(partial(cached, tmp_path), extracts)
+    assert torch.equal(first[:, 0], PLAIN)
+    assert torch.equal(second[:, 0], PLAIN)
+    assert sum(extract.seen for extract in extracts) == 2 + len(IMAGES)
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
@@ -129,7 +162,7 @@ def test_too_little_disk_space_is_reported_before_writing(tmp_path: Path, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"need 0\.00 GB.*0\.00 GB free.*paths\.cache_dir.*data\.image_limit"):
         cached(tmp_path, Extractor())
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_checksum_depends_on_names_shapes_types_and_values() -> None:
@@ -184,6 +217,6 @@ def test_a_complete_cache_may_be_read_only(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for name in ("unlink", "write_bytes"):
+    for name in ("unlink", "write_bytes", "touch"):
         monkeypatch.setattr(Path, name, refuse)
     assert torch.equal(cached(tmp_path, Extractor())[:, 0], PLAIN)
