@@ -99,17 +99,19 @@ def test_nothing_is_drawn_on_other_ranks_or_in_rehearsals(tmp_path: Path, state:
 
 def test_sample_inputs_are_what_the_network_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    images[:, :, 8:24, 4:20] = torch.tensor([10, 20, 30, 40]).byte()[:, None, None, None]
+    colors = torch.tensor([[10, 20, 30], [40, 50, 60], [70, 80, 90], [0, 0, 0]]).byte()
+    images[:, :, 8:24, 4:20] = colors[:, :, None, None]
     boxes = torch.tensor([[8.0, 4.0, 16.0, 16.0]]).expand(4, -1)
-    drawn: list[np.ndarray] = []
+    drawn: list[Any] = []
     draw = figures.plots.sample_grid
     monkeypatch.setattr(
-        figures.plots, "sample_grid", lambda *args, **options: drawn.append(args[0]) or draw(*args, **options)
+        figures.plots, "sample_grid", lambda *args, **options: drawn.extend(args) or draw(*args, **options)
     )
-    batch = Batch(images, LABELS, INDICES, boxes=boxes)
+    batch = Batch(images, LABELS.flip(0), INDICES, boxes=boxes)
     SampleInputs(num_images=3).on_train_batch_start(fake_trainer(tmp_path), MODULE, batch, 0)
-    assert drawn[0].shape == (3, 32, 32, 3)
-    assert [set(image.flat) for image in drawn[0]] == [{10}, {20}, {30}]
+    pictures, titles = drawn
+    assert np.array_equal(pictures, np.broadcast_to(colors[:3, None, None].numpy(), (3, 32, 32, 3)))
+    assert titles == [[("c", "")], [("c", "")], [("b", "")]]
     assert (tmp_path / "figures" / "inputs_train.png").exists()
 
 

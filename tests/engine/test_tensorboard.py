@@ -21,8 +21,10 @@ from PIL import Image
 from tensorboard.program import TensorBoard
 
 from cifar10_tl.callbacks import MetricsLogger, StepLogger
+from cifar10_tl.data.shapes import draw_shapes
 from cifar10_tl.engine.results import read_results
 from cifar10_tl.engine.tensorboard import COLUMNS, RunTensorBoardLogger, log_start
+from cifar10_tl.io import read_csv
 
 #: Request of the table of HPARAMS.
 HPARAMS = {"sliceSize": 10, "allowedStatuses": ["STATUS_SUCCESS"]}
@@ -144,12 +146,16 @@ def test_texts_describe_the_run(board: Board, finished_run: Path) -> None:
 
 def test_precision_and_recall_of_each_class(board: Board, finished_run: Path) -> None:
     matrix, names = (read_results(finished_run)[key] for key in ("confusion_matrix", "class_names"))
+    table = read_csv(finished_run / "predictions.csv")
     assert sorted(board.get("pr_curves/tags")["."]) == sorted(f"precision_recall/{name}" for name in names)
     for k, name in enumerate(names):
         (curve,) = board.get("pr_curves/pr_curves", run=".", tag=f"precision_recall/{name}")["."]
         assert curve["step"] == read_results(finished_run)["best_epoch"]
         first = {key: curve[key][0] for key in ("true_positives", "false_positives", "recall")}
         assert first == {"true_positives": sum(matrix[k]), "false_positives": 100 - sum(matrix[k]), "recall": 1}
+        own = [float(row[name]) for row in table if row["true_label"] == name]
+        found = [sum(p >= i / 126 for p in own) for i in range(len(curve["true_positives"]))]
+        np.testing.assert_allclose(curve["true_positives"], found, atol=1)  # probabilities are rounded in the file
 
 
 def test_projector_shows_images_with_their_predictions(board: Board, finished_run: Path) -> None:
@@ -162,12 +168,13 @@ def test_projector_shows_images_with_their_predictions(board: Board, finished_ru
     assert (np.diff(tensor.std(0)) <= 1e-4).all(), "the principal components, the largest first"
     lines = [line.split("\t") for line in board.read("projector/metadata", **query).decode().splitlines()]
     assert lines[0] == ["true", "predicted", "probability", "index", "path"]
-    correct = sum(true == predicted for true, predicted, *_ in lines[1:])
-    assert correct == read_results(finished_run)["test"]["acc"] * 100
+    table = read_csv(finished_run / "predictions.csv")
+    assert [line[:2] for line in lines[1:]] == [[row["true_label"], row["predicted_label"]] for row in table]
     assert [int(line[3]) for line in lines[1:]] == list(range(100))
     sprite = Image.open(io.BytesIO(board.read("projector/sprite_image", **query)))
     assert (sprite.size, embedding["sprite"]["singleImageDim"]) == ((320, 320), [32, 32])
-    assert np.asarray(sprite).std() > 10
+    thumbnails = np.asarray(sprite.convert("RGB"), int).reshape(10, 32, 10, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+    assert np.abs(thumbnails - draw_shapes(100, seed=1)[0].permute(0, 2, 3, 1).numpy()).max() <= 1
 
 
 def test_hparams_have_short_columns_first(board: Board, finished_run: Path) -> None:

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import REPOSITORY, compose_command, lock, write_png
 from PIL import Image
 
+from cifar10_tl import plots
 from cifar10_tl.config import run_dir
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.shapes import draw_shapes
@@ -46,7 +49,12 @@ def error_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_table_contains_the_probabilities_of_the_network(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+def test_table_and_grid_contain_the_probabilities_of_the_network(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    draw = plots.sample_grid
+    monkeypatch.setattr(plots, "sample_grid", lambda *args, **options: drawn.extend(args) or draw(*args, **options))
     options = (f"checkpoint={checkpoint}", f"images={folder}", f"paths.output_dir={tmp_path / 'run'}", "device=cpu")
     assert predict(compose_command("predict", *options, "top_k=3", "batch_size=3")) == []
     module, rows = restore(checkpoint), read_csv(tmp_path / "run" / "predictions.csv")
@@ -64,6 +72,11 @@ def test_table_contains_the_probabilities_of_the_network(checkpoint: Path, folde
         assert [row["label"], row["label_2"], row["label_3"]] == ranked[:3]
         assert (row["probability"], row["probability_3"]) == (row[ranked[0]], row[ranked[2]])
         assert row["error"] == ""
+    images, titles = drawn
+    assert np.array_equal(images, draw_shapes(10, seed=5)[0].permute(0, 2, 3, 1).numpy())
+    assert [label for ((label, _),) in titles] == [row["label"] for row in rows]
+    percents = [float(percent.strip(" <>%")) for ((_, percent),) in titles]
+    assert percents == pytest.approx([100 * float(row["probability"]) for row in rows], abs=0.06)
     with Image.open(tmp_path / "run" / "predictions.png") as grid:
         assert grid.format == "PNG"
     assert "top_k=11" in error_of(*options, "top_k=11")

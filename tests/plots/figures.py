@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -72,6 +73,13 @@ def shown(fig: Figure) -> list[Text]:
     """Every text that is drawn."""
     texts = [*fig.texts, *(text for axes in fig.axes for text in _texts(axes))]
     return [text for text in texts if text.get_visible() and text.get_text()]
+
+
+def rendered(fig: Figure) -> np.ndarray:
+    """The pixels of a figure, uint8 [H, W, 3]."""
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def strings(fig: Figure) -> list[str]:

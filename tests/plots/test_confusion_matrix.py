@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plots.figures import shown, strings
+from plots.figures import rendered, shown, strings
 
 from cifar10_tl.plots.confusion_matrix import confusion_matrix
 
@@ -22,13 +22,18 @@ def test_cells_have_counts_and_row_percentages() -> None:
 
 
 def test_rows_are_true_and_columns_are_predicted_classes() -> None:
-    fig = confusion_matrix(np.array([[50, 7], [0, 50]]), ["cat", "dog"], heading="h")
+    fig = confusion_matrix(np.array([[50, 7], [0, 49]]), ["cat", "dog"], heading="h")
     texts = [(text.get_text(), *text.get_position()) for text in shown(fig)]
     (cell,) = [text for text in texts if text[0] == "7"]
     row_of_cat = min((text for text in texts if text[0] == "cat"), key=lambda text: text[1])
     column_of_dog = max((text for text in texts if text[0] == "dog"), key=lambda text: text[1])
     assert cell[1] == pytest.approx(column_of_dog[1])
     assert abs(cell[2] - row_of_cat[2]) < 0.2
+    pixels, light = rendered(fig), {}
+    for count, x, y in (text for text in texts if text[0].isdecimal()):
+        column, row = fig.axes[0].transData.transform((x + 0.4, y))  # beside the number
+        light[count] = int(pixels[len(pixels) - round(row), round(column)].sum())
+    assert sorted(light, key=light.__getitem__) == ["49", "50", "7", "0"], "the darkest has all images of its row"
 
 
 def test_a_large_matrix_lists_the_most_confused_pairs() -> None:

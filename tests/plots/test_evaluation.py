@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.markers import MarkerStyle
 from plots.figures import evaluation, scored, shown, strings
 
 from cifar10_tl.data.batch import Split
@@ -70,7 +71,11 @@ def test_bars_are_as_long_as_f1() -> None:
     short, long = fig.axes[0].patches
     assert long.get_width() / short.get_width() == pytest.approx(0.889 / 0.5)
     assert {"cat", "dog", "50.0%", "88.9%"} <= set(strings(fig))
-    precision, recall = (c.get_offsets()[:, 0] for c in fig.axes[0].collections if isinstance(c, PathCollection))
+    points = [c for c in fig.axes[0].collections if isinstance(c, PathCollection)]
+    for marks, marker in zip(points, (MarkerStyle("<"), MarkerStyle(">")), strict=True):
+        outline = marker.get_path().transformed(marker.get_transform())
+        np.testing.assert_array_equal(marks.get_paths()[0].vertices, outline.vertices)
+    precision, recall = (marks.get_offsets()[:, 0] for marks in points)
     assert (precision[1] - recall[1]) / (precision[1] - precision[0]) == pytest.approx((1.0 - 0.8) / (1.0 - 0.5))
     absent = scored(["cat", "dog"], [(0.5, 0.5, 0.5), (0.0, math.nan, 0.0)])
     (only,) = class_bars(absent, heading="Bars").axes[0].patches
@@ -78,7 +83,13 @@ def test_bars_are_as_long_as_f1() -> None:
 
 
 def test_the_lowest_of_many_classes_are_drawn() -> None:
-    rows = scored([f"class {i}" for i in range(100)], [(f1, f1, f1) for f1 in np.linspace(1, 0.5, 100)])
-    texts = strings(class_bars(rows, heading="Bars"))
-    assert [text for text in texts if text.startswith("class ")] == [f"class {i}" for i in range(99, 59, -1)]
+    f1 = np.linspace(1, 0.5, 100)
+    fig = class_bars(scored([f"class {i}" for i in range(100)], zip(f1, f1, f1, strict=True)), heading="Bars")
+    texts, lowest = strings(fig), range(99, 59, -1)
+    assert [text for text in texts if text.startswith("class ")] == [f"class {i}" for i in lowest]
+    assert texts[texts.index("class 80") + 1] == f"{f1[80]:.1%}"
+    bars = fig.axes[0].patches
+    assert [bar.get_width() / bars[0].get_width() for bar in bars] == pytest.approx(f1[lowest] / 0.5)
+    for marks in (c for c in fig.axes[0].collections if isinstance(c, PathCollection)):
+        np.testing.assert_allclose(marks.get_offsets()[:, 0], [bar.get_x() + bar.get_width() for bar in bars])
     assert any("40 classes of 100 with the lowest F1" in text for text in texts)

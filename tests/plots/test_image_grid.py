@@ -3,8 +3,8 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from plots.figures import CIFAR10, pictures, strings
+import pytest
+from plots.figures import CIFAR10, pictures, rendered, shown, strings
 
 from cifar10_tl.plots.image_grid import sample_grid
 
@@ -17,14 +17,19 @@ def test_each_picture_is_shown_once_above_its_title() -> None:
     values, pixels = np.unique(mosaic, return_counts=True)
     assert values.tolist() == [*range(10), 255]
     assert pixels.tolist() == [32 * 32 * 3] * 10 + [mosaic.size - 10 * 32 * 32 * 3]
+    left, right, *_ = fig.axes[0].images[0].get_extent()
+    pixel = (right - left) / mosaic.shape[1]
+    for i, title in enumerate(shown(fig)[1:]):
+        rows, columns = (mosaic[..., 0] == i).nonzero()
+        x, y = title.get_position()
+        assert x == pytest.approx(left + columns.min() * pixel)
+        assert 0 < y - (rows.max() + 1) * pixel < 0.2
 
 
 def test_small_pictures_are_drawn_pixel_for_pixel() -> None:
     images = pictures(1)
     fig = sample_grid(images, [[("cat", "")]], heading="Inputs")
-    canvas = FigureCanvasAgg(fig)
-    canvas.draw()
-    rows = np.asarray(canvas.buffer_rgba())[..., :3]
+    rows = rendered(fig)
     left, top = (round(v) for v in fig.axes[0].transData.transform((fig.axes[0].images[0].get_extent()[0], 0)))
     top = rows.shape[0] - top
     np.testing.assert_array_equal(rows[top : top + 96 : 3, left : left + 96 : 3], images[0])  # 3 dots per pixel
