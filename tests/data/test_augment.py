@@ -245,10 +245,12 @@ def test_mixed_targets_are_fractions_and_pairs_are_the_same_on_two_processes(bat
         assert torch.equal(shard.targets, whole.targets[rank::2])
 
 
-def test_cutmix_fractions_are_areas() -> None:
+def test_fractions_of_mixed_images_are_those_of_their_pixels() -> None:
     images = torch.cat([torch.zeros(50, 3, 32, 32), torch.full((50, 3, 32, 32), 255.0)]).byte()
     labels = torch.tensor([0] * 50 + [1] * 50)
     batch = Batch(images, labels, torch.arange(100))
+    out = run(batch, Augment(mix="mixup"))
+    assert torch.allclose(out.targets[:, 1], out.images.float().mean((1, 2, 3)) / 255, atol=1 / 255)
     out = run(batch, Augment(mix="cutmix"))
     white = (out.images == 255).float().mean((1, 2, 3))
     assert torch.allclose(out.targets[:, 1], white, atol=1e-6)

@@ -63,6 +63,7 @@ def test_cifar10_is_downloaded_and_read(archive: Archive, tmp_path: Path, monkey
     assert torch.equal(splits["test"].images, torch.from_numpy(images[5]))
     assert splits["train"].labels.tolist() == labels[:5].flatten().tolist()
     assert splits["test"].images.dtype == torch.uint8
+    assert " ".join(source.class_names) == "airplane automobile bird cat deer dog frog horse ship truck"
     path.unlink()  # a second call needs neither the network nor the archive
     (tmp_path / "data" / path.name).unlink()
     source.prepare()

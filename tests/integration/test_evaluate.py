@@ -243,6 +243,20 @@ def test_images_of_training_are_not_tested_after_they_were_moved_or_more_were_ad
             test_of(*overrides)
 
 
+def test_other_pictures_are_decoded_as_in_training(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_png(tmp_path / "images" / name, torch.zeros(1, 3, 20, 40).byte())
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "epoch": 0}, tmp_path / "best.ckpt")
+    module: Any = SimpleNamespace(class_names=["cat", "dog"], hparams={"native_size": 24, "fit": "pad"})
+    folder = ("data=folder", f"data.root={tmp_path / 'images'}", f"data.cache_dir={tmp_path / 'cache'}")
+    cfg = compose_command("evaluate", f"checkpoint={tmp_path / 'best.ckpt'}", *folder)
+    images = build_datamodule(cfg, module).splits["test"].by_index(torch.arange(2))
+    assert images.shape == (2, 3, 24, 24)
+    is_border = (images != 0).all(1)
+    assert torch.equal(is_border.all(2), is_border.any(2))
+    assert is_border.any(2).sum(1).tolist() == [12, 12], "the longer side was scaled to 24 pixels"
+
+
 SHAPES = {"source": "shapes", "drawing_seed": 0, "val_size": 80, "split_seed": 0, "train_size": 400}
 FOLDER = {"source": "folder", "root": "/a", "val_size": 0.1, "split_seed": 0}
 CIFAR10 = {"source": "cifar10", "root": "/a", "val_size": 10, "split_seed": 0}

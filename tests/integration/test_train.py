@@ -26,6 +26,7 @@ from cifar10_tl.config.errors import UserError, explain
 from cifar10_tl.config.run_dir import RUN_CONFIG
 from cifar10_tl.data.datamodule import CIFAR10DataModule
 from cifar10_tl.engine.results import read_results
+from cifar10_tl.models.backbone import Backbone
 from cifar10_tl.models.lit_classifier import LitClassifier
 from cifar10_tl.models.network import TransferResNet
 from cifar10_tl.train import own_wandb_run, train
@@ -119,6 +120,18 @@ def test_checkpoint_loads_without_the_run(finished_run: Path) -> None:
     with torch.inference_mode():
         accuracy = (module(test.images).argmax(1) == test.labels).double().mean()
     assert float(accuracy) == results["test"]["acc"]
+
+
+@pytest.mark.parametrize("ema_decay", ["null", "0.9"])
+def test_a_fit_starts_from_the_weights_of_a_file(small_cfg: Small, tmp_path: Path, ema_decay: str) -> None:
+    state = Backbone("resnet10").state_dict()
+    expected = {name: value if value.ndim > 1 else value + 1 for name, value in state.items()}
+    torch.save(expected, tmp_path / "weights.pth")
+    options = ("model.freeze=backbone", f"model.weights={tmp_path / 'weights.pth'}", f"ema_decay={ema_decay}")
+    train(small_cfg(*QUICK, *options, "test=false"))
+    found = weights(tmp_path / "run")
+    for name, value in expected.items():
+        assert torch.equal(found[f"network.backbone.{name}"], value), name
 
 
 def test_new_run_does_not_touch_an_existing_run(finished_run: Path) -> None:

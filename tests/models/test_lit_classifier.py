@@ -34,7 +34,7 @@ def trainer(**options: Any) -> pl.Trainer:
 
 def module(**options: Any) -> LitClassifier:
     torch.manual_seed(0)
-    net = LitClassifier(NAMES, backbone="resnet18", image_size=32, **options)
+    net = LitClassifier(NAMES, **{"backbone": "resnet18", "image_size": 32, **options})
     net.trainer = trainer()
     return net
 
@@ -157,6 +157,18 @@ def test_a_test_keeps_the_features_of_its_images_and_validation_does_not(head: s
         net.trainer.test(net, loader, verbose=False)
         assert torch.equal(net.evaluation.features.flip(0), pooled)
         assert torch.equal(net.evaluation.logits.flip(0), logits)
+
+
+def test_cached_features_of_another_network_are_not_used() -> None:
+    used = module().features_description()
+    assert module(label_smoothing=0.1, head={"name": "linear"}).features_description() == used
+    others = {"image_size": module(image_size=40), "interpolation": module(interpolation="bilinear")}
+    others |= {"precision": module(), "weights": module()}
+    others["precision"].trainer = trainer(precision="bf16-mixed")
+    others["weights"].network.backbone.bn1.running_mean[3] += 1
+    for name, other in others.items():
+        found = other.features_description()
+        assert [key for key in used if found[key] != used[key]] == [name]
 
 
 @pytest.mark.parametrize("names", [[], ["ant", "bee", "ant"]])

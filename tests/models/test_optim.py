@@ -59,11 +59,14 @@ def test_without_layer_decay_the_groups_are_those_of_earlier_checkpoints(layer_d
     assert off["param_groups"][0]["lr"] == 0.1 * 0.3
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_the_backbone_rests_bit_for_bit_in_the_first_steps_and_then_moves(name: str) -> None:
+@pytest.mark.parametrize(
+    "own", [{"name": "SGD", "momentum": 0.9}, {"name": "Adam"}, {"name": "AdamW"}, {"name": "SGD", "layer_decay": 0.5}]
+)
+def test_the_backbone_rests_bit_for_bit_in_the_first_steps_and_then_moves(own: dict) -> None:
     torch.manual_seed(0)
     backbone, head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)
-    settings = {"name": name, "lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    backbone.stages = lambda: dict(zip(("stem", "layer1"), backbone, strict=True))
+    settings = {"lr": 0.1, "weight_decay": 0.1, **own}
     optimizer = build_optimizer(settings, backbone, head, can_fuse=True)
     factors = group_factors(optimizer, schedule_factor({"name": "constant"}, 5), head_only_steps=3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
