@@ -84,9 +84,27 @@ ORIGINAL |= {"scheduler.name": "constant", "model.label_smoothing": 0.0, "data.a
 ORIGINAL |= {f"data.augment.{name}": 0 for name in ("horizontal_flip", "random_crop_padding", "random_erasing")}
 
 
-def test_the_original_experiment_is_the_original_recipe() -> None:
-    cfg = compose_train("experiment=original")
-    assert {key: OmegaConf.select(cfg, key) for key in ORIGINAL} == ORIGINAL
+SGD = {"optimizer.name": "SGD", "optimizer.momentum": 0.9, "optimizer.nesterov": True, "data.batch_size": 256}
+SGD |= {"optimizer.backbone_lr_scale": 1.0, "scheduler.name": "cosine", "scheduler.warmup": 0.05}
+IMAGENET = {"model.backbone": "resnet50", "model.weights": "IMAGENET1K_V2", "model.label_smoothing": 0.1}
+FAST = {**SGD, **IMAGENET, "optimizer.lr": 0.01, "optimizer.weight_decay": 1e-4, "model.head.dropout": 0.0}
+ACCURATE = {**FAST, "model.image_size": [[0, 128], [0.5, 160], [0.75, 224]], "trainer.max_epochs": 24}
+ACCURATE |= {"scheduler.head_only_epochs": 1, "ema_decay": 0.998, "data.augment.horizontal_flip": True}
+ACCURATE |= {"data.augment.random_crop_padding": 0, "data.augment.random_resized_crop": [0.6, 1]}
+ACCURATE |= {"data.augment.mix": "cutmix", "data.augment.mix_off_last": 0.2}
+FAST |= {"model.image_size": [[0, 96], [0.5, 128], [0.75, 192]], "trainer.max_epochs": 8}
+PARTIAL = {**IMAGENET, "model.freeze": "layer3", "model.image_size": 224, "trainer.max_epochs": 15}
+SCRATCH = {**SGD, "model.backbone": "resnet18", "model.weights": None, "model.stem": "cifar", "model.image_size": 32}
+SCRATCH |= {"model.head.name": "linear", "optimizer.lr": 0.2, "optimizer.weight_decay": 5e-4, "trainer.max_epochs": 200}
+SCRATCH |= {"data.augment.trivial_augment": True, "data.augment.cutout": 16}
+SCRATCH |= {"data.augment.horizontal_flip": True, "data.augment.random_crop_padding": 4}
+RECIPES = {"original": ORIGINAL, "accurate": ACCURATE, "fast": FAST, "partial": PARTIAL, "scratch": SCRATCH}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_experiment_has_the_values_of_its_recipe(name: str) -> None:
+    cfg, recipe = compose_train(f"experiment={name}"), RECIPES[name]
+    assert {key: OmegaConf.select(cfg, key) for key in recipe} == recipe
 
 
 def command(*arguments: str, cwd: Path, name: str = "train", **environment: str) -> subprocess.CompletedProcess:
