@@ -100,6 +100,19 @@ def test_plan_changes_only_if_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     assert plan.after(9, seconds=10 + 60) == 9, "a schedule that has ended is not continued"
 
 
+def test_measured_times_replace_the_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ten steps of 3 s, a validation of 7 s and 4 s for files."""
+    plan = Plan(monkeypatch, 41 + 8 + 7 + 1.03 * 9 * (10 * 2 + 8) - 1)  # the means of estimated and measured times
+    plan.trainer.current_epoch, plan.trainer.should_stop = 0, False
+    assert plan.after(0, seconds=0) == 19
+    plan.callback._step_ends = [3.0 * step for step in range(1, STEPS + 1)]
+    plan.now = 37
+    plan.callback.on_validation_epoch_end(plan.trainer, plan)  # type: ignore[arg-type]
+    plan.now = 41
+    plan.callback.on_train_epoch_end(plan.trainer, plan)
+    assert plan.trainer.fit_loop.max_epochs == 9
+
+
 def test_epochs_of_several_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(monkeypatch, 2 + 1.03 * 100 * (5 + 10 * 2.25) + 10, test=False)
     plan.callback.phases = [(0.0, 1.0), (0.5, 3.0), (0.75, 4.0)]

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from cifar10_tl.data.batch import Split
-from cifar10_tl.engine.results import images_checksum, markdown_table, summary, text_table, write_results
+from cifar10_tl.engine.results import (
+    all_metrics,
+    describe,
+    images_checksum,
+    markdown_table,
+    summary,
+    text_table,
+    write_results,
+)
 from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.metrics.ground_truth import accuracy_without
 
 
 def test_a_text_table_has_columns_of_equal_width() -> None:
@@ -42,6 +51,25 @@ def test_old_results_are_not_kept_beside_new_predictions(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         write_results(tmp_path, {}, evaluation, split)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
+
+
+def test_the_report_of_an_evaluation_names_each_number(tmp_path: Path) -> None:
+    split = Split(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1, 1, 1]))
+    evaluation = Evaluation.of(torch.eye(2)[[0, 0, 0, 1, 1]], split.labels, split.indices, ("cat", "dog"))
+    results = {"checkpoint": "a.ckpt", "epoch": 3, "split": "test", "test": all_metrics(evaluation, split)}
+    results["doubtful_labels"] = accuracy_without(evaluation, torch.tensor([0, 1]))
+    lines = [" ".join(line.split()) for line in describe(results, tmp_path).splitlines()]
+    assert {
+        "a.ckpt, epoch 3, 5 test images",
+        "accuracy 60.00%",
+        "balanced accuracy 75.00%",
+        "macro F1 58.33%",
+        "class precision recall F1 images",
+        "cat 33.3% 100% 50.0% 1",
+        "dog 100% 50.0% 66.7% 4",
+        "dog -> cat 2 50.0%",
+        "2 doubtful labels: accuracy 60.00% with these images, 66.67% without, 50.00% on them alone",
+    } <= set(lines)
 
 
 def test_the_summary_of_a_run_names_results_files_and_next_commands(

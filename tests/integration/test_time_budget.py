@@ -51,8 +51,12 @@ class Clock(Callback):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock, real, build = Clock(), time_budget.step_seconds, builder.build_callbacks
 
-    def timed_step(*arguments: Any) -> float:
-        assert real(*arguments) == 0
+    def timed_step(trainer: Any, module: Any, size: int) -> float:
+        seen: list[int] = []
+        hook = module.network.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+        assert real(trainer, module, size) == 0
+        assert set(seen) == {size}
+        hook.remove()
         return STEP
 
     monkeypatch.setattr(time_budget, "step_seconds", timed_step)

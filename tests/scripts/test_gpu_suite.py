@@ -53,6 +53,24 @@ def state(out: Path) -> dict[str, Any]:
     return json.loads((out / "state.json").read_text())["steps"]
 
 
+def test_the_first_epoch_that_reaches_an_accuracy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"seconds": "10.5", "val/acc": acc} for acc in ("0.93", "0.94", "0.9", "0.955", "0.95", "0.94")]
+    (tmp_path / "results.json").write_text('{"test": {"acc": 0.95, "count": 100}}')
+    monkeypatch.setattr(gpu_suite.Suite, "train", lambda *_: (tmp_path, rows))
+    found = gpu_suite.Suite(tmp_path, 1, tmp_path, on_cpu=True).scratch()
+    assert [found[f"{goal}% val (s)"] for goal in (94, 95, 96)] == [21.0, 42.0, "not reached"]
+    assert found["training (s)"] == 63.0
+
+
+def test_the_speed_of_a_size_is_that_of_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = dict.fromkeys(("step_ms", "peak_memory_gb", "data_wait"), "")
+    rows = [{"images_per_second": str(epoch), **rest} for epoch in range(1, 9)]
+    monkeypatch.setattr(gpu_suite.Suite, "train", lambda *_: (tmp_path, rows))
+    suite, sizes = gpu_suite.Suite(tmp_path, 1, None, on_cpu=True), [[0, 96], [0.5, 128], [0.75, 192]]
+    assert [suite.speed("fast", sizes, number, batch=16)["images/s"] for number in range(3)] == [4, 6, 8]
+    assert suite.speed("scratch", [[0, 32]], 0, batch=16)["images/s"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_steps_are_measured_once(measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
