@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import compose_train
 from jinja2 import Environment, PackageLoader
 from PIL import Image
@@ -25,6 +28,7 @@ from cifar10_tl.engine.builder import plain
 from cifar10_tl.engine.report import Axis, Gallery, Neighbors, standard_galleries, write_report
 from cifar10_tl.engine.results import all_metrics, read_results, write_results
 from cifar10_tl.metrics.evaluation import Evaluation
+from cifar10_tl.plots.style import as_percent
 
 HOSTILE = ("<script>alert(1)</script>", "a\"b'c&amp;</style>", "{{ 7 * 7 }}", "plain")
 
@@ -90,8 +94,19 @@ def write(
 
 
 def explain(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Return a map for each image in place of Grad-CAM."""
-    return torch.eye(2).expand(len(images), 2, 2)
+    """Return a map for each image in place of Grad-CAM: the quarter of its class is as warm as its first pixel."""
+    return F.one_hot(classes, 4).view(-1, 2, 2) * images[:, 0, :1, :1] / 255
+
+
+def words(source: str) -> str:
+    """Return the texts of a part of the page, with spaces between them."""
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", source)).split())
+
+
+def part(folder: Path, start: str, end: str) -> str:
+    """Return the only part of the page with this start and end."""
+    (found,) = re.findall(f"{start}.*?{end}", (folder / "report.html").read_text(), re.S)
+    return found
 
 
 def sprite(folder: Path, name: str = "t") -> np.ndarray:
@@ -101,10 +116,11 @@ def sprite(folder: Path, name: str = "t") -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
 
 
-def thumbnail(pixels: np.ndarray, style: str, side: int) -> np.ndarray:
-    """Return the pixels that a picture of this style shows."""
+def difference(pixels: np.ndarray, style: str, image: torch.Tensor) -> float:
+    """Return the mean difference of an image from what a picture of this style shows of the thumbnails."""
+    side = image.shape[-1]
     x, y = (side * int(number) for number in re.fullmatch(r"--x:(\d+);--y:(\d+)", style).groups())
-    return pixels[y : y + side, x : x + side].astype(float)
+    return np.abs(pixels[y : y + side, x : x + side].astype(float) - image.permute(1, 2, 0).numpy()).mean()
 
 
 def test_numbers_are_those_of_results_json_to_the_last_digit(tmp_path: Path) -> None:
@@ -137,16 +153,80 @@ def test_cells_open_their_images(tmp_path: Path) -> None:
         (section,) = re.findall(rf'<section class="cell" id="c-{i}-{j}">.*?</section>', source, re.S)
         shown = min(100, int(matrix[i, j]))
         assert f"{shown} of {matrix[i, j]} shown" in section
-        found = [int(index) for index in re.findall(r"% #(\d+)</figure>", section)]
+        assert words(section).startswith(f"{HOSTILE[i]} → {HOSTILE[j]} ")
+        captions = re.findall(r"</i>([\d.]+%) #(\d+)</figure>", section)
+        found = [int(index) for _, index in captions]
+        assert [percent for percent, _ in captions] == [*map(as_percent, evaluation.probabilities[found, j].tolist())]
         confidence = evaluation.probabilities.max(1).values[found]
         assert len(set(found)) == shown
         assert set(evaluation.labels[found].tolist()) == {i}
         assert set(evaluation.predictions[found].tolist()) == {j}
         assert confidence.tolist() == sorted(confidence.tolist(), reverse=i != j)
         for index, (_, style, title) in zip(found, Page(section).pictures, strict=True):
-            image = split.images[index].permute(1, 2, 0).numpy()
-            assert np.abs(thumbnail(pixels, style, 32) - image).mean() < 20
+            assert difference(pixels, style, split.images[index]) < 20
             assert title == split.paths[index]
+
+
+def test_tables_show_each_number_in_its_row_and_column(tmp_path: Path) -> None:
+    evaluation, split = evaluate()
+    write(tmp_path, evaluation, split)
+    counts, matrix = evaluation.confusion_matrix.tolist(), part(tmp_path, '<table class="matrix">', "</table>")
+    rows = [[name, *map(str, row)] for name, row in zip(HOSTILE, counts, strict=True)]
+    assert words(matrix) == " ".join(sum(rows, [*HOSTILE]))
+    confusions = {(i, j): f"{HOSTILE[i]} → {HOSTILE[j]}" for i in range(4) for j in range(4)}
+    shares = {(i, j): as_percent(counts[i][j] / 75) for i, j in confusions}  # each class has 75 images
+    links = re.findall(r'<a href="#c-(\d)-(\d)" title="(.*?)">', matrix)
+    assert [(int(i), int(j), html.unescape(title)) for i, j, title in links] == [
+        (*cell, f"{text}: {shares[cell]}") for cell, text in confusions.items()
+    ]
+    listed = re.findall(r'<li><a href="#c-(\d)-(\d)">(.*?)</li>', part(tmp_path, "<ol>", "</ol>"))
+    assert len(listed) == 10
+    for i, j, text in listed:
+        cell = int(i), int(j)
+        assert words(text) == f"{confusions[cell]} : {counts[cell[0]][cell[1]]} images, {shares[cell]} of the class"
+    table, classes = part(tmp_path, '<table class="table sortable">', "</table>"), evaluation.per_class()
+    scores = [[as_percent(row[key]) for key in ("precision", "recall", "f1")] for row in classes]
+    rows = [[row["class"], str(row["count"]), *cells] for row, cells in zip(classes, scores, strict=True)]
+    assert words(table) == " ".join(sum(rows, ["class images precision recall F1"]))
+
+
+def test_a_card_shows_its_image_classes_map_and_neighbors(tmp_path: Path) -> None:
+    """Of a part of the split, with training images that have other labels, indices and paths."""
+    (whole, split), chosen = evaluate(60, ("a", "b", "c", "d")), torch.arange(20, 60)
+    evaluation = Evaluation(whole.logits[chosen], whole.labels[chosen], chosen, whole.class_names)
+    labels = torch.randint(4, (50,), generator=torch.Generator().manual_seed(1))
+    train = Split(evaluate(50)[1].images, labels, torch.arange(100, 150), paths=[None, "train.png"] * 25)
+    positions = torch.arange(200).view(40, 5) % 50
+    write(tmp_path, evaluation, split, neighbors=Neighbors(train, positions, positions / 50), explain=explain)
+    names, sprites = evaluation.class_names, {kind: sprite(tmp_path, kind) for kind in ("t", "g")}
+    cards = re.findall('<article class="card">.*?</article>', (tmp_path / "report.html").read_text(), re.S)
+    shown = torch.cat([gallery.positions for gallery in standard_galleries(evaluation)]).tolist()
+    for position, card in zip(shown, cards, strict=True):
+        near, probabilities = positions[position].tolist(), evaluation.probabilities[position].tolist()
+        true, predicted, image = (int(x[position]) for x in (evaluation.labels, evaluation.predictions, chosen))
+        order = sorted(range(4), key=lambda k: -probabilities[k])
+        classes = [k for k in order if k in order[:3] or k == true]
+        heading = [names[true], "→", names[predicted]] if true != predicted else [names[true]]
+        rows = [f"{names[k]} {as_percent(probabilities[k])}" for k in classes]
+        below = [f"{names[labels[n]]} {n / 50:.2f}" for n in near]
+        assert words(card) == " ".join([*heading, *rows, split.paths[image] or "", *below])
+        assert re.findall('--p:(.*?)"', card) == [f"{probabilities[k]:.3f}" for k in classes]
+        roles = {predicted: "wrong", true: "true"}
+        colored = [predicted, *classes, *labels[near].tolist()]
+        assert re.findall('<(?:b|tr|figure) class="(.*?)">', card) == [roles.get(k, "") for k in colored]
+        pictures = Page(card).pictures
+        titles = [f"{train.paths[n] or f'#{100 + n}'}: {names[labels[n]]}" for n in near]
+        assert [title for *_, title in pictures] == [split.paths[image], "Grad-CAM", *titles]
+        explained = report.overlay(split.images[image], explain(split.images[[image]], torch.tensor([predicted]))[0])
+        expected = [split.images[image], explained, *train.images[near]]
+        for (kind, style, _), pixels in zip(pictures, expected, strict=True):
+            assert difference(sprites[kind], style, pixels) < 20
+
+
+def test_a_map_colors_its_part_of_the_image() -> None:
+    colored = report.overlay(torch.full((3, 32, 32), 100, dtype=torch.uint8), torch.eye(2))
+    assert colored[:, 2, 61].tolist() == [100, 100, 100]
+    assert colored[:, 2, 2].tolist() == [113, 42, 42]  # 40% of it and 60% of a dark red
 
 
 def test_galleries_show_each_image_once_in_the_file(tmp_path: Path) -> None:
@@ -166,10 +246,6 @@ def test_galleries_show_each_image_once_in_the_file(tmp_path: Path) -> None:
     assert Counter(kind for kind, _ in places) == {"t": 300 + len(shown), "g": len(shown)}
     assert page.values["near_duplicates.acc_without"] == "0.25"
     assert "report=full" not in page.text
-    first = next(style for kind, style, _ in page.pictures if kind == "g")
-    red_and_blue = thumbnail(sprite(tmp_path, "g"), first, 64)[[2, 2], [2, 61]]
-    image = split.images[errors[0]].numpy()[:, [0, 0], [0, 31]].T
-    assert (np.abs(red_and_blue - image).max(1) > 20).tolist() == [True, False], "only where the map is 1"
 
 
 def test_settings_and_commands_of_the_run(tmp_path: Path) -> None:
@@ -212,7 +288,37 @@ def test_curves_leave_out_what_is_missing(tmp_path: Path) -> None:
     assert accuracy["lines"] == {"train": [(0, 0.25), (1, 0.5)], "val": [(0, 0.5)]}
     assert loss["lines"] == {"train": [(0, 2.0), (1, 1.0)], "val": [(1, 1.0)]}
     assert report.curves({"val": (tmp_path / "none.csv", "val")}) == []
-    assert (tmp_path / "report.html").read_text().count("<circle") == 6
+    source = (tmp_path / "report.html").read_text()
+    points = re.findall(r'<circle cx="(.*?)" cy="(.*?)" .*?<title>(.*?)</title>', source)
+    assert points == [
+        ("39.3", "191.3", "train, epoch 0: 25%"),  # from 200, the lowest, to 8
+        ("404.7", "16.7", "train, epoch 1: 50%"),
+        ("39.3", "16.7", "val, epoch 0: 50%"),
+        ("39.3", "16.7", "train, epoch 0: 2"),
+        ("404.7", "191.3", "train, epoch 1: 1"),
+        ("404.7", "191.3", "val, epoch 1: 1"),
+    ]
+    assert re.findall('<polyline points="(.*?)"', source)[0] == "39.3,191.3 404.7,16.7 "
+
+
+def test_reliability_before_and_after_temperature_scaling(tmp_path: Path) -> None:
+    """Of the logits (2, 0), correct in 3 of 4: the confidence is 88%, and 75% at the temperature 2 / log 3."""
+    _, split = evaluate(4)
+    evaluation = Evaluation(torch.tensor([[2.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]), torch.arange(4), ("a", "b"))
+    write(tmp_path, evaluation, split, temperature=2 / math.log(3))
+    charts = part(tmp_path, '<h2 id="calibration">', '<div><table class="table">')
+    assert re.findall("<(?:figcaption|title)>(.*?)</", charts) == [
+        *("uncalibrated", "4 images, confidence 88.1%, accuracy 75.0%"),
+        *("temperature-scaled", "4 images, confidence 75.0%, accuracy 75.0%"),
+    ]
+    bars = re.findall('<rect class="bar" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"/>', charts)
+    assert [[*map(float, bar)] for bar in bars] == [  # in the bins 13 and 11 of 15
+        pytest.approx([44 + k * 232 / 15 + 1, 250 - 0.75 * 240, 232 / 15 - 2, 0.75 * 240], abs=0.1) for k in (13, 11)
+    ]
+    marks = re.findall('<path class="mark" d="M.*? (.*?)h', charts)
+    assert [*map(float, marks)] == pytest.approx([250 - 0.8808 * 240, 250 - 0.75 * 240], abs=0.1)
+    labels = re.findall('<text x=".*?" y="(.*?)" text-anchor="end">(.*?)</text>', charts)
+    assert {("254.0", "0%"), ("14.0", "100%")} <= {*labels}
 
 
 @pytest.mark.parametrize("values", [(0.11667, 0.11721), (0.0, 1.0), (0.5, 0.5), (0.5, 0.5 + 1e-12), (1e-3, 1e12)])

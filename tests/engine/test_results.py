@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def test_checksum_of_images_stays_the_same_between_versions() -> None:
     split = Split(images, torch.zeros(300).long())
     assert images_checksum(split) == hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "b8eaefe0cfdb56bf"
     assert images_checksum(split.subset(torch.arange(1, 300, 2))) == "b85a43ce2a5d5e6b"
+
+
+def test_calibrated_metrics_by_hand() -> None:
+    # logits (2, 0), correct in 3 of 4: at the temperature 2 / log 3, all probabilities are 3 / 4
+    labels, temperature = torch.tensor([0, 0, 0, 1]), 2 / math.log(3)
+    evaluation = Evaluation.of(torch.tensor([[2.0, 0.0]] * 4), labels, torch.arange(4), ["a", "b"])
+    split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels)
+    assert all_metrics(evaluation, split, temperature)["calibrated"] == {
+        "temperature": temperature,
+        "nll": pytest.approx(-(3 * math.log(3 / 4) + math.log(1 / 4)) / 4),
+        "brier": pytest.approx((3 * 2 * (1 / 4) ** 2 + 2 * (3 / 4) ** 2) / 4),
+        "ece": pytest.approx(0, abs=1e-6),
+    }
+    assert "calibrated" not in all_metrics(evaluation, split)
 
 
 def test_old_results_are_not_kept_beside_new_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

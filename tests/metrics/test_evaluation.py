@@ -85,14 +85,6 @@ def test_balanced_accuracy_and_macro_f1_of_unequal_classes() -> None:
     assert (math.isnan(c["recall"]), c["precision"], c["f1"], c["count"]) == (True, 0, 0, 0)
 
 
-def test_balanced_accuracy_of_equal_classes_is_the_accuracy() -> None:
-    generator = torch.Generator().manual_seed(2)
-    logits, labels = torch.randn(700, 7, generator=generator), torch.arange(700) % 7
-    of = Evaluation.of(logits, labels, torch.arange(700), [str(k) for k in range(7)])
-    assert 0 < of.accuracy < 1
-    assert of.balanced_accuracy == pytest.approx(of.accuracy, abs=1e-12)
-
-
 def test_tables_by_hand(evaluation: Evaluation) -> None:
     assert evaluation.per_class() == [
         {"class": "a", "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "count": 1},

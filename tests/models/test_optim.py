@@ -82,10 +82,6 @@ def test_the_backbone_rests_bit_for_bit_in_the_first_steps_and_then_moves(own: d
         assert moved == [step == 3] * 4
 
 
-def test_a_frozen_backbone_is_not_optimized() -> None:
-    assert parameter_groups("backbone", nn.Linear(2, 2).requires_grad_(False), 0.1) == []
-
-
 def test_weights_that_a_strategy_has_flattened_are_refused() -> None:
     module = nn.ParameterList([nn.Parameter(p.detach().flatten()) for p in nn.Linear(2, 2).parameters()])
     with pytest.raises(UserError, match="flattens weights"):
