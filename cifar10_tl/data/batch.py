@@ -214,9 +214,11 @@ class BatchLoader(DataLoader[Batch]):
 
     Attributes:
         requested_at: Time when the latest batch was requested.
+        is_of_datamodule: Whether a data module is to augment the batches.
     """
 
     sampler: BatchSampler
+    is_of_datamodule = False
 
     def __init__(self, dataset: Dataset[Batch], sampler: BatchSampler, *, pin_memory: bool = False) -> None:
         num_workers = torch.get_num_threads() if getattr(dataset, "slow", False) else 0

@@ -212,7 +212,9 @@ class CIFAR10DataModule(pl.LightningDataModule):
         on_device = self.hparams["on_device"]
         split = split.to(device) if on_device else split
         dataset = RepeatedImages(split) if balanced else split
-        return BatchLoader(dataset, sampler, pin_memory=device.type == "cuda" and not on_device)
+        loader = BatchLoader(dataset, sampler, pin_memory=device.type == "cuda" and not on_device)
+        loader.is_of_datamodule = True
+        return loader
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Copy a batch, except the indices, from which random numbers are drawn on the CPU."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.config.errors import UserError
-from cifar10_tl.data.batch import Batch, BatchLoader
+from cifar10_tl.data.batch import Batch
 from cifar10_tl.data.datamodule import complete_epochs, planned_epochs
 from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
@@ -183,7 +183,7 @@ class LitClassifier(pl.LightningModule):
         Lightning loses the position of a stateful loader if ``configure_optimizers`` reads
         ``estimated_stepping_batches``: https://github.com/Lightning-AI/pytorch-lightning/issues/20550.
         """
-        if self.trainer.datamodule is None and isinstance(self.trainer.train_dataloader, BatchLoader):  # type: ignore[attr-defined]
+        if getattr(self.trainer.train_dataloader, "is_of_datamodule", False) and self.trainer.datamodule is None:  # type: ignore[attr-defined]
             raise UserError("pass the data module to fit, not its loaders: it augments batches and divides them")
         self.trainer.fit_loop._load_combined_loader_states()
         match_layouts(self.trainer.optimizers)

@@ -14,6 +14,7 @@ from cifar10_tl.callbacks import Throughput
 from cifar10_tl.data.batch import Batch, Split
 
 BATCH = Batch(torch.zeros(8, 3, 1, 1), torch.zeros(8).long(), torch.arange(8))
+ON_CPU: Any = (None, SimpleNamespace(device=torch.device("cpu")))  # trainer and module
 
 
 class Clock:
@@ -80,7 +81,7 @@ def test_speed_leaves_out_what_is_between_epochs(clock: Clock) -> None:
 
 def test_an_epoch_resumed_in_the_middle_begins_with_its_first_batch(clock: Clock) -> None:
     callback = Throughput()
-    callback.on_fit_start(None, None)  # type: ignore[arg-type]
+    callback.on_fit_start(*ON_CPU)
     clock.now += 100.0  # features, logistic regression
     epoch(callback, clock, steps=3, seconds=4.0, fetch=1.0, is_resumed=True)
     assert [callback.row(torch.device("cpu"))[key] for key in ("seconds", "step_ms", "data_wait")] == [12, 4000, 0.25]
@@ -116,7 +117,7 @@ def test_a_long_run_on_a_cpu_is_announced_once(
 def test_a_resumed_run_continues_its_measurements() -> None:
     first = Throughput()
     first.load_state_dict({"seconds": 10.0, "images": 50, "first_step_seconds": 2.0, "fit_seconds": 20.0})
-    first.on_fit_start(None, None)  # type: ignore[arg-type]
+    first.on_fit_start(*ON_CPU)
     time.sleep(0.01)
     second = Throughput()
     second.load_state_dict(first.state_dict())

@@ -38,6 +38,8 @@ def test_bugs_are_not_explained_as_user_errors() -> None:
 def test_jupyters_backend_of_matplotlib_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is set for the commands that a notebook starts, whose environment may not have it."""
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after the test
+    monkeypatch.setattr(logging, "raiseExceptions", True)
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     launcher.run_command("train", lambda cfg: None)
     assert os.environ["MPLBACKEND"] == "agg"

@@ -56,7 +56,7 @@ def test_a_head_is_trained_evaluated_and_resumed(session: Session) -> None:
         LitClassifier.load_from_checkpoint(file)
     assert "my_heads" not in sys.modules
     status, printed = session(["-m", "cifar10_tl.evaluate", f"checkpoint={file}"])
-    assert status == 2
+    assert status == 2, printed
     assert "model.head.name=cosine: choose from linear, dense, lstm, or first import" in printed.splitlines()[-1]
     status, printed = session(["-m", "cifar10_tl.evaluate", f"checkpoint={file}", "imports=gone"])
     assert status == 2
@@ -86,7 +86,7 @@ def test_a_dataset_is_trained_on_and_evaluated(session: Session) -> None:
     session.run(evaluate, "imports=my_data", "paths.output_dir=evaluated")
     assert read_results(session.folder / "evaluated")["test"]["acc"] == results["test"]["acc"]
     status, printed = session(evaluate)
-    assert status == 2
+    assert status == 2, printed
     assert printed.splitlines()[-1].startswith(
         "error: data.source=arrays: choose from cifar10, folder, shapes, or first"
     )
