@@ -17,7 +17,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 T = TypeVar("T")
 R = TypeVar("R")
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+with suppress(ImportError):  # pip install 'cifar10_tl[heic]'
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".heic"}
 
 #: Color around a padded picture: the mean of ImageNet, which is about zero in the network.
 PAD_COLOR = (124, 116, 104)
@@ -63,7 +68,8 @@ def decode_sized(path: Path | str, size: int, fit: str = "crop") -> Decoded:
             pixels = to_pixels(picture, size, fit, reduced and reduced[1][2:])  # reads the EXIF data after the pixels
             return Decoded(pixels, *((height, width) if _orientation(picture) >= 5 else (width, height)))
     except UnidentifiedImageError as error:
-        raise BadImageError("not an image format that Pillow can read") from error
+        hint = "; for HEIC, pip install 'cifar10_tl[heic]'" if Path(path).suffix.lower() == ".heic" else ""
+        raise BadImageError(f"not an image format that Pillow can read{hint}") from error
     except MemoryError as error:
         raise BadImageError("MemoryError") from error
     except Exception as error:  # Pillow raises many types of errors for broken files

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import lock
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cifar10_tl.data.images import (
     PAD_COLOR,
@@ -205,6 +205,21 @@ def test_decompression_bombs_are_not_decoded(side: int, tmp_path: Path, monkeypa
     with ThreadPoolExecutor(8) as pool:
         errors = [pool.submit(decode_image, tmp_path / "bomb.png", 32).exception() for _ in range(64)]
     assert {type(error) for error in errors} == {BadImageError}
+
+
+def test_heic_photos_are_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rgb = np.full((60, 100, 3), (250, 10, 10), np.uint8)
+    rgb[:, 50:] = (10, 10, 250)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the left side is the top
+    Image.fromarray(rgb).save(tmp_path / "a.HEIC", "HEIF", exif=exif.tobytes())
+    decoded = decode_sized(tmp_path / "a.HEIC", 32, "squeeze")
+    assert decoded[1:] == (60, 100)
+    colors = decoded.pixels[:, [4, 27], 16].astype(int)
+    assert np.abs(colors - np.array([[250, 10], [10, 10], [10, 250]])).max() < 12
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    with pytest.raises(BadImageError, match=r"can read; for HEIC, pip install 'cifar10_tl\[heic\]'"):
+        decode_sized(tmp_path / "a.HEIC", 32)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow
