@@ -103,7 +103,7 @@ def _train(cfg: DictConfig, handler: SignalHandler, started: float) -> dict[str,
         else:  # the folder keeps its settings if these do not fit the checkpoint
             begin = LambdaCallback(on_train_start=lambda *_: results.begin(cfg))
             trainer.callbacks.append(begin)  # type: ignore[attr-defined]
-        log_start(cfg, trainer, builder.next_epoch(resumed))
+        log_start(cfg, trainer, builder.next_epoch(resumed), is_new=start is None)
     clock = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if cfg.get("budget"):

@@ -188,8 +188,9 @@ def make_row(runs: Sequence[Run]) -> Row:
 
 def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean, None if a value is missing."""
-    known = list(values)
-    return None if None in known else fmean(filter(None, known))
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return fmean(known) if known == given else None
 
 
 def check_speeds(runs: Sequence[Run]) -> None:
@@ -252,6 +253,15 @@ def filled(text: str, table: str) -> str:
     return re.sub(between, lambda _: table, text, flags=re.S)
 
 
+def timed_points(runs: Sequence[Run]) -> dict[str, list[Point]]:
+    """Return the points of the rows that have a time, by a description of their test images."""
+    panels = {
+        title: [row.point for row in rows if row.point.minutes is not None]
+        for title, rows in rows_by_data(runs).items()
+    }
+    return {title: points for title, points in panels.items() if points}
+
+
 @style.default_style
 def accuracy_against_time(panels: Mapping[str, Sequence[Point]]) -> Figure:
     """Plot one panel for each set of test images, with numbered points and bars from the low to the high accuracy."""
@@ -306,14 +316,12 @@ def main() -> None:
         parser.error(str(error))
     if len(evaluations) > sum(run["flip_averaging"] is not None for run in added):
         parser.error("an evaluation matches no run: it needs tta=flip, the best epoch and the same test images")
-    long, short = long_tables(runs), short_table(runs)  # first, because an error must leave the files as they are
+    # first, because an error must leave the files as they are
+    long, short, figure = long_tables(runs), short_table(runs), accuracy_against_time(timed_points(runs))
     RUNS.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     PAGE.write_text(filled(PAGE.read_text(), long))
     README.write_text(filled(README.read_text(), short))
-    if runs:
-        tables = rows_by_data(runs).items()
-        panels = {title: [row.point for row in rows if row.point.minutes is not None] for title, rows in tables}
-        FIGURE.write_bytes(to_png(accuracy_against_time(panels)))
+    FIGURE.write_bytes(to_png(figure))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Cache of the features of a frozen backbone, one memory-mapped safetensors file per split.
 
 While the features are computed, the file has another name and ends with one byte per chunk of images, which is 1 once
-the features of the chunk are on disk. After an interruption, only the others are computed.
+the features of the chunk are on disk. After an interruption, a single process computes only the others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -73,27 +74,39 @@ class FeatureCache:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
 
     def _fill(self, path: Path, size: int, name: str, split: Split, mirrored: bool, header: bytes) -> None:
-        """Write the features to an incomplete file, each process its chunks, and rename it."""
+        """Write the features to an incomplete file, each process its chunks, and rename it.
+
+        The file of a single process is kept when it is interrupted, and continued by the next one.
+        """
         strategy, first = self.trainer.strategy, self.trainer.local_rank == 0
-        incomplete = path.with_name(f".{path.name}.{socket.gethostname()}.tmp")
+        # The first process alone decides whether to compute, so that all processes meet at the same barriers.
+        is_missing, is_kept = first and not _is_whole(path, size), False
+        run, host = strategy.broadcast(uuid.uuid4().hex), socket.gethostname()
         with ExitStack() as stack:
-            # The first process alone decides whether to compute, so that all processes meet at the same barriers.
-            if first and not _is_whole(path, size):
-                stack.enter_context(FileLock(incomplete.with_suffix(".lock")))  # another run may compute the same
-                if not _is_whole(path, size):
+            if is_missing and self.trainer.world_size == 1:
+                lock = FileLock(path.with_name(f".{path.name}.{host}.{os.getuid()}.lock"))
+                with suppress(Timeout):  # else another run of this user computes the same
+                    stack.enter_context(lock.acquire(blocking=False))
+                    run, is_kept = str(os.getuid()), True
+            incomplete = path.with_name(f".{path.name}.{host}.{run}.tmp")
+            try:
+                if is_missing:
                     self._prepare(incomplete, name, header, size, math.ceil(len(split) / CHUNK))
-            strategy.barrier()
-            if incomplete.exists():
-                self._compute(incomplete, size, name, split, mirrored, len(header))
-            strategy.barrier()
-            if first and incomplete.exists():
-                os.truncate(incomplete, size)
-                os.replace(incomplete, path)
-            strategy.barrier()
+                strategy.barrier()
+                if incomplete.exists():
+                    self._compute(incomplete, size, name, split, mirrored, len(header))
+                strategy.barrier()
+                if is_missing:
+                    os.truncate(incomplete, size)
+                    os.replace(incomplete, path)
+                strategy.barrier()
+            finally:
+                if is_missing and not is_kept:
+                    incomplete.unlink(missing_ok=True)
 
     def _prepare(self, incomplete: Path, name: str, header: bytes, size: int, num_chunks: int) -> None:
-        """Create the incomplete file, unless an interrupted run has left it."""
-        for other in self.folder.glob(f".*.{socket.gethostname()}*.tmp"):
+        """Create the incomplete file, unless an interrupted run has left it, and remove old ones of others."""
+        for other in self.folder.glob(".*.tmp"):
             with suppress(OSError):  # renamed by its process, or another user's
                 if other != incomplete and time.time() - other.stat().st_mtime > DAY:
                     other.unlink()
@@ -116,12 +129,13 @@ class FeatureCache:
         with path.open("r+b") as file:
 
             def record() -> None:
+                written = [*finished]
+                finished.clear()  # a failed fsync may have lost them, and a second one would not fail
                 file.flush()
-                os.fsync(file.fileno())  # features first
-                for chunk in finished:
+                os.fsync(file.fileno())
+                for chunk in written:
                     file.seek(size + chunk)
                     file.write(b"\1")
-                finished.clear()
 
             file.seek(size)
             chunks = [chunk for chunk, done in enumerate(file.read()) if not done and chunk % count == rank]

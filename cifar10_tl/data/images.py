@@ -68,7 +68,7 @@ def decode_sized(path: Path | str, size: int, fit: str = "crop") -> Decoded:
             pixels = to_pixels(picture, size, fit, reduced and reduced[1][2:])  # reads the EXIF data after the pixels
             return Decoded(pixels, *((height, width) if _orientation(picture) >= 5 else (width, height)))
     except UnidentifiedImageError as error:
-        hint = "; for HEIC, pip install 'cifar10_tl[heic]'" if Path(path).suffix.lower() == ".heic" else ""
+        hint = "; to read HEIC, run pip install 'cifar10_tl[heic]'" if Path(path).suffix.lower() == ".heic" else ""
         raise BadImageError(f"not an image format that Pillow can read{hint}") from error
     except MemoryError as error:
         raise BadImageError("MemoryError") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,11 +101,7 @@ def build_trainer(
         raise UserError(f"{given}: {error}") from error
     # with max_steps, a resumed run would end a complete epoch again (Lightning issue 19617)
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
-    if trainer.world_size != (expected := trainer.num_devices * trainer.num_nodes):
-        raise UserError(
-            f"trainer.devices={trainer.num_devices}: needs {expected} processes, but there are {trainer.world_size}: "
-            f"start one per GPU (see scripts/slurm.sh), or use trainer.devices={trainer.world_size}"
-        )
+    check_processes(trainer)
     check_batch_size(cfg.data.batch_size, trainer.world_size)
     if cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type != "cuda":
         raise UserError("trainer.sync_batchnorm=true requires GPUs; use trainer.sync_batchnorm=false on a CPU")
@@ -189,6 +186,7 @@ def speed_up(cfg: DictConfig, module: LitClassifier, trainer: pl.Trainer) -> Non
     """Prepare the network for the device of the trainer, and compile it where that is faster."""
     device = trainer.strategy.root_device
     tune_for(device, module.network, trainer.num_devices)
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else Lightning counts the cores
     if trainer.precision == "64-true":  # Lightning restores a checkpoint before it converts the module
         module.double()
     is_cached = cfg.data.get("cache_features")
@@ -214,6 +212,18 @@ def instantiate_all(entries: Mapping[str, Any] | None, group: str, kind: type[An
         elif instance is not None:
             raise UserError(f"{group}.{name}={instance}: must be a {kind.__name__} (_target_ names its class) or null")
     return instances
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Check that SLURM or torchrun has started one process per device."""
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    launcher = "WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_STEP_NUM_TASKS"
+    started = max(trainer.world_size, int(os.environ.get(launcher, 1)))  # an interactive step of SLURM has one task
+    if started != devices * nodes:
+        raise UserError(
+            f"trainer.devices={devices}, trainer.num_nodes={nodes}: {started} processes were started instead of "
+            f"{devices * nodes}; start one per device (see docs/scaling.md), or correct these settings"
+        )
 
 
 def check_batch_size(batch_size: int, world_size: int) -> None:

@@ -32,6 +32,8 @@ _WARNINGS = (
     "LeafSpec",  # a deprecated name in Lightning itself
 )
 
+_THREADS = torch.get_num_threads()  # by default; the previous job of a sweep may use fewer
+
 #: Loggers of tips, advertisements and lists of the available hardware.
 _VERBOSE_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -130,8 +132,7 @@ def limit_threads(processes: int = 1) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         of_task = os.environ.get("SLURM_CPUS_PER_TASK") if is_started_by_srun() else None
         cores = int(of_task or available_cores() // processes)
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # Lightning keeps it
+        torch.set_num_threads(max(1, min(_THREADS, cores)))
 
 
 def keep_freed_memory() -> None:

@@ -100,14 +100,14 @@ def without_test(events: bytes) -> bytes:
     return b"".join(kept)
 
 
-def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int) -> None:
+def log_start(cfg: DictConfig, trainer: pl.Trainer, epoch: int, *, is_new: bool = True) -> None:
     """Log the settings, the command and the environment of a run that starts or is resumed at ``epoch``.
 
-    Other loggers get the settings at the start of a new run: some refuse changed ones.
+    Other loggers get the settings of a new run only: some refuse changed ones.
     """
     config, run_dir, loggers = plain(cfg), Path(cfg.paths.output_dir), tensorboard_loggers(trainer)
     for other in trainer.loggers:
-        if other not in loggers and epoch == 0:
+        if is_new and other not in loggers:
             other.log_hyperparams(_settings(config, run_dir))
     where = environment(trainer.strategy.root_device, trainer.world_size, trainer.precision)
     for logger in loggers:

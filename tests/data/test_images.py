@@ -218,7 +218,7 @@ def test_heic_photos_are_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     colors = decoded.pixels[:, [4, 27], 16].astype(int)
     assert np.abs(colors - np.array([[250, 10], [10, 10], [10, 250]])).max() < 12
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
-    with pytest.raises(BadImageError, match=r"can read; for HEIC, pip install 'cifar10_tl\[heic\]'"):
+    with pytest.raises(BadImageError, match=r"can read; to read HEIC, run pip install 'cifar10_tl\[heic\]'"):
         decode_sized(tmp_path / "a.HEIC", 32)
 
 

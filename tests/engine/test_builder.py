@@ -166,9 +166,24 @@ def test_double_precision_is_set_before_a_checkpoint_is_restored(small_cfg: Call
     assert {p.dtype for p in module.parameters()} == {torch.float64}
 
 
-def test_one_process_of_slurm_does_not_train_on_one_of_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PROCID", "LOCALID", "NODEID", "NTASKS", "JOB_ID"):
-        monkeypatch.setenv(f"SLURM_{name}", str(int(name == "NTASKS")))
-    build_trainer(compose_train("trainer.devices=1"))
-    with pytest.raises(UserError, match=r"trainer.devices=2: needs 2 processes, but there are 1: .*trainer.devices=1"):
-        build_trainer(compose_train("trainer=ddp_cpu", "trainer.devices=2"))
+SLURM = {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID", "JOB_ID")}
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "started"),
+    [
+        ({**SLURM, "SLURM_NTASKS": "1"}, 2, 1),
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_STEP_NUM_TASKS": "4"}, 1, 4),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, 1, 2),
+    ],
+)
+def test_each_device_needs_one_process(
+    variables: dict[str, str], devices: int, started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise devices are idle, or each process trains alone in the same folder."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    trainer = "trainer=ddp_cpu" if devices > 1 else "trainer.accelerator=cpu"
+    message = rf"devices={devices}, trainer.num_nodes=1: {started} processes were started instead of {devices};"
+    with pytest.raises(UserError, match=message):
+        build_trainer(compose_train(trainer, f"trainer.devices={devices}"))

@@ -316,7 +316,7 @@ def test_other_loggers_get_the_settings_of_a_new_run(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer = pl.Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
     cfg = compose_train("optimizer.lr=0.03")
-    log_start(cfg, trainer, epoch=1)
+    log_start(cfg, trainer, epoch=0, is_new=False)
     assert not logger.experiment.hparams, "a resumed run has other settings, which MLflow refuses"
     log_start(cfg, trainer, epoch=0)
     assert logger.experiment.hparams["optimizer.lr"] == 0.03

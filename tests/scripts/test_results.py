@@ -137,6 +137,8 @@ def test_runs_of_machines_with_one_name_and_different_speeds_are_refused(tmp_pat
     (row,) = kept({"timed": False})
     assert row.cells[4:9] == ["2", "50.50% [44.15, 56.85]", "", "", ""], "no mean of fewer seeds"
     assert row.point.minutes is None
+    untimed = RESULTS["digest"](folders[0], "a", timed=False)
+    assert list(RESULTS["timed_points"]([untimed, RESULTS["digest"](folders[1], "b")])) == ["b, 1,000 test images (aa)"]
 
 
 def test_images_are_named_after_their_dataset(tmp_path: Path) -> None:
