@@ -202,12 +202,13 @@ def _outdated(files: Mapping[str, list[int]], entries: Mapping[str, Entry], retr
 
 def _flush(pixels: IO[bytes], index: IO[bytes], lines: list[bytes]) -> None:
     """Write the lines to disk after the pixels."""
+    text = b"".join(lines)
+    lines.clear()  # a failed fsync may have lost their pixels, and a second one would not fail
     for file in (pixels, index):
         file.flush()
         os.fsync(file.fileno())
         if file is pixels:
-            index.write(b"".join(lines))
-    lines.clear()
+            index.write(text)
 
 
 def _checksum(text: bytes) -> bytes:

@@ -168,15 +168,16 @@ def test_too_little_room_is_reported_before_decoding(cache: ImageCache, monkeypa
     assert not cache.pixels.exists()
 
 
+@pytest.mark.parametrize("is_reported_once", [False, True])  # by the kernel
 def test_a_full_disk_is_reported_and_what_is_written_is_kept(
-    cache: ImageCache, monkeypatch: pytest.MonkeyPatch
+    cache: ImageCache, monkeypatch: pytest.MonkeyPatch, is_reported_once: bool
 ) -> None:
     monkeypatch.setattr(image_cache, "FLUSH_SECONDS", 0.0)
     fsync, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) > 8:
+        if len(calls) == 9 or (len(calls) > 9 and not is_reported_once):
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
@@ -184,6 +185,7 @@ def test_a_full_disk_is_reported_and_what_is_written_is_kept(
     with pytest.raises(UserError, match=r"cache: No space left on device; choose another data\.cache_dir"):
         cache.update(FILES)
     monkeypatch.setattr(os, "fsync", fsync)
+    assert len(cache._entries(FILES)) == 4, "those whose pixels are on disk"
     assert values(cache) == WANTED
 
 
