@@ -34,7 +34,7 @@ from cifar10_tl.data.image_cache import mapped
 log = logging.getLogger(__name__)
 
 DAY = 24 * 3600  # seconds
-SECONDS = 5.0  # between the records of what is finished
+SECONDS = 5.0  # between two updates of the list of finished chunks
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -74,9 +74,9 @@ class FeatureCache:
         return torch.stack([self.extract(view) for view in (images, images.flip(-1))[: 1 + mirrored]], 1)
 
     def _fill(self, path: Path, size: int, name: str, split: Split, mirrored: bool, header: bytes) -> None:
-        """Write the features to an incomplete file, each process its chunks, and rename it.
+        """Write the features to an incomplete file, to which each process adds its chunks, and rename it.
 
-        The file of a single process is kept when it is interrupted, and continued by the next one.
+        If a single process is interrupted, its file is kept, and the next process continues it.
         """
         strategy, first = self.trainer.strategy, self.trainer.local_rank == 0
         # The first process alone decides whether to compute, so that all processes meet at the same barriers.
@@ -105,9 +105,9 @@ class FeatureCache:
                     incomplete.unlink(missing_ok=True)
 
     def _prepare(self, incomplete: Path, name: str, header: bytes, size: int, num_chunks: int) -> None:
-        """Create the incomplete file, unless an interrupted run has left it, and remove old ones of others."""
+        """Create the incomplete file unless an interrupted run has left it, and remove those older than a day."""
         for other in self.folder.glob(".*.tmp"):
-            with suppress(OSError):  # renamed by its process, or another user's
+            with suppress(OSError):  # renamed meanwhile, or another user's
                 if other != incomplete and time.time() - other.stat().st_mtime > DAY:
                     other.unlink()
         if _is_whole(incomplete, size + num_chunks):

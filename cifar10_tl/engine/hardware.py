@@ -126,8 +126,8 @@ def tune_for(device: torch.device, network: TransferResNet, processes: int = 1) 
 def limit_threads(processes: int = 1) -> None:
     """Divide the available cores among the ``processes`` of this machine, unless ``OMP_NUM_THREADS`` is set.
 
-    torch and Lightning ignore the CPU limit of a container, in which more threads than cores only wait for each other.
-    Lightning also divides the cores of a SLURM task, which are those of one process, by the processes of the machine.
+    torch and Lightning ignore the CPU limit of a container, where more threads than cores slow each other down. The
+    cores of a SLURM task belong to one process, but Lightning divides them by the number of processes.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         of_task = os.environ.get("SLURM_CPUS_PER_TASK") if is_started_by_srun() else None
