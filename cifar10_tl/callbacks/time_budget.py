@@ -1,18 +1,19 @@
 """Number of epochs of a run that has to end within a given time.
 
 Before the first step, a few training steps are timed on the run's own weights and optimizer, whose state is restored
-afterwards. The number of epochs is the largest one with which training, validation and the test end within the budget.
-After each epoch, measured times replace the estimates, and the number of epochs changes if the end has moved past the
-budget, or far enough before it for one more epoch. The schedule of the learning rate, a function of step / all steps,
+afterwards. The number of epochs is the largest one with which training, validation and the test end within the budget;
+the last epoch may have fewer steps. After each epoch, measured times replace the estimates, and the plan changes if the
+end has moved past the budget, or too far before it. The schedule of the learning rate, a function of step / all steps,
 then continues from the fraction that is now done. Training stops inside an epoch only if nothing but the test fits into
-the budget any more; one validation follows. A resumed run continues with the number of epochs of its checkpoint and
-with the time that was left then, so that the time between two starts does not count.
+the budget any more; one validation follows. A resumed run continues with the plan of its checkpoint and with the time
+that was left then, so that the time between two starts does not count.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import statistics
 import time
 from bisect import bisect_right
@@ -39,8 +40,11 @@ PROCESS_SECONDS = 5.5
 FILES_SECONDS = 2.0
 #: Fraction of the time that a new plan leaves unused; the plan is kept until that is used, too.
 RESERVE = 0.03
+#: Smallest fraction of an epoch that is trained.
+SHORTEST = 0.05
 LIMIT = 1_000_000  # epochs
-_STATE = ("epochs", "phases", "slowdown", "validation_seconds", "other_seconds", "is_over")
+_PLAN = ("epochs", "last_batches", "total_steps", "done")
+_STATE = (*_PLAN, "phases", "slowdown", "validation_seconds", "other_seconds", "is_over")
 
 
 class TimeBudget(Callback):
@@ -55,6 +59,8 @@ class TimeBudget(Callback):
     def __init__(self, budget: str, started: float, test: bool) -> None:
         self.budget, self.started, self.test = budget, started, test
         self.epochs: int | None = None  # None before the first plan
+        self.last_batches = self.done = 0  # batches of the last epoch (0: as many as the others), complete epochs
+        self.total_steps: int | None = None  # if the last epoch is shorter
         self.phases: list[tuple[float, float]] = []  # first fraction of the epochs, estimated seconds per step
         self.slowdown = 1.0  # measured / estimated seconds per step
         self.validation_seconds = self.other_seconds = 0.0  # of an epoch; other: everything except training steps
@@ -71,9 +77,12 @@ class TimeBudget(Callback):
             setattr(self, name, state_dict[name])
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Set the number of epochs of a resumed run before its schedule is created."""
+        """Set the number of epochs and steps of a resumed run before its loader and schedule are created."""
         if trainer.state.fn == "fit":
-            trainer.fit_loop.max_epochs = checkpoint["callbacks"][self.state_key]["epochs"]
+            state = checkpoint["callbacks"][self.state_key]
+            trainer.fit_loop.max_epochs, pl_module.total_steps = state["epochs"], state["total_steps"]
+            if state["last_batches"] and state["done"] + 1 == state["epochs"]:
+                trainer.limit_train_batches = state["last_batches"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Skip the training of a resumed run whose budget is spent."""
@@ -81,7 +90,7 @@ class TimeBudget(Callback):
         self._every = trainer.check_val_every_n_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Time a step and plan the epochs of a new run."""
+        """Time a step and plan the epochs of a new run; shorten the last one."""
         if self.epochs is None:
             if self.test:
                 trainer.datamodule.with_features("test")  # type: ignore[attr-defined]  # fills a cache
@@ -91,6 +100,9 @@ class TimeBudget(Callback):
             self.validation_seconds = num_batches * self.phases[-1][1] / 3  # a step without the backward pass
             self.other_seconds = self.validation_seconds / (trainer.check_val_every_n_epoch or 1) + FILES_SECONDS
             self._plan(trainer, pl_module, done=0)
+        if trainer.current_epoch + 1 == self.epochs and self.last_batches:
+            trainer.train_dataloader.sampler.limit = self.last_batches  # type: ignore[union-attr]
+            trainer.fit_loop.max_batches = trainer.val_check_batch = self.last_batches
         self._epoch_start = self._epoch_start or time.perf_counter()
 
     def on_train_batch_end(
@@ -119,24 +131,24 @@ class TimeBudget(Callback):
             seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
             other = now - self._epoch_start - seconds * len(ends)
             weight = max(0.2, 1 / (trainer.current_epoch + 2))  # a mean first, later a moving average
-            self.slowdown += weight * (seconds / self._estimate(trainer.current_epoch) - self.slowdown)
+            self.slowdown += weight * (seconds / self._estimate(trainer.current_epoch, self.epochs) - self.slowdown)
             self.other_seconds += weight * (other - self.other_seconds)
-        self._epoch_start, self._step_ends = now, []
+        self._epoch_start, self._step_ends, self.done = now, [], trainer.current_epoch + 1
         if not trainer.should_stop:
-            self._plan(trainer, pl_module, done=trainer.current_epoch + 1)
+            self._plan(trainer, pl_module, self.done)
 
     def _may_end(self, trainer: pl.Trainer) -> bool:
         """Return whether there may be no time for another epoch after this one; the same in all processes."""
         ends, done = self._step_ends, trainer.current_epoch + 1
-        measured = (ends[-1] - ends[0]) / max(len(ends) - 1, 1) / self._estimate(trainer.current_epoch)
-        needed = self._seconds(int(trainer.num_training_batches), done, done + 1) * max(1, measured / self.slowdown)
+        measured = (ends[-1] - ends[0]) / max(len(ends) - 1, 1) / self._estimate(trainer.current_epoch, self.epochs)
+        needed = self._seconds(_shortest(trainer), done, done + 1) * max(1, measured / self.slowdown)
         left = self._left(trainer) - self.validation_seconds
         return bool(trainer.strategy.broadcast(left < 1.2 * needed))  # the estimates may still change
 
-    def _estimate(self, epoch: int) -> float:
-        """Return the estimated seconds per step of an epoch."""
-        assert self.epochs is not None
-        return next(seconds for start, seconds in reversed(self.phases) if round(start * self.epochs) <= epoch)
+    def _estimate(self, epoch: int, epochs: int | None) -> float:
+        """Return the estimated seconds per step of an epoch of a run of ``epochs`` epochs."""
+        assert epochs is not None
+        return next(seconds for start, seconds in reversed(self.phases) if round(start * epochs) <= epoch)
 
     def _left(self, trainer: pl.Trainer) -> float:
         """Return the seconds that are left until the last checkpoint is saved and the test starts."""
@@ -147,36 +159,50 @@ class TimeBudget(Callback):
         closing = PROCESS_SECONDS + self.other_seconds + validations * self.validation_seconds
         return seconds_of(self.budget) - (time.perf_counter() - self.started) - closing
 
-    def _seconds(self, num_batches: int, done: int, epochs: int) -> float:
-        """Return the estimated seconds until all epochs are trained and validated if ``done`` are."""
+    def _seconds(self, num_batches: int, done: int, epochs: int, last_batches: int = 0) -> float:
+        """Return the estimated seconds until all epochs are trained and validated if ``done`` are.
+
+        The last epoch has ``last_batches`` batches, 0: as many as the others.
+        """
         starts = [max(done, round(start * epochs)) for start, _ in self.phases]
         counts = (end - start for start, end in pairwise([*starts, epochs]))
-        steps = sum(count * seconds for count, (_, seconds) in zip(counts, self.phases, strict=True))
-        return num_batches * steps * self.slowdown + (epochs - done) * self.other_seconds
+        steps = num_batches * sum(count * seconds for count, (_, seconds) in zip(counts, self.phases, strict=True))
+        if last_batches:
+            steps -= (num_batches - last_batches) * self._estimate(epochs - 1, epochs)
+        return steps * self.slowdown + (epochs - done) * self.other_seconds
 
     def _plan(self, trainer: pl.Trainer, pl_module: Any, done: int) -> None:
-        """Set the number of epochs at the start, and again when it no longer fits the remaining time."""
+        """Plan the epochs at the start, and again when they no longer fit the remaining time."""
         if self.epochs is not None and done >= self.epochs:
             return
-        left = self._left(trainer)
-        needed = partial(self._seconds, int(trainer.num_training_batches), done)
-        fitting = bisect_right(range(LIMIT), left / (1 + RESERVE), lo=done + 1, key=needed) - 1
-        if needed(planned := self.epochs or 1) <= left:
-            fitting = max(fitting, planned)
-        fitting = trainer.strategy.broadcast(fitting)
-        if fitting == 0:
+        left, num_batches = self._left(trainer), int(trainer.num_training_batches)
+        needed, goal = partial(self._seconds, num_batches, done), left / (1 + RESERVE)
+        plan = self.epochs or 0, self.last_batches
+        if not plan[0] or not goal / (1 + RESERVE) <= needed(*plan) <= left:
+            whole = bisect_right(range(LIMIT), goal, lo=done + 1, key=needed) - 1
+            whole = whole or int(needed(1) <= left)
+            excess = (needed(whole + 1) - goal) / self._estimate(whole, whole + 1) / self.slowdown
+            last_batches = num_batches - math.ceil(excess)
+            plan = (whole + 1, last_batches) if whole and last_batches >= _shortest(trainer) else (whole, 0)
+        epochs, last_batches = trainer.strategy.broadcast(plan)
+        if epochs == 0:
             total = seconds_of(self.budget) - left + needed(1)
             raise UserError(
                 f"budget={self.budget}: an epoch and the test take about {total:.0f} s on this machine; use "
                 f"budget={1.1 * total:.0f}s or more, a lower data.image_limit or a smaller model"
             )
-        if fitting != self.epochs:
-            change = f"{fitting} epoch{'s' * (fitting > 1)}" + (f" instead of {self.epochs}" if self.epochs else "")
-            log.info("budget=%s: %s, %.0f s left for %d", self.budget, change, left, fitting - done)
-            self._set_epochs(trainer, pl_module, fitting)
+        if (epochs, last_batches) != (self.epochs, self.last_batches):
+            self._set_epochs(trainer, pl_module, epochs, last_batches)
+            trained = epochs - (1 - last_batches / num_batches if last_batches else 0)
+            log.info("budget=%s: %.4g epochs in all, %.0f s left for %.4g", self.budget, trained, left, trained - done)
 
-    def _set_epochs(self, trainer: pl.Trainer, pl_module: Any, epochs: int) -> None:
+    def _set_epochs(self, trainer: pl.Trainer, pl_module: Any, epochs: int, last_batches: int) -> None:
         self.epochs = trainer.fit_loop.max_epochs = epochs
+        self.last_batches, self.total_steps = last_batches, None
+        if last_batches:
+            batches = [int(trainer.num_training_batches)] * (epochs - 1) + [last_batches]
+            self.total_steps = sum(math.ceil(number / trainer.accumulate_grad_batches) for number in batches)
+        pl_module.total_steps = self.total_steps
         pl_module.reschedule()
         path = Path(trainer.default_root_dir) / RUN_CONFIG
         if trainer.is_global_zero and path.exists():
@@ -203,6 +229,11 @@ def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
     pl_module.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
     return statistics.median(end - start for start, end in pairwise(times))  # without the first, which may compile
+
+
+def _shortest(trainer: pl.Trainer) -> int:
+    """Return the smallest number of batches of an epoch."""
+    return max(1, round(SHORTEST * trainer.num_training_batches))
 
 
 def _num_images(trainer: pl.Trainer, name: str) -> float:

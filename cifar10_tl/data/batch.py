@@ -148,7 +148,8 @@ class BatchSampler(Sampler[Tensor]):
     exactly once, without padding; all ranks yield the same number of batches, and the last one may be empty. It is in
     order, or in a random order that is the same in each epoch (``mixed=True``).
 
-    ``draw`` returns a random order, given the number of images and a generator.
+    ``draw`` returns a random order, given the number of images and a generator. ``limit`` is the maximum number of
+    batches of the next iteration.
     """
 
     def __init__(
@@ -167,13 +168,13 @@ class BatchSampler(Sampler[Tensor]):
             raise ValueError(f"batch_size={batch_size} cannot be divided over {world_size} processes")
         self.num_images, self.batch_size, self.shuffle, self.seed = num_images, batch_size, shuffle, seed
         self.rank, self.world_size, self.mixed, self.draw = rank, world_size, mixed, draw
-        self.epoch = 0
+        self.epoch, self.limit = 0, sys.maxsize
         self._position = {"epoch": 0, "batches_done": 0}
         self._resuming = False
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_images, self.batch_size)
-        return whole + (rest > 0 and not self.shuffle)
+        return min(whole + (rest > 0 and not self.shuffle), self.limit)
 
     def __iter__(self) -> Iterator[Tensor]:
         # As a generator, this runs at the first batch, after Lightning called set_epoch.

@@ -102,6 +102,7 @@ class LitClassifier(pl.LightningModule):
         self._totals = torch.zeros(3, dtype=torch.float64)  # loss, hits and images of this epoch
         self._class_weights: Tensor | None = None  # of the loss, from the DataModule of a fit
         self.has_weights = weights is None
+        self.total_steps: int | None = None  # of a fit, if its last epoch is shorter than the others
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [N, K] of uint8 images [N, 3, H, W]."""
@@ -311,13 +312,14 @@ class LitClassifier(pl.LightningModule):
 
     def _schedule(self, optimizer: Optimizer, last_step: int = -1) -> Schedule:
         settings = self.hparams["scheduler"]
-        factor = schedule_factor(settings, int(self.trainer.estimated_stepping_batches))
+        estimated = int(self.trainer.estimated_stepping_batches)  # creates the loader
+        factor = schedule_factor(settings, self.total_steps or estimated)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factors = group_factors(optimizer, factor, settings.get("head_only_epochs", 0) * steps_per_epoch)
         return Schedule(optimizer, factors, last_step)
 
     def reschedule(self) -> None:
-        """Adapt the schedule to a changed number of epochs, from the next step on."""
+        """Adapt the schedule to a changed number of steps, from the next step on."""
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Schedule):
                 config.scheduler = self._schedule(self.trainer.optimizers[0], config.scheduler.last_epoch - 1)

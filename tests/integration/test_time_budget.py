@@ -93,6 +93,33 @@ def test_run_is_the_one_of_as_many_epochs(clock: Clock, tmp_path: Path) -> None:
     torch.testing.assert_close(state(tmp_path / "budget"), state(tmp_path / "epochs"), rtol=0, atol=0)
 
 
+def kill() -> None:
+    raise RuntimeError("power cut")
+
+
+def test_last_epoch_may_have_fewer_steps(clock: Clock, tmp_path: Path) -> None:
+    """Two of three, for which weights and learning rates are those of a run of as many steps."""
+    settings = ("model.image_size=[[0,24],[0.5,32]]", "optimizer=sgd")
+    results = start(tmp_path / "budget", budget(3.99), *settings)
+    assert clock.now == CLOSING - time_budget.PROCESS_SECONDS + 4 * EPOCH - STEP
+    assert results["epochs"] == 4
+    assert [row["step"] for row in rows(tmp_path / "budget") if row["val/acc"]] == ["3", "6", "9", "11"]
+    start(tmp_path / "steps", "trainer.max_epochs=4", "trainer.max_steps=11", *settings)
+    torch.testing.assert_close(state(tmp_path / "budget"), state(tmp_path / "steps"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", [("step", 4), ("step", 9), ("step", 10), ("validation", 3)])
+def test_resumed_run_has_the_same_last_epoch(place: tuple[str, int], clock: Clock, tmp_path: Path) -> None:
+    settings = (budget(3.99), "+callbacks.accident={_target_: helpers.Accident}", "checkpoint_every_n_steps=1")
+    start(tmp_path / "whole", *settings)
+    Accident.happens, Accident.at = kill, place
+    with pytest.raises(RuntimeError, match="power cut"):
+        start(tmp_path / "killed", *settings)
+    resume(tmp_path / "killed")
+    assert [row["step"] for row in rows(tmp_path / "killed") if row["val/acc"]] == ["3", "6", "9", "11"]
+    torch.testing.assert_close(state(tmp_path / "killed"), state(tmp_path / "whole"), rtol=0, atol=0)
+
+
 def test_slower_machine_trains_fewer_epochs(clock: Clock, tmp_path: Path) -> None:
     clock.slow = dict.fromkeys(range(3, 100), 2.0)  # 10 s for the first epoch, then 16 s
     start(tmp_path, budget(6.5), "optimizer=sgd")
@@ -126,15 +153,12 @@ def test_an_epoch_after_which_no_other_fits_was_validated(clock: Clock, tmp_path
 def test_resumed_run_has_the_time_that_was_left(clock: Clock, tmp_path: Path) -> None:
     accident = ("+callbacks.accident={_target_: helpers.Accident}", "checkpoint_every_n_steps=1")
     clock.slow = dict.fromkeys(range(3, 6), 2.0)
-    start(tmp_path / "whole", budget(5.5), *accident)
+    start(tmp_path / "whole", budget(5.3), *accident)
     seconds, clock.now = clock.now, 0.0
-
-    def kill() -> None:
-        raise RuntimeError("power cut")
 
     Accident.happens, Accident.at = kill, ("step", 7)
     with pytest.raises(RuntimeError, match="power cut"):
-        start(tmp_path / "killed", budget(5.5), *accident)
+        start(tmp_path / "killed", budget(5.3), *accident)
     clock.now += 1000 - STEP  # of the step that is repeated
     resume(tmp_path / "killed")
     assert clock.now == seconds + 1000
@@ -146,9 +170,6 @@ def test_requeued_job_resumes_with_the_planned_epochs(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = (budget(3.5), "trainer.max_epochs=1", "+callbacks.accident={_target_: helpers.Accident}")
-
-    def kill() -> None:
-        raise RuntimeError("power cut")
 
     Accident.happens, Accident.at = kill, ("step", 7)
     with pytest.raises(RuntimeError, match="power cut"):
