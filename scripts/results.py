@@ -1,11 +1,12 @@
-"""Collect the results of tested runs in docs/results.json, and make the tables in docs/results.md and README.md.
+"""Collect the results of runs in docs/results.json, and make the tables in docs/results.md and README.md.
 
 python scripts/results.py add DIR... --data-name "JPEG q75 CIFAR-10"   add runs of the train command, and render
 python scripts/results.py render                                       render after a change in conf/experiment
 
 Folders of ``evaluate tta=flip`` given together with their runs add the accuracy with flip averaging. Runs that differ
-only in the seed are one row. Adding a recipe, seed and hardware again replaces the older run. The tables are written
-between two comments, ``<!-- results -->`` and ``<!-- end of results -->``.
+only in the seed are one row. Runs without a test have their own table. Adding a recipe, seed and hardware again
+replaces the older run. The tables are written between two comments, ``<!-- results -->`` and
+``<!-- end of results -->``.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -34,11 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS, PAGE, FIGURE = (ROOT / "docs" / name for name in ("results.json", "results.md", "images/results.png"))
 README = ROOT / "README.md"
 COLUMNS = (
-    *("recipe", "weights", "epochs", "image size", "seeds"),
-    *("test accuracy", "flip averaging", "fit", "images/s", "hardware"),
+    *("recipe", "weights", "epochs", "image size", "seeds", "val accuracy"),
+    *("test accuracy", "difference", "flip averaging", "fit", "images/s", "hardware"),
 )
 SHORT = ("recipe", "data", "seeds", "test accuracy", "fit", "hardware")
-COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "test_images", "environment")
+COPIED = ("val", "best_epoch", "epochs", "seconds", "images_per_second", "environment")
 TRAIN = "python -m cifar10_tl.train"
 #: Names of the test images of the datasets that are always the same.
 DATA_NAMES = {"cifar10": "CIFAR-10", "shapes": "built-in shapes"}
@@ -98,7 +99,8 @@ def digest(
     if not timed:
         results |= {"seconds": {"fit": None}, "images_per_second": None}
     given = final_overrides(results["config"], folder)
-    test = (folder.resolve(), results["best_epoch"], results["test_images"], "flip")
+    tested = results.get("test")
+    test = (folder.resolve(), results["best_epoch"], results.get("test_images"), "flip")
     averaged = {tested_by(evaluation): evaluation["tta"]["acc"] for evaluation in evaluations}
     return {
         "data": name,
@@ -107,7 +109,8 @@ def digest(
         "settings": {key: shortened(value) for key, value in sorted(recipe_settings(results["config"]).items())},
         "weights": shortened(results["config"].get("init_from") or results["config"]["model"]["weights"] or "random"),
         "image_size": results["config"]["model"]["image_size"],
-        "test": {key: results["test"][key] for key in ("acc", "loss", "count")},
+        "test": tested and {key: tested[key] for key in ("acc", "loss", "count")},
+        "test_images": results.get("test_images"),
         "flip_averaging": averaged.get(test),
         **{key: results[key] for key in COPIED},
     }
@@ -139,11 +142,16 @@ def shortened(value: Any) -> Any:
     return f"{key}{equals}{'/'.join([*folders[-2:], last]) if folders[-1:] == ['checkpoints'] else last}"
 
 
+def circumstances(run: Run) -> list[Any]:
+    """Return the images and the hardware of a run."""
+    hardware = [run["environment"][key] for key in ("device", "devices", "threads", "precision")]
+    return [run["data"], run["test_images"], hardware]
+
+
 def identity(run: Run) -> str:
     """Return what the runs of a row have in common."""
-    hardware = [run["environment"][key] for key in ("device", "devices", "threads", "precision")]
     given = sorted(o for o in run["overrides"] if not re.match(r"[+~]*data\.(root|cache_dir)=", o))
-    return json.dumps([run["data"], run["test_images"], given, run["settings"], hardware], sort_keys=True)
+    return json.dumps([circumstances(run), given, run["settings"]], sort_keys=True)
 
 
 def merged(runs: Iterable[Run]) -> list[Run]:
@@ -152,27 +160,58 @@ def merged(runs: Iterable[Run]) -> list[Run]:
     return [latest[key] for key in sorted(latest)]
 
 
-def rows_by_data(runs: Sequence[Run]) -> dict[str, list[Row]]:
+def rows_by_data(runs: Iterable[Run]) -> dict[str, list[Row]]:
     """Return the rows, the highest accuracy first, by a description of their test images."""
     tables: dict[str, list[Row]] = {}
-    for _, same in groupby(runs, identity):
-        row = make_row(list(same))
+    groups = [list(same) for _, same in groupby(runs, identity)]
+    for group in groups:
+        row = make_row(group, difference(group, groups))
         tables.setdefault(row.title, []).append(row)
     return {title: sorted(rows, key=lambda row: -row.point.accuracy) for title, rows in tables.items()}
 
 
-def make_row(runs: Sequence[Run]) -> Row:
+def tested(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that have a test."""
+    return [run for run in runs if run["test"]]
+
+
+def accuracies(runs: Iterable[Run]) -> list[float]:
+    """Return the test accuracies, or those on the validation images of runs without a test."""
+    return [(run["test"] or run["val"])["acc"] for run in runs]
+
+
+def difference(runs: Sequence[Run], others: Iterable[Sequence[Run]]) -> str:
+    """Return the paired difference from runs with the same seeds and fewer overrides, with its interval."""
+
+    def pairs_with(group: Sequence[Run]) -> bool:
+        pairs = zip(group, runs, strict=False)
+        return len(group) == len(runs) > 1 and all(
+            a["seed"] == b["seed"] and circumstances(a) == circumstances(b) for a, b in pairs
+        )
+
+    given = set(runs[0]["overrides"])
+    bases = [base for base in others if set(base[0]["overrides"]) < given and pairs_with(base)]
+    if not bases:
+        return ""
+    base = max(bases, key=lambda runs: len(runs[0]["overrides"]))
+    found = spread([b - a for a, b in zip(accuracies(base), accuracies(runs), strict=True)])
+    return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+
+
+def make_row(runs: Sequence[Run], difference: str = "") -> Row:
     """Return the row of runs, with Student's t interval for several seeds, and Wilson's for the images of one."""
     first, where, size = runs[0], runs[0]["environment"], runs[0]["image_size"]
-    accuracies, count = [run["test"]["acc"] for run in runs], first["test"]["count"]
-    low, high = spread(accuracies)[-2:] if len(runs) > 1 else wilson_interval(round(accuracies[0] * count), count)
-    mean, seconds = fmean(accuracies), mean_of(run["seconds"]["fit"] for run in runs)
+    measured, count = accuracies(runs), (first["test"] or first["val"])["count"]
+    low, high = spread(measured)[-2:] if len(runs) > 1 else wilson_interval(round(measured[0] * count), count)
+    mean, seconds = fmean(measured), mean_of(run["seconds"]["fit"] for run in runs)
     minutes = None if seconds is None else seconds / 60
     name = " ".join(o for o in first["overrides"] if not re.match(r"data(\.root)?=", o)) or "default"
     sizes = listed(pixels for _, pixels in size) if isinstance(size, list) else str(size)
     cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
     flips, speed = (mean_of(run.get(key) for run in runs) for key in ("flip_averaging", "images_per_second"))
-    cells += [f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]", "" if flips is None else f"{flips:.2%}"]
+    accuracy = f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]"
+    cells += [f"{fmean(run['val']['acc'] for run in runs):.2%}", accuracy] if first["test"] else [accuracy, ""]
+    cells += [difference, "" if flips is None else f"{flips:.2%}"]
     cells += ["" if minutes is None else f"{minutes:.3g} min", "" if speed is None else f"{speed:,.0f}"]
     devices = f"{where['devices']} x " * (where["devices"] > 1)
     cells += [
@@ -182,7 +221,8 @@ def make_row(runs: Sequence[Run]) -> Row:
     given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
     torch = listed(run["environment"]["versions"]["torch"] for run in runs)
     command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {torch}"
-    title = f"{first['data']}, {count:,} test images ({first['test_images']})"
+    images = f"test images ({first['test_images']})" if first["test"] else "validation images, without a test"
+    title = f"{first['data']}, {count:,} {images}"
     return Row(title, cells, command, Point(name, minutes, mean, low, high, where["device"]))
 
 
@@ -215,7 +255,7 @@ def not_measured(runs: Sequence[Run]) -> dict[str, str]:
 
     Runs with other overrides count only if the header of the recipe has them, as ``budget=1h`` in cpu.yaml.
     """
-    measured = [set(row.point.name.split()) for rows in rows_by_data(runs).values() for row in rows]
+    measured = [set(row.point.name.split()) for rows in rows_by_data(tested(runs)).values() for row in rows]
     texts = {f"experiment={file.stem}": file.read_text() for file in sorted((CONFIG_DIR / "experiment").iterdir())}
     headers = {"default": "ImageNet weights at 224 px, all layers trained."}
     headers |= {name: " ".join(re.findall(r"^# ([^@].*)", text, re.M)) for name, text in texts.items()}
@@ -229,8 +269,11 @@ def not_measured(runs: Sequence[Run]) -> dict[str, str]:
 def long_tables(runs: Sequence[Run]) -> str:
     """Return the figure and the tables of docs/results.md."""
     parts = ["![test accuracy against training time](images/results.png)"] * bool(runs)
-    for title, rows in rows_by_data(runs).items():
-        parts += [f"## {title}", markdown_table(COLUMNS, (row.cells for row in rows)).rstrip()]
+    tables = sorted(rows_by_data(runs).items(), key=lambda table: "without a test" in table[0])
+    for title, rows in tables:
+        filled = [any(column) for column in zip(*(row.cells for row in rows), strict=True)]
+        lines = [list(compress(cells, filled)) for cells in (COLUMNS, *(row.cells for row in rows))]
+        parts += [f"## {title}", markdown_table(lines[0], lines[1:]).rstrip()]
         parts += ["\n".join(["```bash", *(row.command for row in rows), "```"])]
     rest = "\n".join(f"- `{name}`: {purpose}" for name, purpose in not_measured(runs).items())
     return "\n\n".join([*parts, f"## Not measured here\n`{TRAIN}` with:", rest])
@@ -239,7 +282,7 @@ def long_tables(runs: Sequence[Run]) -> str:
 def short_table(runs: Sequence[Run]) -> str:
     """Return the table of README.md: recipes without other changes than a budget and a backbone."""
     recipe = re.compile(r"default|((experiment|budget|model\.backbone)=\S+ ?)+")
-    rows = [row for rows in rows_by_data(runs).values() for row in rows if recipe.fullmatch(row.point.name)]
+    rows = [row for rows in rows_by_data(tested(runs)).values() for row in rows if recipe.fullmatch(row.point.name)]
     cells = [{"data": row.title.rsplit(", ", 1)[0], **dict(zip(COLUMNS, row.cells, strict=True))} for row in rows]
     lines = [[row[column] for column in SHORT] for row in cells]
     rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))
@@ -257,7 +300,7 @@ def timed_points(runs: Sequence[Run]) -> dict[str, list[Point]]:
     """Return the points of the rows that have a time, by a description of their test images."""
     panels = {
         title: [row.point for row in rows if row.point.minutes is not None]
-        for title, rows in rows_by_data(runs).items()
+        for title, rows in rows_by_data(tested(runs)).items()
     }
     return {title: points for title, points in panels.items() if points}
 
@@ -298,7 +341,7 @@ def main() -> None:
     """Add runs and write everything; exit with status 2 after an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("add", "render"))
-    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="folders of tested runs and evaluations")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="folders of finished runs and evaluations")
     parser.add_argument("--data-name", help="name of the test images; only images in folders need one")
     parser.add_argument("--device-name", help="name of the CPU or GPU, if faster ones record the same name")
     parser.add_argument("--untimed", action="store_true", help="leave out times, of runs that shared their machine")
@@ -306,8 +349,8 @@ def main() -> None:
     results = {folder: read_results(folder) for folder in arguments.folders}
     evaluations = [content for content in results.values() if {"checkpoint", "test", "tta"} <= content.keys()]
     folders = [folder for folder, content in results.items() if content not in evaluations]
-    if bad := [folder for folder in folders if not {"best_epoch", "test"} <= results[folder].keys()]:
-        parser.error(f"{bad[0]}: not the folder of a tested run; finish it with resume={bad[0]} test=true")
+    if bad := [folder for folder in folders if not {"best_epoch", "val"} <= results[folder].keys()]:
+        parser.error(f"{bad[0]}: not the folder of a finished run; finish it with resume={bad[0]}")
     options: dict[str, Any] = {"device_name": arguments.device_name, "timed": not arguments.untimed}
     try:
         added = [digest(folder, arguments.data_name, evaluations, **options) for folder in folders]

@@ -100,6 +100,51 @@ def test_flip_averaging_is_the_one_of_the_same_test(tmp_path: Path) -> None:
     assert cell(first, *others) == "", "not the mean of other seeds than those of the test accuracy"
 
 
+def test_difference_is_that_of_the_same_seeds_without_a_setting(tmp_path: Path) -> None:
+    """Differences of 0.03, 0.04 and 0.05 are uncertain by 4.3027 * 0.01 / sqrt(3)."""
+    found, batch = ("optimizer.lr=0.01",), ("optimizer.lr=0.01", "data.batch_size=32")
+    runs = digests(
+        tmp_path,
+        *({"acc": 0.50 + 0.1 * seed, "on": (f"seed={seed}",)} for seed in range(3)),
+        *({"acc": 0.60 + 0.1 * seed, "on": (f"seed={seed}", *found)} for seed in range(3)),
+        *({"acc": 0.63 + 0.11 * seed, "on": (f"seed={seed}", *batch)} for seed in range(3)),
+        *({"acc": 0.9, "on": (f"seed={seed}", *batch), "device": "NVIDIA H100"} for seed in range(3)),
+        *({"acc": 0.8, "on": (f"seed={seed}", "optimizer=sgd")} for seed in range(2)),
+        {"acc": 0.7, "on": ("seed=0", *batch, "optimizer.weight_decay=0.1")},
+    )
+    cells = {
+        (row.point.name, row.point.device): dict(zip(RESULTS["COLUMNS"], row.cells, strict=True)) for row in rows(runs)
+    }
+    differences = {name: cells[name, "cpu (X)"]["difference"] for name, device in cells if device == "cpu (X)"}
+    assert differences.pop(" ".join(batch)) == "+4.00 [+1.52, +6.48]", "from the row with the same learning rate"
+    assert differences.pop(found[0]) == "+10.00 [+10.00, +10.00]"
+    assert set(differences.values()) == {""}, "other seeds, or one"
+    assert cells[" ".join(batch), "NVIDIA H100"]["difference"] == "", "other hardware"
+
+
+def test_runs_without_a_test_have_their_own_table(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(seed), 0.8, f"seed={seed}", "experiment=cpu", "budget=1h") for seed in range(2)]
+    for folder, acc in zip(folders, (0.7, 0.8), strict=True):
+        results = json.loads((folder / "results.json").read_text())
+        del results["test"], results["test_images"]
+        results["val"] = {"acc": acc, "count": 500}
+        (folder / "results.json").write_text(json.dumps(results))
+    tested = RESULTS["digest"](make_run(tmp_path / "tested", 0.9, "experiment=quickstart"), "drawn shapes")
+    runs = RESULTS["merged"]([tested, *(RESULTS["digest"](folder, "drawn shapes") for folder in folders)])
+    found = RESULTS["rows_by_data"](runs)
+    (row,) = found["drawn shapes, 500 validation images, without a test"]
+    cells = dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))
+    assert (cells["val accuracy"], cells["test accuracy"]) == ("75.00% [11.47, 138.53]", "")
+    (row,) = found["drawn shapes, 1,000 test images (aa)"]
+    assert dict(zip(RESULTS["COLUMNS"], row.cells, strict=True))["val accuracy"] == "90.00%"
+    assert "experiment=cpu" in RESULTS["not_measured"](runs)
+    assert "75.00%" not in RESULTS["short_table"](runs)
+    assert list(RESULTS["timed_points"](runs)) == ["drawn shapes, 1,000 test images (aa)"]
+    page = RESULTS["long_tables"](runs)
+    assert page.index("1,000 test images") < page.index("500 validation images")
+    assert "| recipe | weights | epochs | image size | seeds | val accuracy | fit | images/s | hardware |" in page
+
+
 def test_settings_hardware_and_test_images_are_kept_apart(tmp_path: Path) -> None:
     runs = digests(
         tmp_path,
@@ -135,7 +180,7 @@ def test_runs_of_machines_with_one_name_and_different_speeds_are_refused(tmp_pat
         "cpu (X), 2 threads, 32-true",
     ]
     (row,) = kept({"timed": False})
-    assert row.cells[4:9] == ["2", "50.50% [44.15, 56.85]", "", "", ""], "no mean of fewer seeds"
+    assert row.cells[4:11] == ["2", "90.00%", "50.50% [44.15, 56.85]", "", "", "", ""], "no mean of fewer seeds"
     assert row.point.minutes is None
     untimed = RESULTS["digest"](folders[0], "a", timed=False)
     assert list(RESULTS["timed_points"]([untimed, RESULTS["digest"](folders[1], "b")])) == ["b, 1,000 test images (aa)"]
@@ -264,7 +309,7 @@ def test_runs_are_added_and_everything_is_written(
     (tmp_path / "flip" / "results.json").write_text(json.dumps({**averaged, "tta": {"name": "flip", "acc": 0.925}}))
     monkeypatch.setattr(sys, "argv", [*sys.argv[:2], str(run), str(tmp_path / "flip"), *sys.argv[3:]])
     RESULTS["main"]()
-    assert "| 90.00% [87.98, 91.71] | 92.50% | 10 min |" in (tmp_path / "page.md").read_text()
+    assert "| 90.00% | 90.00% [87.98, 91.71] | 92.50% | 10 min |" in (tmp_path / "page.md").read_text()
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path / "flip")])
     with pytest.raises(SystemExit, match="2"):
         RESULTS["main"]()
@@ -273,4 +318,4 @@ def test_runs_are_added_and_everything_is_written(
     monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         RESULTS["main"]()
-    assert "not the folder of a tested run" in capsys.readouterr().err
+    assert "not the folder of a finished run" in capsys.readouterr().err
