@@ -1,10 +1,11 @@
 """Transfer without ImageNet: compare a backbone that was trained on other classes with random weights, on few images.
 
-python scripts/transfer.py --data-root FOLDER --out DIR [key=value ...]     FOLDER/train/<class>, FOLDER/test/<class>
+python scripts/transfer.py --data-root FOLDER --data-name "JPEG q75 CIFAR-10" --out DIR [key=value ...]
 
-A ResNet18 is trained on every second class, saved as a torchvision state dict, and fine-tuned on the other classes with
-model.weights=DIR/backbone.pth. Random weights get the same settings and steps. Each seed has other training images.
-Writes a table with 95% intervals (Student's t) to DIR/transfer.md. The same command continues after an interruption.
+FOLDER/train/<class> and FOLDER/test/<class> have the images. A ResNet18 is trained on every second class, saved as a
+torchvision state dict, and fine-tuned on the other classes with model.weights=DIR/backbone.pth. Random weights get the
+same settings and steps. Each seed has other training images. Writes DIR/transfer.md, a page like docs/transfer.md. The
+same command continues after an interruption.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -52,11 +54,33 @@ def accuracy(run: Path, images: int, steps: int, *overrides: str) -> float:
     return float(read_results(run / "test")["test"]["acc"])
 
 
+def page(table: str, given: argparse.Namespace) -> str:
+    """Return the page with the table and what it depends on."""
+    backbone = read_results(given.out / "backbone" / "run")
+    other, tested = (read_results(given.out / "other" / f"{given.images[0]}_null_0" / name) for name in ("", "test"))
+    seen, unseen = (", ".join(run["class_names"]) for run in (backbone, other))
+    where, size = other["environment"], other["config"]["model"]["image_size"]
+    text = (
+        f"A {backbone['config']['model']['backbone']} was trained from random weights on the classes {seen} (epochs: "
+        f"{backbone['epochs']}, test accuracy {backbone['test']['acc']:.2%} on these classes). Its backbone, loaded by "
+        f"`model.weights=FILE`, is compared with random weights on the classes {unseen}, with {given.steps:,} steps of "
+        f"{BATCH} images for both. The table has the mean test accuracy over {given.seeds} seeds on "
+        f"{tested['test']['count']:,} images and its 95% interval (Student's t). Each seed has other training images; "
+        "all share the backbone."
+    )
+    details = (
+        f"{given.data_name}, {size} px, {where['device']}, {where['precision']}, commit {str(where['git'])[:7]}, torch "
+        f"{where['versions']['torch']}, made by `scripts/transfer.py`."
+    )
+    return "\n\n".join(["# Transfer without ImageNet", fill(text, 120), table.strip(), fill(details, 120)]) + "\n"
+
+
 def main() -> None:
-    """Train, compare and print the table."""
+    """Train, compare and print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--data-root", "--out"):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--data-name", required=True, help="name of the images on the page")
     parser.add_argument("--images", type=int, nargs="+", default=[50, 200, 1000], help="images per class")
     for name, default in (("--seeds", 3), ("--steps", 1000), ("--backbone-epochs", 8)):
         parser.add_argument(name, type=int, default=default, help="default: %(default)s")
@@ -95,8 +119,9 @@ def main() -> None:
     table = markdown_table(
         ["images per class", "random weights, %", "backbone of other classes, %", "gain, points"], rows
     )
-    atomic_write_text(out / "transfer.md", table)
-    print(table)
+    text = page(table, given)
+    atomic_write_text(out / "transfer.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def test_a_backbone_of_other_classes_is_compared_with_random_weights(
     write_shapes(tmp_path / "data", 4, train=20, test=4)
     out, ran = tmp_path / "out", list[Sequence[str]]()
     arguments = ["--data-root", str(tmp_path / "data"), "--out", str(out), "--images", "8", "--seeds", "2"]
+    arguments += ["--data-name", "drawn shapes"]
     arguments += ["--steps", "2", "--backbone-epochs", "1", "model.image_size=32", "trainer.accelerator=cpu"]
 
     def compare(*more: str) -> str:
@@ -42,7 +43,7 @@ def test_a_backbone_of_other_classes_is_compared_with_random_weights(
             assert status == 0, printed
 
         monkeypatch.setattr(transfer, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
-        table = compare()
+        page = compare()
 
     assert len(ran) == 9
     assert {path.name for path in (out / "backbone" / "data" / "train").iterdir()} == {"class 0", "class 2"}
@@ -53,10 +54,19 @@ def test_a_backbone_of_other_classes_is_compared_with_random_weights(
     assert {results["test"]["count"] for results in runs.values()} == {8}, "all test images of two classes"
     accuracies = {name: 100 * results["test"]["acc"] for name, results in runs.items()}
     means = [(accuracies[f"8_{weights}_0"] + accuracies[f"8_{weights}_1"]) / 2 for weights in ("null", "backbone")]
-    assert (out / "transfer.md").read_text().strip() == table.strip()
-    assert [float(x) for x in re.findall(r"\| (-?[\d.]+) \[", table)] == [*means, means[1] - means[0]]
+    assert (out / "transfer.md").read_text().strip() == page.strip()
+    assert [float(x) for x in re.findall(r"\| (-?[\d.]+) \[", page)] == [*means, means[1] - means[0]]
+    backbone_accuracy = json.loads((out / "backbone" / "run" / "results.json").read_text())["test"]["acc"]
+    text = " ".join(page.split())
+    for part in (
+        f"classes class 0, class 2 (epochs: 1, test accuracy {backbone_accuracy:.2%} on these classes)",
+        "classes class 1, class 3, with 2 steps of 50 images for both",
+        "over 2 seeds on 8 images and its 95% interval",
+        "drawn shapes, 32 px, cpu (",
+    ):
+        assert part in text
 
-    assert compare() == table
+    assert compare() == page
     assert len(ran) == 9, "nothing is trained again"
     for changed, message in (
         ("--steps=3", "has results of other arguments"),
