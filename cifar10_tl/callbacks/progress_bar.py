@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.datamodule import planned_steps
 
 
 class RunProgressBar(ProgressBar):
@@ -32,9 +33,9 @@ class RunProgressBar(ProgressBar):
     def disable(self) -> None:
         self._disabled = True
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._open(
-            total=_num_batches(pl_module),
+            total=_num_batches(trainer),
             initial=trainer.global_step * trainer.accumulate_grad_batches,
             unit=" steps",
             smoothing=0.02,  # the time left includes validation
@@ -42,10 +43,10 @@ class RunProgressBar(ProgressBar):
         )
         self._refreshed_at = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refreshed_at, self._images = time.perf_counter(), 0
         self._bar.set_description_str(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
-        self._bar.total = _num_batches(pl_module)  # a time budget changes it
+        self._bar.total = _num_batches(trainer)  # a time budget changes it
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         if self._bar.disable:
@@ -81,6 +82,6 @@ class RunProgressBar(ProgressBar):
             self._stack.enter_context(logging_redirect_tqdm())
 
 
-def _num_batches(pl_module: Any) -> int | None:
-    steps = pl_module.total_steps or pl_module.trainer.estimated_stepping_batches
-    return None if steps == float("inf") else int(steps) * pl_module.trainer.accumulate_grad_batches
+def _num_batches(trainer: pl.Trainer) -> int | None:
+    steps = planned_steps(trainer)
+    return None if steps == float("inf") else int(steps) * trainer.accumulate_grad_batches

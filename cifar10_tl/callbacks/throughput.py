@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cifar10_tl.data.batch import Batch
+from cifar10_tl.data.datamodule import planned_steps
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Throughput(Callback):
         }
 
     def _log_long_run(self, trainer: pl.Trainer, images_grow: bool) -> None:
-        left = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
+        left = (planned_steps(trainer) - trainer.global_step) * trainer.accumulate_grad_batches
         seconds = (self._step_end - self._second_step_end) / (self._steps - 2) * left
         if seconds > LONG_RUN_SECONDS:
             log.info(

@@ -2,11 +2,11 @@
 
 Before the first step, a few training steps are timed on the run's own weights and optimizer, whose state is restored
 afterwards. The number of epochs is the largest one with which training, validation and the test end within the budget;
-the last epoch may have fewer steps. After each epoch, measured times replace the estimates, and the plan changes if the
-end has moved past the budget, or too far before it. The schedule of the learning rate, a function of step / all steps,
-then continues from the fraction that is now done. Training stops inside an epoch only if nothing but the test fits into
-the budget any more; one validation follows. A resumed run continues with the plan of its checkpoint and with the time
-that was left then, so that the time between two starts does not count.
+the last epoch may have fewer steps. After each epoch, measured times replace the estimates, and the plan changes if it
+needs more time than is left, or leaves 6% of it unused. The schedule of the learning rate, a function of step / all
+steps, then continues from the fraction that is now done. Training stops inside an epoch only if nothing but the test
+fits into the budget any more; one validation follows. A resumed run continues with the plan of its checkpoint and with
+the time that was left then, so that the time between two starts does not count.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROCESS_SECONDS = 5.5
 FILES_SECONDS = 2.0
 #: Fraction of the time that a new plan leaves unused; the plan is kept until that is used, too.
 RESERVE = 0.03
-#: Smallest fraction of an epoch that is trained.
+#: Smallest fraction of an epoch that the last one has; the first epoch is always complete.
 SHORTEST = 0.05
 LIMIT = 1_000_000  # epochs
 _PLAN = ("epochs", "last_batches", "total_steps", "done")
@@ -48,7 +48,7 @@ _STATE = (*_PLAN, "phases", "slowdown", "validation_seconds", "other_seconds", "
 
 
 class TimeBudget(Callback):
-    """Callback that sets the number of epochs such that the run ends within ``budget``, such as "10min".
+    """Callback that sets the number of epochs and steps such that the run ends within ``budget``, such as "10min".
 
     Args:
         budget: Time of the whole command.
@@ -101,7 +101,7 @@ class TimeBudget(Callback):
             self.other_seconds = self.validation_seconds / (trainer.check_val_every_n_epoch or 1) + FILES_SECONDS
             self._plan(trainer, pl_module, done=0)
         if trainer.current_epoch + 1 == self.epochs and self.last_batches:
-            trainer.train_dataloader.sampler.limit = self.last_batches  # type: ignore[union-attr]
+            trainer.train_dataloader.limit = self.last_batches  # type: ignore[union-attr]
             trainer.fit_loop.max_batches = trainer.val_check_batch = self.last_batches
         self._epoch_start = self._epoch_start or time.perf_counter()
 
@@ -128,10 +128,10 @@ class TimeBudget(Callback):
         """Update the estimates, from an epoch that this process trained entirely, and then the plan."""
         now, ends = time.perf_counter(), self._step_ends
         if len(ends) == trainer.num_training_batches:
-            seconds = (ends[-1] - ends[0]) / max(len(ends) - 1, 1)  # the first step may draw a figure
-            other = now - self._epoch_start - seconds * len(ends)
+            slowdown = self._measured(trainer)
+            other = now - self._epoch_start - slowdown * self._estimate(trainer.current_epoch, self.epochs) * len(ends)
             weight = max(0.2, 1 / (trainer.current_epoch + 2))  # a mean first, later a moving average
-            self.slowdown += weight * (seconds / self._estimate(trainer.current_epoch, self.epochs) - self.slowdown)
+            self.slowdown += weight * (slowdown - self.slowdown)
             self.other_seconds += weight * (other - self.other_seconds)
         self._epoch_start, self._step_ends, self.done = now, [], trainer.current_epoch + 1
         if not trainer.should_stop:
@@ -139,11 +139,17 @@ class TimeBudget(Callback):
 
     def _may_end(self, trainer: pl.Trainer) -> bool:
         """Return whether there may be no time for another epoch after this one; the same in all processes."""
-        ends, done = self._step_ends, trainer.current_epoch + 1
-        measured = (ends[-1] - ends[0]) / max(len(ends) - 1, 1) / self._estimate(trainer.current_epoch, self.epochs)
-        needed = self._seconds(_shortest(trainer), done, done + 1) * max(1, measured / self.slowdown)
+        done = trainer.current_epoch + 1
+        needed = self._seconds(_shortest(trainer), done, done + 1) * max(1, self._measured(trainer) / self.slowdown)
         left = self._left(trainer) - self.validation_seconds
         return bool(trainer.strategy.broadcast(left < 1.2 * needed))  # the estimates may still change
+
+    def _measured(self, trainer: pl.Trainer) -> float:
+        """Return the measured / estimated seconds per step of this epoch."""
+        ends = self._step_ends  # without the first step, which may draw a figure
+        if len(ends) == 1:
+            return self.slowdown
+        return (ends[-1] - ends[0]) / (len(ends) - 1) / self._estimate(trainer.current_epoch, self.epochs)
 
     def _estimate(self, epoch: int, epochs: int | None) -> float:
         """Return the estimated seconds per step of an epoch of a run of ``epochs`` epochs."""
@@ -172,19 +178,20 @@ class TimeBudget(Callback):
         return steps * self.slowdown + (epochs - done) * self.other_seconds
 
     def _plan(self, trainer: pl.Trainer, pl_module: Any, done: int) -> None:
-        """Plan the epochs at the start, and again when they no longer fit the remaining time."""
+        """Plan the epochs at the start, and again if the plan does not fit the remaining time."""
         if self.epochs is not None and done >= self.epochs:
             return
         left, num_batches = self._left(trainer), int(trainer.num_training_batches)
         needed, goal = partial(self._seconds, num_batches, done), left / (1 + RESERVE)
-        plan = self.epochs or 0, self.last_batches
-        if not plan[0] or not goal / (1 + RESERVE) <= needed(*plan) <= left:
+        epochs, last_batches = self.epochs or 0, self.last_batches
+        if not epochs or not goal / (1 + RESERVE) <= needed(epochs, last_batches) <= left:
             whole = bisect_right(range(LIMIT), goal, lo=done + 1, key=needed) - 1
             whole = whole or int(needed(1) <= left)
             excess = (needed(whole + 1) - goal) / self._estimate(whole, whole + 1) / self.slowdown
-            last_batches = num_batches - math.ceil(excess)
-            plan = (whole + 1, last_batches) if whole and last_batches >= _shortest(trainer) else (whole, 0)
-        epochs, last_batches = trainer.strategy.broadcast(plan)
+            epochs, last_batches = whole + 1, num_batches - math.ceil(excess)
+            if not whole or last_batches < _shortest(trainer):
+                epochs, last_batches = whole, 0
+        epochs, last_batches = trainer.strategy.broadcast((epochs, last_batches))
         if epochs == 0:
             total = seconds_of(self.budget) - left + needed(1)
             raise UserError(
@@ -197,6 +204,7 @@ class TimeBudget(Callback):
             log.info("budget=%s: %.4g epochs in all, %.0f s left for %.4g", self.budget, trained, left, trained - done)
 
     def _set_epochs(self, trainer: pl.Trainer, pl_module: Any, epochs: int, last_batches: int) -> None:
+        is_changed = epochs != self.epochs
         self.epochs = trainer.fit_loop.max_epochs = epochs
         self.last_batches, self.total_steps = last_batches, None
         if last_batches:
@@ -205,7 +213,7 @@ class TimeBudget(Callback):
         pl_module.total_steps = self.total_steps
         pl_module.reschedule()
         path = Path(trainer.default_root_dir) / RUN_CONFIG
-        if trainer.is_global_zero and path.exists():
+        if is_changed and trainer.is_global_zero and path.exists():
             config = OmegaConf.load(path)
             config.trainer.max_epochs = epochs
             atomic_write_text(path, OmegaConf.to_yaml(config))

@@ -148,8 +148,7 @@ class BatchSampler(Sampler[Tensor]):
     exactly once, without padding; all ranks yield the same number of batches, and the last one may be empty. It is in
     order, or in a random order that is the same in each epoch (``mixed=True``).
 
-    ``draw`` returns a random order, given the number of images and a generator. ``limit`` is the maximum number of
-    batches of the next iteration.
+    ``draw`` returns a random order, given the number of images and a generator.
     """
 
     def __init__(
@@ -168,13 +167,13 @@ class BatchSampler(Sampler[Tensor]):
             raise ValueError(f"batch_size={batch_size} cannot be divided over {world_size} processes")
         self.num_images, self.batch_size, self.shuffle, self.seed = num_images, batch_size, shuffle, seed
         self.rank, self.world_size, self.mixed, self.draw = rank, world_size, mixed, draw
-        self.epoch, self.limit = 0, sys.maxsize
+        self.epoch = 0
         self._position = {"epoch": 0, "batches_done": 0}
         self._resuming = False
 
     def __len__(self) -> int:
         whole, rest = divmod(self.num_images, self.batch_size)
-        return min(whole + (rest > 0 and not self.shuffle), self.limit)
+        return whole + (rest > 0 and not self.shuffle)
 
     def __iter__(self) -> Iterator[Tensor]:
         # As a generator, this runs at the first batch, after Lightning called set_epoch.
@@ -216,10 +215,11 @@ class BatchLoader(DataLoader[Batch]):
     Attributes:
         requested_at: Time when the latest batch was requested.
         is_of_datamodule: Whether a data module is to augment the batches.
+        limit: Maximum number of batches of an epoch.
     """
 
     sampler: BatchSampler
-    is_of_datamodule = False
+    is_of_datamodule, limit = False, sys.maxsize
 
     def __init__(self, dataset: Dataset[Batch], sampler: BatchSampler, *, pin_memory: bool = False) -> None:
         num_workers = torch.get_num_threads() if getattr(dataset, "slow", False) else 0
@@ -233,6 +233,9 @@ class BatchLoader(DataLoader[Batch]):
             worker_init_fn=leave_group,
         )
         self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
+
+    def __len__(self) -> int:
+        return min(super().__len__(), self.limit)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.requested_at = time.perf_counter()

@@ -239,6 +239,12 @@ def planned_epochs(trainer: pl.Trainer) -> int:
     return math.ceil(_limit(trainer))
 
 
+def planned_steps(trainer: pl.Trainer) -> float:
+    """Return the number of optimizer steps of a fit, including those of an epoch that is shorter than the others."""
+    estimated = trainer.estimated_stepping_batches  # also creates the loader
+    return getattr(trainer.lightning_module, "total_steps", None) or estimated
+
+
 def complete_epochs(trainer: pl.Trainer) -> int:
     """Return the number of planned epochs that ``max_steps`` does not cut off."""
     return math.floor(_limit(trainer))

@@ -209,6 +209,7 @@ def fit_results(
         "val": {name.removeprefix("val/"): best_row.get(name) for name in VALIDATED},
         "best_epoch": best_epoch,
         "epochs": trainer.fit_loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
+        "steps": trainer.global_step,
         "seconds": {"fit": throughput.earlier_seconds + seconds, "first_step": throughput.first_step_seconds},
         "images_per_second": throughput.images_per_second,
         "class_names": list(module.class_names),

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cifar10_tl.config.errors import UserError
 from cifar10_tl.data.batch import Batch
-from cifar10_tl.data.datamodule import complete_epochs, planned_epochs
+from cifar10_tl.data.datamodule import complete_epochs, planned_epochs, planned_steps
 from cifar10_tl.data.feature_cache import tensors_checksum
 from cifar10_tl.data.keyed_rng import hash32
 from cifar10_tl.metrics.evaluation import Evaluation
@@ -312,8 +312,7 @@ class LitClassifier(pl.LightningModule):
 
     def _schedule(self, optimizer: Optimizer, last_step: int = -1) -> Schedule:
         settings = self.hparams["scheduler"]
-        estimated = int(self.trainer.estimated_stepping_batches)  # creates the loader
-        factor = schedule_factor(settings, self.total_steps or estimated)
+        factor = schedule_factor(settings, int(planned_steps(self.trainer)))
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factors = group_factors(optimizer, factor, settings.get("head_only_epochs", 0) * steps_per_epoch)
         return Schedule(optimizer, factors, last_step)

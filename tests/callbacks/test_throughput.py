@@ -53,6 +53,7 @@ def epoch(
         train_dataloader=loader,
         global_step=0,
         estimated_stepping_batches=10_000,
+        lightning_module=None,
         accumulate_grad_batches=1,
     )
     module: Any = SimpleNamespace(device=torch.device(device), image_sizes=[(0, 32)] * sizes)

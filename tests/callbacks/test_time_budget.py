@@ -119,6 +119,15 @@ def test_measured_times_replace_the_estimates(monkeypatch: pytest.MonkeyPatch) -
     assert plan.trainer.fit_loop.max_epochs == 9
 
 
+def test_epochs_of_one_batch_leave_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(monkeypatch, 3600)
+    plan.trainer.num_training_batches, plan.trainer.current_epoch, plan.trainer.should_stop = 1, 0, False
+    assert plan.after(0, seconds=0) > 500
+    plan.callback._step_ends, plan.now = [2.0], 6
+    plan.callback.on_train_epoch_end(plan.trainer, plan)  # type: ignore[arg-type]
+    assert (plan.callback.slowdown, plan.callback.other_seconds) == (1, OTHER)
+
+
 def test_epochs_of_several_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(monkeypatch, 2 + 1.03 * (100 * (5 + 10 * 2.25) - 4 * 4), test=False)
     plan.callback.phases = [(0.0, 1.0), (0.5, 3.0), (0.75, 4.0)]

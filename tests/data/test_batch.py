@@ -54,12 +54,6 @@ def test_seven_images_on_two_processes_stay_seven() -> None:
     assert [len(b) for b in batches(BatchSampler(9, 4, shuffle=False, rank=1, world_size=2))] == [2, 2, 0]
 
 
-def test_limit_ends_an_epoch_early() -> None:
-    sampler = BatchSampler(100, 10, shuffle=True)
-    whole, sampler.limit = batches(sampler), 3
-    assert batches(sampler) == whole[: len(sampler)] == whole[:3]
-
-
 def test_resuming_inside_an_epoch_gives_its_remaining_batches() -> None:
     sampler = BatchSampler(100, 10, shuffle=True)
     sampler.set_epoch(2)

@@ -102,7 +102,7 @@ def test_last_epoch_may_have_fewer_steps(clock: Clock, tmp_path: Path) -> None:
     settings = ("model.image_size=[[0,24],[0.5,32]]", "optimizer=sgd")
     results = start(tmp_path / "budget", budget(3.99), *settings)
     assert clock.now == CLOSING - time_budget.PROCESS_SECONDS + 4 * EPOCH - STEP
-    assert results["epochs"] == 4
+    assert (results["epochs"], results["steps"]) == (4, 11)
     assert [row["step"] for row in rows(tmp_path / "budget") if row["val/acc"]] == ["3", "6", "9", "11"]
     start(tmp_path / "steps", "trainer.max_epochs=4", "trainer.max_steps=11", *settings)
     torch.testing.assert_close(state(tmp_path / "budget"), state(tmp_path / "steps"), rtol=0, atol=0)
@@ -110,7 +110,9 @@ def test_last_epoch_may_have_fewer_steps(clock: Clock, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [("step", 4), ("step", 9), ("step", 10), ("validation", 3)])
 def test_resumed_run_has_the_same_last_epoch(place: tuple[str, int], clock: Clock, tmp_path: Path) -> None:
+    """Also the BatchNorm statistics of averaged weights, from three batches although the epoch has two."""
     settings = (budget(3.99), "+callbacks.accident={_target_: helpers.Accident}", "checkpoint_every_n_steps=1")
+    settings += ("ema_bn_batches=3",)
     start(tmp_path / "whole", *settings)
     Accident.happens, Accident.at = kill, place
     with pytest.raises(RuntimeError, match="power cut"):
@@ -118,6 +120,12 @@ def test_resumed_run_has_the_same_last_epoch(place: tuple[str, int], clock: Cloc
     resume(tmp_path / "killed")
     assert [row["step"] for row in rows(tmp_path / "killed") if row["val/acc"]] == ["3", "6", "9", "11"]
     torch.testing.assert_close(state(tmp_path / "killed"), state(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_last_epoch_may_accumulate_fewer_batches(clock: Clock, tmp_path: Path) -> None:
+    start(tmp_path, budget(3.99), "optimizer=sgd", "trainer.accumulate_grad_batches=2")
+    assert [row["step"] for row in rows(tmp_path) if row["val/acc"]] == ["2", "4", "6", "7"]
+    assert float(rows(tmp_path)[-1]["lr"]) == 0, "the schedule is complete"
 
 
 def test_slower_machine_trains_fewer_epochs(clock: Clock, tmp_path: Path) -> None:
