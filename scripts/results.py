@@ -145,13 +145,17 @@ def shortened(value: Any) -> Any:
 def circumstances(run: Run) -> list[Any]:
     """Return the images and the hardware of a run."""
     hardware = [run["environment"][key] for key in ("device", "devices", "threads", "precision")]
-    return [run["data"], run["test_images"], hardware]
+    return [run["data"], run["test_images"] or run["val"]["count"], hardware]
+
+
+def recipe(run: Run) -> list[str]:
+    """Return the overrides of a run, sorted, without the folder of the data."""
+    return sorted(o for o in run["overrides"] if not re.match(r"[+~]*data\.(root|cache_dir)=", o))
 
 
 def identity(run: Run) -> str:
     """Return what the runs of a row have in common."""
-    given = sorted(o for o in run["overrides"] if not re.match(r"[+~]*data\.(root|cache_dir)=", o))
-    return json.dumps([circumstances(run), given, run["settings"]], sort_keys=True)
+    return json.dumps([circumstances(run), recipe(run), run["settings"]], sort_keys=True)
 
 
 def merged(runs: Iterable[Run]) -> list[Run]:
@@ -165,7 +169,7 @@ def rows_by_data(runs: Iterable[Run]) -> dict[str, list[Row]]:
     tables: dict[str, list[Row]] = {}
     groups = [list(same) for _, same in groupby(runs, identity)]
     for group in groups:
-        row = make_row(group, difference(group, groups))
+        row = make_row(group, differences(group, groups))
         tables.setdefault(row.title, []).append(row)
     return {title: sorted(rows, key=lambda row: -row.point.accuracy) for title, rows in tables.items()}
 
@@ -180,25 +184,32 @@ def accuracies(runs: Iterable[Run]) -> list[float]:
     return [(run["test"] or run["val"])["acc"] for run in runs]
 
 
-def difference(runs: Sequence[Run], others: Iterable[Sequence[Run]]) -> str:
-    """Return the paired difference from runs with the same seeds and fewer overrides, with its interval."""
-
-    def pairs_with(group: Sequence[Run]) -> bool:
-        pairs = zip(group, runs, strict=False)
-        return len(group) == len(runs) > 1 and all(
-            a["seed"] == b["seed"] and circumstances(a) == circumstances(b) for a, b in pairs
-        )
-
-    given = set(runs[0]["overrides"])
-    bases = [base for base in others if set(base[0]["overrides"]) < given and pairs_with(base)]
-    if not bases:
-        return ""
-    base = max(bases, key=lambda runs: len(runs[0]["overrides"]))
-    found = spread([b - a for a, b in zip(accuracies(base), accuracies(runs), strict=True)])
-    return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+def differences(runs: Sequence[Run], others: Iterable[Sequence[Run]]) -> str:
+    """Return each paired difference, with its interval, from several of the same seeds with one override less."""
+    found = []
+    for base in others:
+        added = only_difference(base[0], runs[0])
+        seeds = [{run["seed"]: run for run in group} for group in (base, runs)]
+        pairs = [accuracies(group[seed] for group in seeds) for seed in seeds[0].keys() & seeds[1].keys()]
+        if added and len(pairs) > 1:
+            points = spread([100 * (b - a) for a, b in pairs])
+            found.append(f"`{added}`: {points.mean:+.2f} [{points.low:+.2f}, {points.high:+.2f}]")
+    return "; ".join(found)
 
 
-def make_row(runs: Sequence[Run], difference: str = "") -> Row:
+def only_difference(base: Run, run: Run) -> str | None:
+    """Return the override that ``run`` has in addition to ``base`` if all else is the same, the settings included."""
+    given, more = recipe(base), recipe(run)
+    added = [override for override in more if override not in given]
+    if circumstances(base) != circumstances(run) or len(added) != 1 or len(given) + 1 != len(more):
+        return None
+    settings, own = base["settings"], run["settings"]
+    key = added[0].lstrip("+~").partition("=")[0].replace("/", ".")  # settings of a group begin with its name
+    changed = [name for name in settings | own if settings.get(name) != own.get(name)]
+    return added[0] if all(f"{name}.".startswith(f"{key}.") for name in changed) else None
+
+
+def make_row(runs: Sequence[Run], difference: str) -> Row:
     """Return the row of runs, with Student's t interval for several seeds, and Wilson's for the images of one."""
     first, where, size = runs[0], runs[0]["environment"], runs[0]["image_size"]
     measured, count = accuracies(runs), (first["test"] or first["val"])["count"]
@@ -210,7 +221,8 @@ def make_row(runs: Sequence[Run], difference: str = "") -> Row:
     cells = [f"`{name}`", first["weights"], listed(run["epochs"] for run in runs), sizes, str(len(runs))]
     flips, speed = (mean_of(run.get(key) for run in runs) for key in ("flip_averaging", "images_per_second"))
     accuracy = f"{mean:.2%} [{100 * low:.2f}, {100 * high:.2f}]"
-    cells += [f"{fmean(run['val']['acc'] for run in runs):.2%}", accuracy] if first["test"] else [accuracy, ""]
+    val = mean_of(run["val"]["acc"] for run in runs)
+    cells += ["" if val is None else f"{val:.2%}", accuracy] if first["test"] else [accuracy, ""]
     cells += [difference, "" if flips is None else f"{flips:.2%}"]
     cells += ["" if minutes is None else f"{minutes:.3g} min", "" if speed is None else f"{speed:,.0f}"]
     devices = f"{where['devices']} x " * (where["devices"] > 1)
@@ -218,7 +230,8 @@ def make_row(runs: Sequence[Run], difference: str = "") -> Row:
         f"{devices}{where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['precision']}"
     ]
     commits = listed(re.sub(r"(?<=^\w{7})\w+", "", str(run["environment"]["git"])) for run in runs)
-    given = [*first["overrides"], *["-m"] * (len(runs) > 1), f"seed={listed(run['seed'] for run in runs)}"]
+    given = [*first["overrides"], *["test=false"] * (not first["test"]), *["-m"] * (len(runs) > 1)]
+    given += [f"seed={listed(run['seed'] for run in runs)}"]
     torch = listed(run["environment"]["versions"]["torch"] for run in runs)
     command = f"{TRAIN} {shlex.join(given)}  # commit {commits}, torch {torch}"
     images = f"test images ({first['test_images']})" if first["test"] else "validation images, without a test"
@@ -246,8 +259,9 @@ def check_speeds(runs: Sequence[Run]) -> None:
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Return the distinct values, separated by commas."""
-    return ",".join(dict.fromkeys(map(str, values)))
+    """Return the values, separated by commas, or the only distinct one."""
+    texts = list(map(str, values))
+    return ",".join(texts if len(set(texts)) > 1 else texts[:1])
 
 
 def not_measured(runs: Sequence[Run]) -> dict[str, str]:
@@ -285,7 +299,9 @@ def short_table(runs: Sequence[Run]) -> str:
     rows = [row for rows in rows_by_data(tested(runs)).values() for row in rows if recipe.fullmatch(row.point.name)]
     cells = [{"data": row.title.rsplit(", ", 1)[0], **dict(zip(COLUMNS, row.cells, strict=True))} for row in rows]
     lines = [[row[column] for column in SHORT] for row in cells]
-    rest = ", ".join(f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs))
+    begun = {name for row in rows for name in row.point.name.split()}
+    names = {name: f"`{name.removeprefix('experiment=')}`" for name in not_measured(runs)}
+    rest = ", ".join(names[name] + " without `budget=`" * (name in begun) for name in names)
     lines += [[rest, "", "", "not measured here", "", ""]] if rest else []
     return markdown_table(SHORT, lines).rstrip()
 
@@ -349,8 +365,9 @@ def main() -> None:
     results = {folder: read_results(folder) for folder in arguments.folders}
     evaluations = [content for content in results.values() if {"checkpoint", "test", "tta"} <= content.keys()]
     folders = [folder for folder, content in results.items() if content not in evaluations]
-    if bad := [folder for folder in folders if not {"best_epoch", "val"} <= results[folder].keys()]:
-        parser.error(f"{bad[0]}: not the folder of a finished run; finish it with resume={bad[0]}")
+    for folder in folders:
+        if "best_epoch" not in results[folder] or ("test" not in results[folder] and not results[folder]["val"]["acc"]):
+            parser.error(f"{folder}: not the folder of a finished run; finish it with resume={folder}")
     options: dict[str, Any] = {"device_name": arguments.device_name, "timed": not arguments.untimed}
     try:
         added = [digest(folder, arguments.data_name, evaluations, **options) for folder in folders]

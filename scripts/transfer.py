@@ -10,6 +10,8 @@ same command continues after an interruption.
 
 import argparse
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,12 +67,15 @@ def page(table: str, given: argparse.Namespace) -> str:
         f"{backbone['epochs']}, test accuracy {backbone['test']['acc']:.2%} on these classes). Its backbone, loaded by "
         f"`model.weights=FILE`, is compared with random weights on the classes {unseen}, with {given.steps:,} steps of "
         f"{BATCH} images for both. The table has the mean test accuracy over {given.seeds} seeds on "
-        f"{tested['test']['count']:,} images and its 95% interval (Student's t). Each seed has other training images; "
-        "all share the backbone."
+        f"{tested['test']['count']:,} images and its 95% interval (Student's t). Each seed has other training images, "
+        "and as many validation images, which choose the epoch; all share the backbone and the settings."
     )
+    command = ["python", "scripts/transfer.py", "--data-root", given.data_root.name, "--data-name", given.data_name]
+    command += ["--out", "DIR", *given.overrides]
+    commit = re.sub(r"(?<=^.{7})[0-9a-f]+", "", str(where["git"]))
     details = (
-        f"{given.data_name}, {size} px, {where['device']}, {where['precision']}, commit {str(where['git'])[:7]}, torch "
-        f"{where['versions']['torch']}, made by `scripts/transfer.py`."
+        f"{given.data_name}, {size} px, {where['device']}, threads: {where['threads']}, {where['precision']}, commit "
+        f"{commit}, torch {where['versions']['torch']}, by `{shlex.join(command)}`."
     )
     return "\n\n".join(["# Transfer without ImageNet", fill(text, 120), table.strip(), fill(details, 120)]) + "\n"
 

@@ -116,10 +116,30 @@ def test_difference_is_that_of_the_same_seeds_without_a_setting(tmp_path: Path) 
         (row.point.name, row.point.device): dict(zip(RESULTS["COLUMNS"], row.cells, strict=True)) for row in rows(runs)
     }
     differences = {name: cells[name, "cpu (X)"]["difference"] for name, device in cells if device == "cpu (X)"}
-    assert differences.pop(" ".join(batch)) == "+4.00 [+1.52, +6.48]", "from the row with the same learning rate"
-    assert differences.pop(found[0]) == "+10.00 [+10.00, +10.00]"
-    assert set(differences.values()) == {""}, "other seeds, or one"
+    assert differences.pop(" ".join(batch)) == "`data.batch_size=32`: +4.00 [+1.52, +6.48]", "with the same rate"
+    assert differences.pop(found[0]) == "`optimizer.lr=0.01`: +10.00 [+10.00, +10.00]"
+    assert differences.pop("optimizer=sgd") == "`optimizer=sgd`: +25.00 [-38.53, +88.53]", "of the seeds of both"
+    assert set(differences.values()) == {""}, "one seed, or nothing to compare with"
     assert cells[" ".join(batch), "NVIDIA H100"]["difference"] == "", "other hardware"
+
+
+def test_only_the_settings_of_an_override_may_differ(tmp_path: Path) -> None:
+    recipe = ("experiment=cpu", "seed=0")
+    base, lstm, rate = digests(
+        tmp_path,
+        {"acc": 0.5, "on": (*recipe, "data.root=/a")},
+        {"acc": 0.5, "on": (*recipe, "model/head=lstm", "data.root=/b")},
+        {"acc": 0.5, "on": (*recipe, "model/head=lstm", "optimizer.lr=1")},
+    )
+    base, lstm, rate = sorted((base, lstm, rate), key=lambda run: len(RESULTS["recipe"](run)))
+    difference = RESULTS["only_difference"]
+    assert difference(base, lstm) == "model/head=lstm"
+    assert difference(lstm, rate) == "optimizer.lr=1"
+    assert difference(base, rate) is difference(lstm, base) is difference(base, base) is None
+    assert difference({**base, "settings": {**base["settings"], "model.backbone": "resnet18"}}, lstm) is None
+    assert difference({**base, "test_images": None}, {**lstm, "test_images": None}) == "model/head=lstm"
+    other = {**lstm, "test_images": None, "val": {"acc": 0.9, "count": 1000}}
+    assert difference({**base, "test_images": None}, other) is None, "other validation images"
 
 
 def test_runs_without_a_test_have_their_own_table(tmp_path: Path) -> None:
@@ -141,6 +161,7 @@ def test_runs_without_a_test_have_their_own_table(tmp_path: Path) -> None:
     assert "75.00%" not in RESULTS["short_table"](runs)
     assert list(RESULTS["timed_points"](runs)) == ["drawn shapes, 1,000 test images (aa)"]
     page = RESULTS["long_tables"](runs)
+    assert "experiment=cpu budget=1h test=false -m seed=0,1  #" in page
     assert page.index("1,000 test images") < page.index("500 validation images")
     assert "| recipe | weights | epochs | image size | seeds | val accuracy | fit | images/s | hardware |" in page
 
@@ -262,7 +283,7 @@ def test_recipes_without_a_run_are_listed(tmp_path: Path) -> None:
     assert purposes["experiment=original"] == "The recipe that this project started from, unchanged."
     last = RESULTS["short_table"](runs).splitlines()[-1]
     assert last.startswith("| `default`, `accurate`, ")
-    assert last.endswith("`scratch` |  |  | not measured here |  |  |")
+    assert last.endswith("`scratch` without `budget=` |  |  | not measured here |  |  |")
 
 
 def test_tables_are_filled_in_between_the_comments() -> None:
@@ -314,8 +335,10 @@ def test_runs_are_added_and_everything_is_written(
     with pytest.raises(SystemExit, match="2"):
         RESULTS["main"]()
     assert "an evaluation matches no run" in capsys.readouterr().err
-    (tmp_path / "results.json").write_text('{"config": {}, "test": {}}')  # of the evaluate command
-    monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        RESULTS["main"]()
-    assert "not the folder of a finished run" in capsys.readouterr().err
+    evaluation, unmeasured = '{"config": {}, "test": {}}', '{"config": {}, "best_epoch": 1, "val": {"acc": null}}'
+    for content in (evaluation, unmeasured):
+        (tmp_path / "results.json").write_text(content)
+        monkeypatch.setattr(sys, "argv", ["results.py", "add", str(tmp_path)])
+        with pytest.raises(SystemExit, match="2"):
+            RESULTS["main"]()
+        assert "not the folder of a finished run" in capsys.readouterr().err

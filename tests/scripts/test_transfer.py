@@ -63,6 +63,7 @@ def test_a_backbone_of_other_classes_is_compared_with_random_weights(
         "classes class 1, class 3, with 2 steps of 50 images for both",
         "over 2 seeds on 8 images and its 95% interval",
         "drawn shapes, 32 px, cpu (",
+        "--data-root data --data-name 'drawn shapes' --out DIR model.image_size=32",
     ):
         assert part in text
 
