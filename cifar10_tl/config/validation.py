@@ -137,7 +137,7 @@ _KEYS: list[tuple[Rule, str]] = [
     (either(whole(1), inside), "data.val_size data.test_size"),
     (one_of("crop", "pad", "squeeze"), "data.fit"),
     (limit, "trainer.limit_train_batches? trainer.limit_val_batches? trainer.limit_test_batches?"),
-    (number(0, above=True), "data.stall_seconds optimizer.lr"),
+    (number(0, above=True), "data.stall_seconds optimizer.lr optimizer.bias_lr_scale"),
     (number(0), "optimizer.backbone_lr_scale optimizer.weight_decay callbacks.progress_bar.refresh_seconds"),
     (number(0), "trainer.gradient_clip_val?"),
     (number(0, 1), "data.augment.mix_off_last"),

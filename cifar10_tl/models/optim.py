@@ -28,17 +28,18 @@ def build_optimizer(settings: Mapping[str, Any], backbone: Backbone, head: nn.Mo
 
     ``lr`` is the learning rate of the head, and ``lr * backbone_lr_scale`` that of the backbone. ``layer_decay`` also
     multiplies the rate once for layer4, twice for layer3 and so on, five times for the stem
-    (https://arxiv.org/abs/1801.06146).
+    (https://arxiv.org/abs/1801.06146). ``bias_lr_scale`` multiplies the rate of the backbone's biases, by 64 in
+    https://arxiv.org/abs/2404.00498.
     """
     options = dict(settings)
     name, backbone_lr_scale = options.pop("name"), options.pop("backbone_lr_scale", 1.0)
-    layer_decay = options.pop("layer_decay", None) or 1
+    layer_decay, bias_lr_scale = (options.pop(key, None) or 1 for key in ("layer_decay", "bias_lr_scale"))
     optimizer_class = find_optimizer(name)
     parts: Mapping[str, nn.Module] = {"backbone": backbone} if layer_decay == 1 else backbone.stages()
     groups = []
     for i, (part, module) in enumerate(parts.items()):
         lr = options["lr"] * backbone_lr_scale * layer_decay ** (len(parts) - i)
-        groups += parameter_groups(part, module, lr)
+        groups += parameter_groups(part, module, lr, bias_lr_scale)
     groups += parameter_groups("head", head, options["lr"])
     if "fused" in inspect.signature(optimizer_class).parameters and not options.get("foreach"):
         options["fused"] = options.get("fused", True) if can_fuse else None  # None: torch's choice without fusion
@@ -48,15 +49,21 @@ def build_optimizer(settings: Mapping[str, Any], backbone: Backbone, head: nn.Mo
         raise UserError(f"optimizer.name={name}: {error} (~optimizer.KEY removes a setting)") from error
 
 
-def parameter_groups(name: str, module: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters as two groups, with weight decay only for weights, not for norms and biases."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    weights, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+def parameter_groups(name: str, module: nn.Module, lr: float, bias_lr_scale: float = 1) -> list[dict[str, Any]]:
+    """Return the trainable parameters as groups, with weight decay only for weights, not for norms and biases.
+
+    Biases are a group of their own if ``bias_lr_scale`` is not 1.
+    """
+    trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    weights, others = ([p for p in trainable.values() if (p.ndim > 1) == is_weight] for is_weight in (True, False))
     if others and not weights:
         raise UserError("this trainer.strategy flattens weights, so they look like biases; use trainer=ddp")
+    biases = [p for key, p in trainable.items() if key.endswith("bias")] if bias_lr_scale != 1 else []
+    others = [p for p in others if not any(p is bias for bias in biases)]
     groups = [
         {"params": weights, "lr": lr, "name": name},
         {"params": others, "lr": lr, "name": f"{name} without decay", "weight_decay": 0.0},
+        {"params": biases, "lr": lr * bias_lr_scale, "name": f"{name} biases", "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

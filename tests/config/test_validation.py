@@ -32,6 +32,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("model.image_size", [7, 32.0, None, [], [[0.1, 32]], [[0, 32], [0, 64]], [[0, 32], [1, 64]]], "a list such as"),
     ("model.image_size", [[0, 32], [[0]], [[0, 4]], [[0, 32], [0.5, 64.5]], [["a", 32]], [32, 64], {}], "below 1"),
     ("model.label_smoothing", [1, -0.1], "below 1"),
+    ("optimizer.bias_lr_scale", [0, -1, "x", None], "a number above 0"),
     ("optimizer.layer_decay", [0, 1.5, "x"], "null or a number above 0 and at most 1"),
     ("optimizer.lr", ["fast", -0.1, 0, NAN, INF], "a number above 0"),
     ("trainer.limit_val_batches", [0, 1.5, -1], "null or a whole number"),

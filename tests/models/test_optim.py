@@ -46,6 +46,26 @@ def test_layer_decay_lowers_the_rate_from_stage_to_stage() -> None:
     assert sorted(members) == sorted(id(p) for p in trained)
 
 
+def test_biases_of_the_backbone_have_their_own_rate() -> None:
+    settings = {"name": "SGD", "lr": 0.1, "bias_lr_scale": 64, "layer_decay": 0.5, "weight_decay": 0.01}
+    backbone = Backbone("resnet10", freeze="layer3")
+    groups = {g["name"]: g for g in build_optimizer(settings, backbone, HEAD, can_fuse=True).param_groups}
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "layer4": (0.05, 0.01),
+        "layer4 without decay": (0.05, 0.0),
+        "layer4 biases": (0.05 * 64, 0.0),
+        "head": (0.1, 0.01),
+        "head without decay": (0.1, 0.0),
+    }
+    members = {name: {id(p) for p in group["params"]} for name, group in groups.items()}
+    parameters = dict(backbone.layer4.named_parameters())
+    assert members["layer4 biases"] == {id(p) for key, p in parameters.items() if key.endswith("bias")}
+    assert members["layer4 without decay"] == {
+        id(p) for key, p in parameters.items() if "bias" not in key and p.ndim == 1
+    }
+    assert sum(map(len, members.values())) == len(parameters) + 2
+
+
 @pytest.mark.parametrize("layer_decay", [1, 1.0, None])
 def test_without_layer_decay_the_groups_are_those_of_earlier_checkpoints(layer_decay: float | None) -> None:
     settings = {"name": "SGD", "lr": 0.1, "backbone_lr_scale": 0.3}
