@@ -185,7 +185,7 @@ def accuracies(runs: Iterable[Run]) -> list[float]:
 
 
 def differences(runs: Sequence[Run], others: Iterable[Sequence[Run]]) -> str:
-    """Return each paired difference, with its interval, from several of the same seeds with one override less."""
+    """Return the paired differences, with intervals, from runs of the same seeds with one override fewer."""
     found = []
     for base in others:
         added = only_difference(base[0], runs[0])
@@ -198,7 +198,7 @@ def differences(runs: Sequence[Run], others: Iterable[Sequence[Run]]) -> str:
 
 
 def only_difference(base: Run, run: Run) -> str | None:
-    """Return the override that ``run`` has in addition to ``base`` if all else is the same, the settings included."""
+    """Return the only override that ``run`` adds to ``base``, or None if other overrides or settings differ."""
     given, more = recipe(base), recipe(run)
     added = [override for override in more if override not in given]
     if circumstances(base) != circumstances(run) or len(added) != 1 or len(given) + 1 != len(more):

@@ -57,7 +57,7 @@ def accuracy(run: Path, images: int, steps: int, *overrides: str) -> float:
 
 
 def page(table: str, given: argparse.Namespace) -> str:
-    """Return the page with the table and what it depends on."""
+    """Return the page: the table, and the data, settings and hardware of its runs."""
     backbone = read_results(given.out / "backbone" / "run")
     other, tested = (read_results(given.out / "other" / f"{given.images[0]}_null_0" / name) for name in ("", "test"))
     seen, unseen = (", ".join(run["class_names"]) for run in (backbone, other))

@@ -90,7 +90,7 @@ class TimeBudget(Callback):
         self._every = trainer.check_val_every_n_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Time a step and plan the epochs of a new run; shorten the last one."""
+        """Time a step and plan the epochs of a new run, and shorten the last epoch if the plan says so."""
         if self.epochs is None:
             if self.test:
                 trainer.datamodule.with_features("test")  # type: ignore[attr-defined]  # fills a cache
@@ -240,7 +240,7 @@ def step_seconds(trainer: pl.Trainer, pl_module: Any, image_size: int) -> float:
 
 
 def _shortest(trainer: pl.Trainer) -> int:
-    """Return the smallest number of batches of an epoch."""
+    """Return the smallest number of batches that the last epoch may have."""
     return max(1, round(SHORTEST * trainer.num_training_batches))
 
 

@@ -240,7 +240,7 @@ def planned_epochs(trainer: pl.Trainer) -> int:
 
 
 def planned_steps(trainer: pl.Trainer) -> float:
-    """Return the number of optimizer steps of a fit, including those of an epoch that is shorter than the others."""
+    """Return the number of optimizer steps of a fit, whose last epoch may be shorter than the others."""
     estimated = trainer.estimated_stepping_batches  # also creates the loader
     return getattr(trainer.lightning_module, "total_steps", None) or estimated
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_human_labels(path: str | None, split: Split, num_classes: int) -> Tensor | None:
-    """Read the fraction of people who chose each class, float64 [N, K], for the images of ``split``.
+    """Read the fraction of people who chose each class for each image of ``split``, float64 [N, K].
 
     ``path`` is a ``.npy`` file with one row per test image, such as CIFAR-10H's cifar10h-probs.npy (arXiv:1908.07086).
     """

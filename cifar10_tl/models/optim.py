@@ -50,7 +50,7 @@ def build_optimizer(settings: Mapping[str, Any], backbone: Backbone, head: nn.Mo
 
 
 def parameter_groups(name: str, module: nn.Module, lr: float, bias_lr_scale: float = 1) -> list[dict[str, Any]]:
-    """Return the trainable parameters as groups, with weight decay only for weights, not for norms and biases.
+    """Return groups of the trainable parameters, with weight decay only for weights, not for norms and biases.
 
     Biases are a group of their own if ``bias_lr_scale`` is not 1.
     """
